@@ -1,0 +1,444 @@
+"""Denoising diffusion: noise schedule, U-Net, loss, one reverse step, sampler, checkpoints.
+
+This is the ground everything else stands on. Papers: Ho et al. 2020 (DDPM, arXiv 2006.11239) and
+Song et al. 2020 (DDIM, arXiv 2010.02502). ReDiF distils exactly this kind of model.
+
+    python ddpm.py            # no data and no network needed, under a minute on two CPU cores
+
+Run alone it replaces the U-Net by the *optimal* epsilon of a Gaussian and of a Gaussian mixture,
+which is known in closed form, so that the sampler can be checked against the right answer.
+Writes ddpm.png and log.jsonl to a new folder under runs/. Next file: teacher.py.
+"""
+import argparse
+import json
+import math
+import os
+import pickle
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ CONVENTIONS, used in every file                                                               │
+# │   images   float in [-1, 1], shape (B, 3, H, W)                                               │
+# │   t        integer in 0..T. t = 0 is clean data; t = T is where sampling starts (trained!)    │
+# │   grid     decreasing list of t from T to 0; a grid of K + 1 entries costs K evaluations      │
+# │   NFE      network evaluations per image                                                      │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+T = 1000                                  # number of noise levels, Ho et al. section 4
+BETA_FIRST, BETA_LAST = 1e-4, 0.02        # linear schedule, Ho et al. section 4
+FORMAT = "redif-1"                        # checkpoint format version
+
+
+class BadInput(Exception):
+    """Something the user gave is unusable; the message is the one sentence that is printed."""
+
+
+def to_uint8(images):
+    """(B, 3, H, W) in [-1, 1] -> uint8 in 0..255, values outside are clipped."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_unit(images):
+    """(B, 3, H, W) in [-1, 1] -> float in [0, 1], values outside are clipped."""
+    return (images.float().clamp(-1, 1) + 1) / 2
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ NOISE SCHEDULE AND FORWARD PROCESS                                                            │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+def linear_alpha_bar(device="cpu"):
+    """alpha_bar[t] = prod_{s <= t} (1 - beta_s) for t = 0..T, with alpha_bar[0] = 1. Shape (T + 1,)."""
+    beta = torch.linspace(BETA_FIRST, BETA_LAST, T, dtype=torch.float64)       # beta_1 .. beta_T
+    alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)])
+    return alpha_bar.float().to(device)
+
+
+def at(table, t, like):
+    """table[t] with trailing 1s, so that it broadcasts over `like`: (B,) -> (B, 1, 1, 1)."""
+    return table[t].reshape(-1, *[1] * (like.dim() - 1))
+
+
+def q_sample(x0, t, eps, alpha_bar):
+    """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps. Eq. 4, Ho et al. 2020.
+
+    x0, eps: (B, ...); t: (B,) integers in 0..T.
+    """
+    ab = at(alpha_bar, t, x0)
+    return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
+
+
+def simple_loss(net, x0, t, eps, alpha_bar):
+    """L_simple = mean |eps - eps_hat(x_t, t)|^2. Eq. 14 and Algorithm 1, Ho et al. 2020."""
+    eps_hat = net(q_sample(x0, t, eps, alpha_bar), t)
+    return F.mse_loss(eps_hat.float(), eps)
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ REVERSE PROCESS: one step for everything between DDIM (eta = 0) and DDPM (eta = 1)            │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+def predict_x0(x_t, t, eps_hat, alpha_bar, clip=True):
+    """Denoised estimate and the epsilon that belongs to it.
+
+    x0_hat = (x_t - sqrt(1 - ab_t) eps_hat) / sqrt(ab_t), the first bracket of Eq. 12, Song et al. 2020.
+    With clip, x0_hat is kept in [-1, 1] (as in Ho et al.'s code) and eps_hat is recomputed so that
+    the pair still explains x_t. Without it, a small error at t = T (sqrt(ab_T) = 0.0064) is
+    magnified 157 times. Returns (x0_hat, eps_hat), each of x_t's shape.
+    """
+    ab = at(alpha_bar, t, x_t)
+    x0_hat = (x_t - (1 - ab).sqrt() * eps_hat) / ab.sqrt()
+    if clip:
+        x0_hat = x0_hat.clamp(-1, 1)
+        eps_hat = (x_t - ab.sqrt() * x0_hat) / (1 - ab).sqrt()
+    return x0_hat, eps_hat
+
+
+def ddim_sigma(t, t_next, eta, alpha_bar):
+    """sigma = eta sqrt((1 - ab') / (1 - ab)) sqrt(1 - ab / ab'). Eq. 16, Song et al. 2020.
+
+    t, t_next: (B,) integers with t > t_next. Returns (B,); 0 where t_next = 0.
+    """
+    ab, ab_next = alpha_bar[t], alpha_bar[t_next]
+    return eta * ((1 - ab_next) / (1 - ab)).sqrt() * (1 - ab / ab_next).sqrt()
+
+
+def ddim_step(x0_hat, eps_hat, t, t_next, eta, alpha_bar):
+    """Mean and sigma of the jump t -> t_next. Eq. 12, Song et al. 2020.
+
+    mean = sqrt(ab') x0_hat + sqrt(1 - ab' - sigma^2) eps_hat. eta = 0 is DDIM; eta = 1 with
+    t_next = t - 1 is DDPM's posterior (Eqs. 6-7, Ho et al. 2020). Returns (mean like x0_hat, sigma (B,)).
+    """
+    sigma = ddim_sigma(t, t_next, eta, alpha_bar)
+    ab_next = at(alpha_bar, t_next, x0_hat)
+    direction = (1 - ab_next - sigma.reshape(ab_next.shape) ** 2).clamp(min=0).sqrt()
+    return ab_next.sqrt() * x0_hat + direction * eps_hat, sigma
+
+
+def make_grid(name, steps):
+    """Decreasing grid of steps + 1 integers from T to 0: 'uniform' or 'quadratic' (Song et al., D.2)."""
+    if not 1 <= steps <= T:
+        raise BadInput(f"the number of steps must be between 1 and {T}, not {steps}")
+    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    shapes = {"uniform": u, "quadratic": u ** 2}
+    if name not in shapes:
+        raise BadInput(f"unknown grid '{name}'; choose one of {', '.join(shapes)}")
+    return strictly_decreasing([round(T * v) for v in shapes[name].tolist()])
+
+
+def strictly_decreasing(grid):
+    """Push entries that rounding made equal one apart, so that every jump has t > t_next."""
+    for k in range(len(grid) - 2, -1, -1):
+        grid[k] = max(grid[k], grid[k + 1] + 1)
+    return grid
+
+
+def seeded_noise(seeds, shape, stream=0, device="cpu"):
+    """Standard normal noise, one seed per image: the same seed is the same image in any batch.
+
+    seeds: iterable of int; shape: of one image; stream: 0 for the start noise, k for step k.
+    Drawn on the CPU so that all devices agree. Returns (len(seeds), *shape).
+    """
+    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(int(s) * 1009 + stream))
+             for s in seeds]
+    return torch.stack(noise).to(device)
+
+
+@torch.no_grad()
+def sample(net, x_T, grid, alpha_bar, eta=0.0, seeds=None, clip=True, keep_path=False):
+    """Run the reverse process along a grid. Algorithm 2, Ho et al. (eta = 1) or DDIM (eta = 0).
+
+    net(x, t) -> eps_hat; x_T: (B, ...) standard normal; grid: decreasing, from T to 0.
+    seeds: one per image, needed where eta > 0. Returns x0 (B, ...), or the list of all states
+    x_T .. x_0 with keep_path. Nothing adds noise on the jump into t = 0 (its sigma is 0).
+    """
+    if grid[0] != T or grid[-1] != 0 or any(a <= b for a, b in zip(grid, grid[1:])):
+        raise BadInput(f"a grid must decrease from {T} to 0, not {grid}")
+    x, path = x_T, [x_T]
+    for k, (now, then) in enumerate(zip(grid, grid[1:]), start=1):
+        t = torch.full((len(x),), now, device=x.device)
+        t_next = torch.full_like(t, then)
+        x0_hat, eps_hat = predict_x0(x, t, net(x, t).float(), alpha_bar, clip)
+        x, sigma = ddim_step(x0_hat, eps_hat, t, t_next, eta, alpha_bar)
+        if eta > 0 and then > 0:
+            noise = seeded_noise(seeds, x.shape[1:], stream=k, device=x.device)
+            x = x + sigma.reshape(-1, *[1] * (x.dim() - 1)) * noise
+        path.append(x)
+    return path if keep_path else x
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ U-NET, Ho et al. 2020, appendix B                                                             │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+PAPER_UNET = dict(width=128, mults=[1, 2, 2, 2], blocks=2, attention=[16], dropout=0.1)     # 35.7 M
+SMALL_UNET = dict(width=32, mults=[1, 2, 4], blocks=1, attention=[8], dropout=0.0)          # 2.7 M
+
+
+def time_embedding(t, dim):
+    """Sinusoidal embedding of integer times (B,) -> (B, dim). Section 3.5, Vaswani et al. 2017."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t.float()[:, None] * freqs                                        # (B, dim / 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def group_norm(channels):
+    """GroupNorm with 32 groups where there are enough channels, and at least 4 channels a group."""
+    return nn.GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-6)
+
+
+def zeroed(module):
+    """Zero the parameters: a residual branch that starts as nothing trains more stably."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+class ResBlock(nn.Module):
+    """norm - SiLU - conv, + time, norm - SiLU - dropout - conv, + shortcut. (B, C, H, W) -> (B, C', H, W)."""
+
+    def __init__(self, c_in, c_out, c_time, dropout):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(c_time, c_out)
+        self.norm2, self.conv2 = group_norm(c_out), zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.dropout = nn.Dropout(dropout)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x))) + self.time(emb)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the H W positions, residual. (B, C, H, W) -> same."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv, self.out = nn.Linear(channels, 3 * channels), zeroed(nn.Linear(channels, channels))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(B, 1, H * W, C)
+        q, k, v = self.qkv(tokens).chunk(3, dim=-1)                            # each (B, 1, HW, C)
+        tokens = self.out(F.scaled_dot_product_attention(q, k, v))
+        return x + tokens.reshape(B, H, W, C).permute(0, 3, 1, 2)
+
+
+class UNet(nn.Module):
+    """Noise predictor: (x_t (B, 3, H, W), t (B,)) -> eps_hat (B, 3, H, W).
+
+    width: channels at full resolution; mults: channel multiple per level, each level halves the
+    image; blocks: residual blocks per level; attention: resolutions that get self-attention.
+    `config` rebuilds the network, and is what a checkpoint stores.
+    """
+
+    def __init__(self, width, mults, blocks, attention, dropout=0.0, image_size=32):
+        super().__init__()
+        self.config = dict(width=width, mults=list(mults), blocks=blocks, attention=list(attention),
+                           dropout=dropout, image_size=image_size)
+        c_time = 4 * width
+        self.time_mlp = nn.Sequential(nn.Linear(width, c_time), nn.SiLU(), nn.Linear(c_time, c_time))
+        self.conv_in = nn.Conv2d(3, width, 3, padding=1)
+
+        def stage(c_in, c_out, size):
+            """One residual block, with attention at the chosen resolutions."""
+            last = Attention(c_out) if size in attention else nn.Identity()
+            return nn.ModuleList([ResBlock(c_in, c_out, c_time, dropout), last])
+
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        c, size, skips = width, image_size, [width]
+        for level, mult in enumerate(mults):
+            for _ in range(blocks):
+                self.down.append(stage(c, width * mult, size))
+                c = width * mult
+                skips.append(c)
+            if level < len(mults) - 1:
+                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+                skips.append(c)
+                size //= 2
+        self.mid1, self.mid_attention, self.mid2 = (
+            ResBlock(c, c, c_time, dropout), Attention(c), ResBlock(c, c, c_time, dropout))
+        for level, mult in reversed(list(enumerate(mults))):
+            for _ in range(blocks + 1):
+                self.up.append(stage(c + skips.pop(), width * mult, size))
+                c = width * mult
+            if level > 0:
+                self.up.append(nn.Conv2d(c, c, 3, padding=1))
+                size *= 2
+        self.norm_out, self.conv_out = group_norm(c), zeroed(nn.Conv2d(c, 3, 3, padding=1))
+        self.to(memory_format=torch.channels_last)      # about twice as fast on a CPU, measured
+
+    def embed(self, t):
+        """(B,) -> (B, 4 width), the vector every residual block is told the time with."""
+        return F.silu(self.time_mlp(time_embedding(t, self.config["width"])))
+
+    def encode(self, x, emb):
+        """Down path and middle: returns the bottleneck (B, C, h, w) and the list of skips."""
+        h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        skips = [h]
+        for layer in self.down:
+            h = layer(h) if isinstance(layer, nn.Conv2d) else layer[1](layer[0](h, emb))
+            skips.append(h)
+        return self.mid2(self.mid_attention(self.mid1(h, emb)), emb), skips
+
+    def decode(self, h, skips, emb):
+        """Up path: bottleneck and skips -> (B, 3, H, W)."""
+        skips = list(skips)
+        for layer in self.up:
+            if isinstance(layer, nn.Conv2d):
+                h = layer(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+            else:
+                h = layer[1](layer[0](torch.cat([h, skips.pop()], dim=1), emb))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+    def forward(self, x, t):
+        emb = self.embed(t)
+        return self.decode(*self.encode(x, emb), emb)
+
+
+def parameter_count(net):
+    """Number of parameters."""
+    return sum(p.numel() for p in net.parameters())
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ DEVICE AND PRECISION                                                                          │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+def pick_device(name="auto"):
+    """'auto' takes cuda, then mps, then cpu; any other name must be usable here."""
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available()
+                else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError):
+        raise BadInput(f"device '{name}' cannot be used here; leave out --device or try --device cpu") from None
+
+
+def autocast(device, enabled=True):
+    """bf16 where the hardware computes in it: CUDA, and CPUs with AVX512-BF16 or AMX (1.7 times
+    faster there with channels-last, measured). Elsewhere, and with enabled=False, plain fp32."""
+    native = device.type == "cuda" or (device.type == "cpu" and any(
+        getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled and native)
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ CHECKPOINTS: one dict of tensors and plain values                                             │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+def save_checkpoint(path, kind, **content):
+    """Write {format, kind, **content} to a temporary name, then rename: never half a file.
+
+    kind: 'teacher', 'student', 'encoder', ... ; content: tensors, plain values, dicts and lists of them.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, "kind": kind, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, kind):
+    """Read a checkpoint of the given kind on the CPU. Data only: weights_only=True runs no code.
+
+    Raises BadInput where the file is missing, truncated, foreign or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"there is no checkpoint {path}; train one, or give the path of another")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError,
+            zipfile.BadZipFile) as error:
+        reason = str(error).strip().splitlines()[0][:90] if str(error).strip() else "no reason given"
+        raise BadInput(f"{path} cannot be read as a checkpoint (truncated, or not one): {reason}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise BadInput(f"{path} is not a checkpoint of this project (format {FORMAT})")
+    if content.get("kind") != kind:
+        raise BadInput(f"{path} holds a '{content.get('kind')}', but a '{kind}' is needed here")
+    return content
+
+
+def load_weights(net, weights, path="checkpoint"):
+    """Copy a state dict into net, exactly; BadInput where names or shapes differ."""
+    try:
+        net.load_state_dict({k: v.float() for k, v in weights.items()})
+    except (RuntimeError, AttributeError) as error:
+        raise BadInput(f"{path} does not fit the network its config describes: "
+                       f"{str(error).splitlines()[-1].strip()[:120]}") from None
+    return net
+
+
+def half_weights(net):
+    """State dict in fp16, for the small files that are handed on (loaded back as fp32)."""
+    return {k: v.detach().half().cpu() for k, v in net.state_dict().items()}
+
+
+def load_teacher(path, device="cpu"):
+    """Rebuild a teacher from its own config: frozen U-Net in eval mode. Returns (net, checkpoint)."""
+    content = load_checkpoint(path, "teacher")
+    try:
+        net = UNet(**content["config"])
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{path} has no usable U-Net config ({error})") from None
+    return load_weights(net, content["weights"], path).to(device).eval().requires_grad_(False), content
+
+
+def new_folder(name):
+    """runs/name, or the next free runs/name-2, runs/name-3, ...: nothing overwrites an earlier run."""
+    for n in range(1, 10_000):
+        folder = Path("runs") / (name if n == 1 else f"{name}-{n}")
+        if not folder.exists() or not any(folder.iterdir()):
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+
+
+def output_folder(out, default, resume=False):
+    """The folder of a run: the next free one, or the one asked for, which must be new or empty."""
+    if out is None:
+        if resume:
+            raise BadInput("--resume needs --out DIR, the folder of the run to go on with")
+        return new_folder(default)
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"--out {out} is a file; give a folder")
+    if resume and not out.is_dir():
+        raise BadInput(f"there is no run to resume in {out}; leave out --resume to start one")
+    if not resume and out.is_dir() and any(out.iterdir()):
+        raise BadInput(f"--out {out} is not empty; add --resume to go on with it, or give a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def log_line(folder, **row):
+    """Append one JSON object to folder/log.jsonl, the file that plots are drawn from."""
+    with open(Path(folder) / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def run_main(main):
+    """Run a script's main: bad input ends in one sentence and exit code 2, never in a traceback."""
+    try:
+        main()
+    except BadInput as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
