@@ -218,7 +218,7 @@ def save_teacher(path, ema, args, updates, seconds, device):
     save_checkpoint(path, "teacher", config=ema.config, weights=half_weights(ema), provenance=dict(
         script="teacher.py", data=Path(args.data).name, seed=args.seed, updates=updates,
         images=updates * args.batch_size, batch_size=args.batch_size, lr=args.lr, ema=EMA_DECAY,
-        minutes=round(seconds / 60, 1), device=device_name(device), torch=torch.__version__))
+        minutes=round(seconds / 60, 1), device=device_name(device), torch=str(torch.__version__)))
 
 
 def device_name(device):

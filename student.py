@@ -1,0 +1,493 @@
+"""The student: a smaller U-Net that jumps, cloned from the teacher's trajectories; the step policy.
+
+Adds to teacher.py a network that sees *both* times of a jump, net(x_t, t, t_next), a small policy
+that decides how far to jump, and data-free cloning: the teacher's DDIM paths from fresh noise are the
+only training data. ReDiF calls this start behaviour cloning; reinforcement follows in rl_distill.py.
+
+    python student.py                          # clones the bundled teacher from random weights
+    python student.py --init teacher           # the paper's own start: a copy of the teacher
+    python student.py --smoke                  # seconds, numbers mean nothing
+
+Reads --teacher; writes to --out: student.pt (fp16), state.pt (for --resume), samples.png (rows: the
+teacher, then 1, 2, 4, 8 steps), clone.png, log.jsonl. Next file: reward.py.
+"""
+import argparse
+import copy
+import json
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+# From earlier files:
+from ddpm import (T, BadInput, UNet, at, autocast, ddim_step, half_weights, linear_alpha_bar, load_checkpoint,
+                  load_teacher, load_weights, log_line, make_grid, output_folder, parameter_count,
+                  pick_device, predict_x0, run_main, sample, save_checkpoint, seeded_noise, time_embedding)
+from teacher import device_name, ema_update, learning_rate, save_picture
+
+STUDENT_UNET = dict(width=32, mults=[1, 2, 3], blocks=1, attention=[8], dropout=0.0)       # 2.1 M
+TEACHER_STEPS = 50          # DDIM steps of the path that is cloned and of every target
+START_SHARE = 1 / 3         # share of pairs that start at t = T, where every deployment starts
+LAND_SHARE = 1 / 2          # share of pairs that land at t = 0, where every deployment ends
+SHORTEST_JUMP = 10          # shortest jump trained (rounding noise grows as 1 / sin(d))
+CONCENTRATION = 40.0        # of the initial Beta policy: std of rho about 0.07; usual range 10..100
+STOP_LOGIT = -2.5           # initial logit of stopping early: 8 percent a step
+HELD_OUT = 10 ** 9          # seeds from here on are never trained on, in any file
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ A JUMP IS A ROTATION                                                                          │
+# │ With sqrt(ab_t) = cos(phi_t), DDIM's update (Eq. 12, Song et al. 2020, sigma = 0) turns x_t by│
+# │ d = phi_t - phi_next:   x_next = cos(d) x_t - sin(d) v,   v the velocity                      │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+def angle(t, alpha_bar, like):
+    """phi_t = arccos(sqrt(ab_t)), broadcastable over `like`; 0 at t = 0, almost pi / 2 at t = T."""
+    ab = at(alpha_bar, t, like)
+    return torch.atan2((1 - ab).sqrt(), ab.sqrt())
+
+
+def v_to_x0_eps(x_t, t, v, alpha_bar):
+    """x0_hat = cos x_t - sin v, eps_hat = sin x_t + cos v. Salimans & Ho 2022, appendix D."""
+    phi = angle(t, alpha_bar, x_t)
+    return phi.cos() * x_t - phi.sin() * v, phi.sin() * x_t + phi.cos() * v
+
+
+def secant_velocity(x_t, x_next, t, t_next, alpha_bar):
+    """The v whose one jump from x_t lands exactly at x_next: v = (cos(d) x_t - x_next) / sin(d).
+
+    Comparing v instead of landing points divides the squared landing error by sin(d)^2.
+    """
+    d = angle(t, alpha_bar, x_t) - angle(t_next, alpha_bar, x_t)
+    return (d.cos() * x_t - x_next) / d.sin()
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ NETWORK                                                                                       │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+class JumpUNet(UNet):
+    """U-Net that is told where it comes from and where it is to land.
+
+    predicts: 'v' (secant velocity of the jump) or 'eps' (as the teacher does).
+    """
+
+    def __init__(self, predicts="v", **unet):
+        super().__init__(**unet)
+        self.config["predicts"] = self.predicts = predicts
+        c_time = 4 * self.config["width"]
+        self.jump_mlp = nn.Sequential(nn.Linear(self.config["width"], c_time), nn.SiLU(),
+                                      nn.Linear(c_time, c_time))
+
+    @property
+    def features(self):
+        """Length of the pooled bottleneck that the step policy reads."""
+        return self.config["width"] * self.config["mults"][-1]
+
+    def forward(self, x, t, t_next, with_features=False):
+        """x (B, 3, H, W); t, t_next (B,) -> (B, 3, H, W), with the pooled bottleneck (B, C) if asked."""
+        width = self.config["width"]
+        emb = F.silu(self.time_mlp(time_embedding(t, width)) + self.jump_mlp(time_embedding(t_next, width)))
+        bottleneck, skips = self.encode(x, emb)
+        out = self.decode(bottleneck, skips, emb)
+        return (out, bottleneck.mean(dim=(2, 3))) if with_features else out
+
+
+def student_from_teacher(teacher):
+    """The paper's start: the teacher's weights, jump embedding zeroed, so that outputs are the teacher's."""
+    student = JumpUNet(predicts="eps", **teacher.config)
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    nn.init.zeros_(student.jump_mlp[-1].weight)
+    nn.init.zeros_(student.jump_mlp[-1].bias)
+    return student
+
+
+def jump(net, x_t, t, t_next, alpha_bar, eta=0.0):
+    """One student step t -> t_next: (mean (B, 3, H, W), sigma (B,), features (B, C))."""
+    out, features = net(x_t, t, t_next, with_features=True)
+    if net.predicts == "v":
+        x0_hat, eps_hat = v_to_x0_eps(x_t, t, out.float(), alpha_bar)
+    else:
+        x0_hat, eps_hat = predict_x0(x_t, t, out.float(), alpha_bar)
+    mean, sigma = ddim_step(x0_hat, eps_hat, t, t_next, eta, alpha_bar)
+    return mean, sigma, features.float()
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ STEP-SIZE POLICY                                                                              │
+# │ DEVIATES: in the paper's code the grid is fixed and only the Gaussian transition is an action.│
+# │ Learning the step sizes is this project's extension; a Beta over the ratio t_next / t is also │
+# │ used by TPDM (arXiv 2412.01243), and ART-RL (arXiv 2601.18681) learns the clock by actor-critic│
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+class StepPolicy(nn.Module):
+    """Beta over rho = t_next / t, and a Bernoulli that stops early (jumps to 0) where steps cost.
+
+    Reads t, the number n of steps left, and the pooled bottleneck of the *last* network call (zeros
+    before the first), so that deciding costs no evaluation. Its last layer starts at zero: the mean is
+    then the hand grid's, and the concentration CONCENTRATION.
+    """
+
+    def __init__(self, features, base="uniform", hidden=64):
+        super().__init__()
+        self.config = dict(features=features, base=base, hidden=hidden)
+        self.normalise = nn.LayerNorm(features, elementwise_affine=False)
+        self.body = nn.Sequential(nn.Linear(features + 3, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
+        self.head = nn.Linear(hidden, 3)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def hand_ratio(self, t, n):
+        """t_next / t of the hand grid with n steps left: uniform (n-1)/n, quadratic its square."""
+        ratio = (n - 1) / n
+        return (ratio if self.config["base"] == "uniform" else ratio ** 2).clamp(0.01, 0.99)
+
+    def forward(self, t, n, features):
+        """t, n (B,); features (B, C) -> (mean of rho (B,), concentration (B,), logit of stopping (B,))."""
+        t, n = t.float(), n.float()
+        inputs = torch.cat([torch.stack([t / T, 1 / n, torch.log(n)], 1), self.normalise(features.detach())], 1)
+        shift, log_spread, stop = self.head(self.body(inputs)).unbind(1)
+        mean = torch.sigmoid(torch.logit(self.hand_ratio(t, n)) + shift)
+        return mean, CONCENTRATION * log_spread.clamp(-2, 2).exp(), STOP_LOGIT + stop
+
+    def distribution(self, t, n, features):
+        """The Beta over rho and the Bernoulli over stopping, as torch distributions."""
+        mean, concentration, stop = self(t, n, features)
+        alpha, beta = mean * concentration, (1 - mean) * concentration
+        return torch.distributions.Beta(alpha, beta), torch.distributions.Bernoulli(logits=stop)
+
+
+def land(t, rho, n, stop):
+    """Next time of a jump: round(rho t), at most t - 1, at least n - 1 so that every later jump can still
+    go down; 0 on the last allowed step (n = 1) and where stop is set. All (B,), returns integers."""
+    t_next = torch.minimum(torch.maximum((rho * t).round().long(), n - 1), t - 1)
+    return torch.where((n == 1) | stop, torch.zeros_like(t), t_next)
+
+
+@torch.no_grad()
+def deploy(net, x_T, steps, alpha_bar, policy=None, grid=None, may_stop=False):
+    """Few-step sampling as it is used: eta = 0, the policy's mean step, or a fixed grid.
+
+    Returns (images (B, 3, H, W) in [-1, 1], times (B, steps + 1) visited; NFE = (times[:, :-1] > 0).sum(1)).
+    """
+    x, B = x_T, len(x_T)
+    t = torch.full((B,), T, device=x.device)
+    features, times = torch.zeros(B, net.features, device=x.device), [t]
+    for k in range(steps):
+        live = t > 0
+        if not live.any():
+            times.append(t)
+            continue
+        if grid is not None:
+            t_next = torch.full_like(t, grid[k + 1])
+        else:
+            n = torch.full_like(t, steps - k)
+            rho, _, stop = policy(t, n, features)
+            t_next = land(t, rho, n, (stop > 0) & may_stop)
+        x_live, _, features_live = jump(net, x[live], t[live], t_next[live], alpha_bar)
+        x, features = x.clone(), features.clone()
+        x[live], features[live] = x_live, features_live
+        t = torch.where(live, t_next, t)
+        times.append(t)
+    return x.clamp(-1, 1), torch.stack(times, 1)
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ CLONING                                                                                       │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+@torch.no_grad()
+def teacher_paths(teacher, x_T, alpha_bar, device, fp32=False):
+    """All states of the teacher's deterministic DDIM: (B, TEACHER_STEPS + 1, 3, H, W), from T to 0."""
+    with autocast(device, not fp32):
+        path = sample(teacher, x_T, make_grid("uniform", TEACHER_STEPS), alpha_bar, keep_path=True)
+    return torch.stack(path, dim=1)
+
+
+def state_at(paths, t, alpha_bar):
+    """The path's state at any integer t, grid point or not: (B, 51, 3, H, W), (B,) -> (B, 3, H, W).
+
+    Between two grid points DDIM moves on a circle (x0_hat and eps_hat stay), so the state there is
+    x = (sin(phi - phi_b) x_a + sin(phi_a - phi) x_b) / sin(phi_a - phi_b), and no time is left untrained.
+    """
+    grid = torch.tensor(make_grid("uniform", TEACHER_STEPS), device=t.device)
+    k = ((T - t) * TEACHER_STEPS // T).clamp(max=TEACHER_STEPS - 1)           # the segment t lies in
+    rows = torch.arange(len(t), device=t.device)
+    x_a, x_b = paths[rows, k], paths[rows, k + 1]
+    phi, phi_a, phi_b = (angle(s, alpha_bar, x_a) for s in (t, grid[k], grid[k + 1]))
+    return ((phi - phi_b).sin() * x_a + (phi_a - phi).sin() * x_b) / (phi_a - phi_b).sin()
+
+
+def draw_jumps(n, generator):
+    """Random jumps (t, t_next), each (n,): many from T, many to 0, none shorter than SHORTEST_JUMP."""
+    u = torch.rand(4, n, generator=generator)
+    t = torch.where(u[0] < START_SHARE, T, SHORTEST_JUMP + (u[1] * (T + 1 - SHORTEST_JUMP)).long())
+    t_next = torch.where(u[2] < LAND_SHARE, 0, (u[3] * (t - SHORTEST_JUMP + 1)).long())
+    return t, t_next
+
+
+def clone_loss(net, paths, t, t_next, alpha_bar):
+    """Mean squared error to the teacher's own path, in v-space ('v') or in epsilon ('eps').
+
+    'v', secant: the landing point x_next of a jump of any length, weighted back by 1 / sin(d)^2.
+    'eps': the teacher's epsilon at x_t, as in behaviour cloning; t_next plays no part in the target.
+    """
+    x_t = state_at(paths, t, alpha_bar)
+    if net.predicts == "eps":
+        t_near = t - SHORTEST_JUMP // 2
+        v = secant_velocity(x_t, state_at(paths, t_near, alpha_bar), t, t_near, alpha_bar)
+        return F.mse_loss(net(x_t, t, t_next).float(), v_to_x0_eps(x_t, t, v, alpha_bar)[1])
+    v = secant_velocity(x_t, state_at(paths, t_next, alpha_bar), t, t_next, alpha_bar)
+    return F.mse_loss(net(x_t, t, t_next).float(), v)
+
+
+class PathPool:
+    """The newest teacher paths; refilled while training goes on, so that no noise is used for long."""
+
+    def __init__(self, teacher, size, seed, alpha_bar, device, fp32=False):
+        self.teacher, self.size, self.alpha_bar, self.device, self.fp32 = teacher, size, alpha_bar, device, fp32
+        self.generator = torch.Generator().manual_seed(seed)
+        self.paths, self.made = None, 0
+
+    def add(self, n):
+        """Run the teacher from n fresh noises; the oldest paths make room."""
+        side = self.teacher.config["image_size"]
+        x_T = torch.randn(n, 3, side, side, generator=self.generator).to(self.device)
+        fresh = teacher_paths(self.teacher, x_T, self.alpha_bar, self.device, self.fp32)
+        if self.paths is None:
+            self.paths = torch.empty(self.size, *fresh.shape[1:], device=self.device)
+        slots = torch.arange(self.made, self.made + n) % self.size
+        self.paths[slots.to(self.device)] = fresh
+        self.made += n
+
+    def draw(self, n, generator):
+        """n random paths, with replacement: (n, 51, 3, H, W)."""
+        index = torch.randint(min(self.made, self.size), (n,), generator=generator)
+        return self.paths[index.to(self.device)]
+
+
+def clone(net, ema, teacher, args, out, device):
+    """Regress the student on the teacher's paths. Returns (seconds, number of paths)."""
+    alpha_bar = linear_alpha_bar(device)
+    generator = torch.Generator().manual_seed(args.seed)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0)
+    pool = PathPool(teacher, args.pool, args.seed + 1, alpha_bar, device, args.fp32)
+    first, seconds_before = 0, 0.0
+    if args.resume:
+        first, seconds_before = load_state(out / "state.pt", net, ema, optimizer, generator, pool)
+        print(f"resumed at update {first}")
+    start, running = time.time(), []
+    progress = tqdm(range(first, args.updates), initial=first, total=args.updates, mininterval=5, desc="clone")
+    for update in progress:
+        while pool.made < args.pool // 4 or pool.made * args.pairs_per_path < update * args.batch_size:
+            pool.add(min(64, args.pool // 4))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(update, args.updates, args.lr)
+        t, t_next = (s.to(device) for s in draw_jumps(args.batch_size, generator))
+        with autocast(device, not args.fp32):
+            loss = clone_loss(net, pool.draw(args.batch_size, generator), t, t_next, alpha_bar)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        ema_update(ema, net, min(0.999, (1 + update) / (10 + update)))
+
+        running.append(loss.detach())
+        done, seconds = update + 1, seconds_before + time.time() - start
+        if done % args.log_every == 0 or done == args.updates:
+            mean_loss = torch.stack(running).mean().item()
+            running.clear()
+            if not math.isfinite(mean_loss):
+                raise BadInput(f"the loss is not finite at update {done}; lower --lr")
+            log_line(out, update=done, pairs=done * args.batch_size, paths=pool.made, loss=mean_loss, seconds=seconds)
+            progress.set_postfix(loss=f"{mean_loss:.4f}", paths=pool.made)
+        if done % args.save_every == 0 or done == args.updates:
+            save_checkpoint(out / "state.pt", "student-state", config=net.config, net=net.state_dict(),
+                            ema=ema.state_dict(), optimizer=optimizer.state_dict(), update=done,
+                            seconds=seconds, generator=generator.get_state(), paths=pool.paths,
+                            made=pool.made, path_generator=pool.generator.get_state())
+            save_student(out / "student.pt", ema, None, provenance(args, done, pool.made, seconds, device))
+    return seconds_before + time.time() - start, pool.made
+
+
+def load_state(path, net, ema, optimizer, generator, pool):
+    """Restore all that clone() saved. Returns (update, seconds)."""
+    state = load_checkpoint(path, "student-state")
+    if state["config"] != net.config:
+        raise BadInput(f"{path} is a run of another network; resume with the same --init and --clone")
+    net.load_state_dict(state["net"])
+    ema.load_state_dict(state["ema"])
+    optimizer.load_state_dict(state["optimizer"])
+    generator.set_state(state["generator"])
+    pool.paths, pool.made = state["paths"].to(pool.device), state["made"]
+    pool.generator.set_state(state["path_generator"])
+    return state["update"], state["seconds"]
+
+
+def provenance(args, updates, paths, seconds, device):
+    """What the model card says of a cloned student."""
+    return dict(script="student.py", teacher=str(args.teacher), init=args.init, clone=args.clone, seed=args.seed,
+                updates=updates, batch_size=args.batch_size, teacher_paths=paths, lr=args.lr,
+                minutes=round(seconds / 60, 1), device=device_name(device), torch=str(torch.__version__))
+
+
+def save_student(path, net, policy, origin, **more):
+    """fp16 weights of student and policy (None before reinforcement), configs, provenance."""
+    save_checkpoint(path, "student", config=net.config, weights=half_weights(net), provenance=origin,
+                    policy_config=policy.config if policy else None,
+                    policy_weights=half_weights(policy) if policy else None, **more)
+
+
+def load_student(path, device="cpu"):
+    """Rebuild student and policy from a checkpoint, in eval mode. Returns (net, policy or None, checkpoint)."""
+    content = load_checkpoint(path, "student")
+    try:
+        net = load_weights(JumpUNet(**content["config"]), content["weights"], path).to(device).eval()
+        policy = None
+        if content["policy_config"]:
+            policy = load_weights(StepPolicy(**content["policy_config"]), content["policy_weights"], path)
+            policy = policy.to(device).eval()
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{path} has no usable student config ({error})") from None
+    return net, policy, content
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ EVALUATION on held-out noise                                                                  │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+def held_out_noise(n, side, device):
+    """Start noise that no training ever sees: seeds HELD_OUT .. HELD_OUT + n - 1. (n, 3, side, side)."""
+    return seeded_noise(range(HELD_OUT, HELD_OUT + n), (3, side, side), device=device)
+
+
+@torch.no_grad()
+def landing_error(net, paths, alpha_bar, jumps=((T, 0), (T, 500), (500, 0), (750, 250))):
+    """Mean squared distance of one jump's landing point from the teacher's own state, per jump (t, t_next)."""
+    errors = {}
+    for a, b in jumps:
+        t, t_next = (torch.full((len(paths),), s, device=paths.device) for s in (a, b))
+        mean, _, _ = jump(net, state_at(paths, t, alpha_bar), t, t_next, alpha_bar)
+        errors[f"{a}->{b}"] = F.mse_loss(mean, state_at(paths, t_next, alpha_bar)).item()
+    return errors
+
+
+def evaluate(net, teacher, n, alpha_bar, device):
+    """MSE to the teacher's 50-step result on n held-out noises, at 1, 2, 4, 8 steps: list of rows."""
+    side = net.config["image_size"]
+    x_T = held_out_noise(n, side, device)
+    paths = torch.cat([teacher_paths(teacher, x, alpha_bar, device, fp32=True) for x in x_T.split(64)])
+    target, rows, pictures = paths[:, -1], [], [paths[:8, -1]]
+    for steps in (1, 2, 4, 8):
+        row = dict(steps=steps)
+        for name in ("uniform", "quadratic"):
+            grid = make_grid(name, steps)
+            images = torch.cat([deploy(net, x, steps, alpha_bar, grid=grid)[0] for x in x_T.split(64)])
+            row[f"student {name}"] = F.mse_loss(images, target).item()
+            row[f"teacher {name}"] = F.mse_loss(
+                torch.cat([sample(teacher, x, grid, alpha_bar) for x in x_T.split(64)]), target).item()
+            if name == "uniform":
+                pictures.append(images[:8])
+        rows.append(row)
+    return rows, landing_error(net, paths[:64], alpha_bar), torch.cat(pictures)
+
+
+def plot_clone(folder):
+    """clone.png from log.jsonl: the curve of the cloning loss."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = [json.loads(line) for line in open(folder / "log.jsonl", encoding="utf-8")]
+    rows = [r for r in rows if "loss" in r]
+    figure, axis = plt.subplots(figsize=(6, 3.5))
+    axis.plot([r["pairs"] / 1e3 for r in rows], [r["loss"] for r in rows], linewidth=1)
+    axis.set(xlabel="thousand cloned jumps", ylabel="cloning loss", yscale="log")
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(folder / "clone.png", dpi=120)
+    plt.close(figure)
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ COMMAND LINE                                                                                  │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+def parse_args(argv=None):
+    """Command line of student.py."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                epilog="example: python student.py --clone eps --updates 1000")
+    p.add_argument("--teacher", default="checkpoints/teacher.pt", help="checkpoint of teacher.py")
+    p.add_argument("--init", choices=["scratch", "teacher"], default="scratch", help="first weights")
+    p.add_argument("--clone", choices=["secant", "eps"], default="secant",
+                   help="what is regressed: landing points of long jumps, or the teacher's epsilon")
+    p.add_argument("--updates", type=int, default=1600, help="optimizer updates; 0 with --init teacher: a plain copy")
+    p.add_argument("--batch-size", type=int, default=64, help="jumps per update, 32..512")
+    p.add_argument("--pairs-per-path", type=int, default=32, help="jumps trained per teacher path, 8..64")
+    p.add_argument("--pool", type=int, default=1024, help="paths kept, 0.63 MB each")
+    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate, 1e-4..2e-3")
+    p.add_argument("--evaluate", type=int, default=256, help="held-out noises of the final table")
+    p.add_argument("--fp32", action="store_true", help="no bf16 autocast")
+    p.add_argument("--out", help="folder of the run (default: next free runs/student)")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    p.add_argument("--seed", type=int, default=0, help="seed of weights, noise and jumps")
+    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    p.add_argument("--log-every", type=int, default=20, help="updates between log lines")
+    p.add_argument("--save-every", type=int, default=400, help="updates between checkpoints")
+    p.add_argument("--smoke", action="store_true", help="tiny sizes, seconds; its numbers mean nothing")
+    args = p.parse_args(argv)
+    if args.smoke:
+        args.updates, args.batch_size, args.pool, args.evaluate = 2, 4, 8, 8
+        args.log_every = args.save_every = 1
+    if args.updates < (0 if args.init == "teacher" else 1):
+        p.error("--updates must be at least 1 (or 0 with --init teacher)")
+    for flag in ("batch_size", "pairs_per_path", "evaluate", "log_every", "save_every"):
+        if getattr(args, flag) < 1:
+            p.error(f"--{flag.replace('_', '-')} must be at least 1")
+    if args.pool < 4 or not args.lr > 0:
+        p.error("--pool must be at least 4 and --lr positive")
+    if args.init == "teacher" and args.clone == "secant" and args.updates > 0:
+        args.clone = "eps"                     # a copy predicts epsilon; the config line shows it
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = pick_device(args.device)
+    teacher, _ = load_teacher(args.teacher, device)
+    out = output_folder(args.out, "student", args.resume)
+    print("config:", vars(args))
+    torch.manual_seed(args.seed)
+    if args.init == "teacher":
+        net = student_from_teacher(teacher)
+    else:
+        net = JumpUNet(predicts="v" if args.clone == "secant" else "eps", **STUDENT_UNET,
+                       image_size=teacher.config["image_size"])
+    net = net.to(device)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    print(f"device {device_name(device)} | student {parameter_count(net) / 1e6:.2f} M, "
+          f"teacher {parameter_count(teacher) / 1e6:.2f} M parameters | "
+          f"{args.updates * args.batch_size} jumps from {args.updates * args.batch_size // args.pairs_per_path} paths")
+    seconds, paths = clone(net, ema, teacher, args, out, device)
+    save_student(out / "student.pt", ema, None, provenance(args, args.updates, paths, seconds, device))
+    plot_clone(out) if args.updates else None
+
+    rows, landing, pictures = evaluate(ema, teacher, args.evaluate, linear_alpha_bar(device), device)
+    save_picture(out / "samples.png", pictures)
+    print(f"\nMSE to the teacher's {TEACHER_STEPS}-step result, {args.evaluate} held-out noises")
+    names = ["student uniform", "student quadratic", "teacher uniform", "teacher quadratic"]
+    print("steps  " + "  ".join(f"{name:>17s}" for name in names))
+    for row in rows:
+        print(f"{row['steps']:5d}  " + "  ".join(f"{row[name]:17.4f}" for name in names))
+        log_line(out, evaluation=row)
+    print("landing error of one jump: " + ", ".join(f"{k} {v:.4f}" for k, v in landing.items()))
+    log_line(out, landing=landing)
+    print(f"cloned in {seconds / 60:.1f} min from {paths} teacher paths\n"
+          f"wrote {out}/student.pt, samples.png, log.jsonl")
+
+
+if __name__ == "__main__":
+    run_main(main)
