@@ -120,14 +120,15 @@ def load_images(data, train=True):
     return folder_images(str(split if split.is_dir() else data))
 
 
-def draw_batch(images, batch_size, generator):
-    """Random images, half of them mirrored, scaled to [-1, 1]: (batch_size, 3, H, W).
+def draw_batch(images, batch_size, generator, in_order=False):
+    """Random images (or, in_order, just these), half of them mirrored, scaled to [-1, 1]: (batch_size, 3, H, W).
 
     Indices and flips are drawn on the CPU (so that all devices agree), the rest happens on the device.
     """
-    index = torch.randint(len(images), (batch_size,), generator=generator).to(images.device)
+    if not in_order:
+        images = images[torch.randint(len(images), (batch_size,), generator=generator).to(images.device)]
     mirror = (torch.rand(batch_size, generator=generator) < 0.5).to(images.device)
-    x = images[index].float() / 127.5 - 1
+    x = images.float() / 127.5 - 1
     return torch.where(mirror[:, None, None, None], x.flip(-1), x)
 
 

@@ -1,0 +1,477 @@
+"""Rewards and metrics: what "aligned with the teacher" means, and who judges it.
+
+Adds two small CIFAR-10 encoders. The *coach* serves the rewards (ReDiF uses CLIP, DINO, LPIPS, which do
+not fit a laptop); the *judge*, of another architecture and seed, serves the evaluation alone, so that
+a student that merely pleases its coach (reward hacking) is found out. All rewards compare a student's
+image with the teacher's from the same start noise.
+
+    python reward.py             # bundled encoders: what each reward says of graded distortions
+    python reward.py --train     # trains both encoders, 10 minutes on two CPU cores
+    python reward.py --smoke     # tiny training, seconds, numbers mean nothing
+
+Reads --coach, --judge, --teacher, or --data with --train; writes rewards.png, or coach.pt and judge.pt,
+and log.jsonl to --out. Next file: rl_distill.py.
+"""
+import argparse
+import time
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+# From earlier files:
+from ddpm import (BadInput, autocast, half_weights, linear_alpha_bar, load_checkpoint, load_teacher, load_weights,
+                  log_line, make_grid, output_folder, parameter_count, pick_device, run_main, sample,
+                  save_checkpoint, seeded_noise, to_unit)
+from teacher import device_name, draw_batch, load_images
+
+NEIGHBOURS = 5              # k of precision/recall/density/coverage, Naeem et al. 2020
+REFERENCE = 5000            # real images whose judge features are kept for precision/recall
+BINS = 32                   # of the intensity histogram, per colour channel
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ ENCODERS: images (B, 3, 32, 32) in [-1, 1] -> (list of feature maps, features (B, C), logits) │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+def conv_norm(c_in, c_out, stride=1):
+    """3x3 convolution with batch norm."""
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out))
+
+
+class Coach(nn.Module):
+    """Residual network with strided convolutions and ReLU; features (B, 192)."""
+
+    def __init__(self, classes=10):
+        super().__init__()
+        self.stem = conv_norm(3, 24)
+        widths = [24, 48, 96, 192]
+        self.shrink = nn.ModuleList(conv_norm(a, b, stride=2) for a, b in zip(widths, widths[1:]))
+        self.residual = nn.ModuleList(nn.Sequential(conv_norm(c, c), nn.ReLU(), conv_norm(c, c)) for c in widths[1:])
+        self.classify = nn.Linear(widths[-1], classes)
+
+    def forward(self, x):
+        h, maps = F.relu(self.stem(x)), []
+        for shrink, residual in zip(self.shrink, self.residual):
+            h = F.relu(shrink(h))
+            h = F.relu(h + residual(h))
+            maps.append(h)
+        features = h.mean(dim=(2, 3))
+        return maps, features, self.classify(features)
+
+
+class Judge(nn.Module):
+    """Plain VGG-like network with max-pooling, GroupNorm and GELU; features (B, 160)."""
+
+    def __init__(self, classes=10):
+        super().__init__()
+
+        def block(*layers):
+            return nn.Sequential(*(m for a, b in layers for m in (
+                nn.Conv2d(a, b, 3, padding=1, bias=False), nn.GroupNorm(8, b), nn.GELU())))
+        self.blocks = nn.ModuleList([block((3, 32)), block((32, 80)), block((80, 160), (160, 160))])
+        self.classify = nn.Linear(160, classes)
+
+    def forward(self, x):
+        h, maps = x, []
+        for block in self.blocks:
+            h = block(F.max_pool2d(h, 2) if maps else h)
+            maps.append(h)
+        features = h.mean(dim=(2, 3))
+        return maps, features, self.classify(features)
+
+
+ENCODERS = {"coach": Coach, "judge": Judge}
+
+
+def load_encoder(path, role, device="cpu"):
+    """Frozen encoder in eval mode from a checkpoint of reward.py. Returns (net, checkpoint).
+
+    requires_grad_(False) freezes the weights alone: gradients still reach the *images*, which direct
+    reward backpropagation needs. (no_grad here would silently cut them off.)
+    """
+    content = load_checkpoint(path, role)
+    try:
+        net = load_weights(ENCODERS[role](**content["config"]), content["weights"], path)
+        content["scales"] if role == "coach" else (content["mean"], content["covariance"], content["features"])
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{path} has no usable {role} ({error})") from None
+    net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return net, content
+
+
+@torch.no_grad()
+def encode(net, images, batch=500):
+    """Pooled features of (N, 3, 32, 32) images in [-1, 1], in batches: (N, C)."""
+    return torch.cat([net(x)[1].float() for x in images.split(batch)])
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ REWARD TERMS: (images, targets, coach) -> (B,), larger is better, `best` for images == targets│
+# │ None looks beyond its own pair of images, so a reward never depends on the batch              │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+def feature_reward(images, targets, coach):
+    """Cosine of the coach's pooled features, stands in for ReDiF's CLIP and DINO rewards."""
+    return F.cosine_similarity(coach(images)[1], coach(targets)[1], dim=1)
+
+
+def perceptual_reward(images, targets, coach):
+    """-mean over layers of the squared distance of unit-length feature vectors (as LPIPS, unweighted)."""
+    layers = zip(coach(images)[0], coach(targets)[0])
+    return -torch.stack([(F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean((1, 2))
+                         for a, b in layers]).mean(0)
+
+
+def mse_reward(images, targets, coach=None):
+    """-mean squared error over pixels."""
+    return -(images - targets).square().mean((1, 2, 3))
+
+
+def histogram(images):
+    """Smoothed intensity histogram per colour: (B, 3, H, W) -> (B, 3, BINS), each summing to 1."""
+    B, C = images.shape[:2]
+    bins = (to_unit(images) * BINS).long().clamp(max=BINS - 1).reshape(B, C, -1)
+    counts = torch.zeros(B, C, BINS, device=images.device).scatter_add_(2, bins, torch.ones_like(bins, dtype=torch.float))
+    return (counts + 1) / (counts + 1).sum(2, keepdim=True)
+
+
+def histogram_reward(images, targets, coach=None):
+    """-KL(teacher || student) of the histograms. Counting has no gradient: the reason to use RL."""
+    p, q = histogram(targets), histogram(images)
+    return -(p * (p / q).log()).sum(2).mean(1)
+
+
+class Term(NamedTuple):
+    """One entry of the registry: function, worst and best value, whether autograd can see through it."""
+    function: Callable
+    worst: float
+    best: float
+    differentiable: bool
+
+
+TERMS = {
+    "feature": Term(feature_reward, -1.0, 1.0, True),
+    "perceptual": Term(perceptual_reward, -4.0, 0.0, True),
+    "mse": Term(mse_reward, -4.0, 0.0, True),
+    "histogram": Term(histogram_reward, -float("inf"), 0.0, False),
+}
+
+
+class Reward:
+    """Weighted sum of standardised terms: sum_i w_i (r_i - best_i) / scale_i, at most 0.
+
+    spec: 'feature+perceptual' or with weights 'feature:2+mse:0.5'. scale_i is the term's standard deviation
+    over a fixed set of distorted real images (stored with the coach), so that weights mean something,
+    and -1 means "one typical distortion away from the teacher".
+    """
+
+    def __init__(self, spec, coach, scales):
+        self.coach, self.scales, self.weights = coach, scales, parse_reward(spec)
+
+    @property
+    def differentiable(self):
+        """Whether every term lets gradients through."""
+        return all(TERMS[name].differentiable for name in self.weights)
+
+    def __call__(self, images, targets):
+        """(B, 3, H, W) twice, in [-1, 1] -> (reward (B,), {term: raw value (B,)})."""
+        raw = {name: TERMS[name].function(images, targets, self.coach) for name in self.weights}
+        total = sum(w * (raw[name] - TERMS[name].best) / self.scales[name] for name, w in self.weights.items())
+        return total, raw
+
+
+def parse_reward(spec):
+    """'feature:2+mse' -> {'feature': 2.0, 'mse': 1.0}; BadInput for unknown terms or weights."""
+    weights = {}
+    for part in spec.split("+"):
+        name, _, weight = part.strip().partition(":")
+        if name not in TERMS:
+            raise BadInput(f"unknown reward '{name}'; choose from {', '.join(TERMS)}, joined by + (feature:2+mse)")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            raise BadInput(f"the weight of reward '{name}' must be a number, not '{weight}'") from None
+        if not 0 < weights[name] < float("inf"):
+            raise BadInput(f"the weight of reward '{name}' must be positive and finite, not {weight}")
+    return weights
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ METRICS, in the judge's features                                                              │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+def moments(features):
+    """Mean (C,) and covariance (C, C) in fp64 of features (N, C), N >= 2."""
+    features = features.double()
+    centred = features - features.mean(0)
+    return features.mean(0), centred.T @ centred / (len(features) - 1)
+
+
+def frechet_distance(mean1, cov1, mean2, cov2):
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). Heusel et al. 2017 (there in Inception features).
+
+    tr (C1 C2)^(1/2) is the sum of the square roots of the eigenvalues of S C2 S with S = C1^(1/2), symmetric
+    and positive semi-definite; so rank-deficient covariances need no added epsilon. fp64, returns a float.
+    """
+    mean1, cov1, mean2, cov2 = (x.double() for x in (mean1, cov1, mean2, cov2))
+    values, vectors = torch.linalg.eigh(cov1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+    return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
+
+
+def precision_recall(real, fake, k=NEIGHBOURS):
+    """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
+
+    real (N, C), fake (M, C), N, M > k. A fake is precise where it lies in *any* real's ball, whose radius is
+    the distance to that real's k-th neighbour (not just in the nearest one's). Returns a dict of floats.
+    """
+    real, fake = real.float(), fake.float()
+    radius_real = torch.cdist(real, real).kthvalue(k + 1, dim=1).values       # k + 1: itself is the first
+    radius_fake = torch.cdist(fake, fake).kthvalue(k + 1, dim=1).values
+    distance = torch.cdist(real, fake)                                        # (N, M)
+    in_real = distance <= radius_real[:, None]
+    return dict(precision=in_real.any(0).float().mean().item(),
+                recall=(distance <= radius_fake[None, :]).any(1).float().mean().item(),
+                density=(in_real.sum(0).float().mean() / k).item(),
+                coverage=(distance.min(1).values <= radius_real).float().mean().item())
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ GRADED DISTORTIONS: for the scales of the terms, and for the figure                           │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+def distort(images, kind, level, generator):
+    """images (B, 3, H, W) -> distorted copy; level in 0..1 (0 changes nothing).
+
+    'noise': Gaussian of std level / 2; 'blur': Gaussian of std 2 level pixels; 'shift': 8 level pixels
+    sideways; 'wrong': a level-share of blending with another image of the batch.
+    """
+    if level == 0:
+        return images.clone()
+    if kind == "noise":
+        noise = torch.randn(images.shape, generator=generator).to(images.device)
+        return (images + level / 2 * noise).clamp(-1, 1)
+    if kind == "blur":
+        x = torch.arange(-6, 7, device=images.device)
+        kernel = torch.softmax(-x.square() / (2 * (2 * level) ** 2), 0)
+        padded = F.pad(images, (6, 6, 6, 6), mode="reflect")
+        kernel = (kernel[:, None] * kernel).expand(3, 1, 13, 13)
+        return F.conv2d(padded, kernel, groups=3)
+    if kind == "shift":
+        pixels = round(8 * level)
+        return F.pad(images, (pixels, 0, 0, 0), mode="reflect")[..., :images.shape[-1]]
+    return torch.lerp(images, images.roll(1, 0), level)
+
+
+DISTORTIONS = ("noise", "blur", "shift", "wrong")
+
+
+@torch.no_grad()
+def term_scales(coach, images):
+    """Standard deviation of every term over all distortions at levels 1/4, 1/2, 3/4, 1: {term: float}."""
+    generator = torch.Generator().manual_seed(0)
+    values = {name: [] for name in TERMS}
+    for kind in DISTORTIONS:
+        for level in (0.25, 0.5, 0.75, 1.0):
+            distorted = distort(images, kind, level, generator)
+            for name, term in TERMS.items():
+                values[name].append(term.function(distorted, images, coach))
+    return {name: torch.cat(v).std().item() for name, v in values.items()}
+
+
+def plot_rewards(images, coach, scales, path):
+    """Figure: standardised reward of each term against the level of each distortion, with examples."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    levels = [i / 8 for i in range(9)]
+    figure, axes = plt.subplots(2, len(DISTORTIONS), figsize=(12, 4.6), height_ratios=[1, 2.4])
+    table = {}
+    for column, kind in enumerate(DISTORTIONS):
+        generator = torch.Generator().manual_seed(0)
+        distorted = [distort(images, kind, level, generator) for level in levels]
+        strip = torch.cat([to_unit(d[0]) for d in distorted[::2]], dim=2).permute(1, 2, 0).cpu()
+        axes[0, column].imshow(strip.numpy(), interpolation="nearest")
+        axes[0, column].set_title(kind)
+        axes[0, column].axis("off")
+        for name, term in TERMS.items():
+            curve = [((term.function(d, images, coach).mean() - term.best) / scales[name]).item() for d in distorted]
+            axes[1, column].plot(levels, curve, label=name, marker="o", markersize=3)
+            table[f"{kind} {name}"] = curve
+        axes[1, column].set_xlabel("level of the distortion")
+        axes[1, column].grid(alpha=0.3)
+    axes[1, 0].set_ylabel("standardised reward")
+    axes[1, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return table
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ TRAINING THE ENCODERS                                                                         │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+def random_crop(x, generator, padding=4):
+    """Shift every image by up to `padding` pixels each way, mirrored at the border. (B, 3, H, W) -> same."""
+    B, _, H, W = x.shape
+    padded = F.pad(x, [padding] * 4, mode="reflect")
+    dy, dx = (torch.randint(2 * padding + 1, (B, 1), generator=generator).to(x.device) for _ in range(2))
+    rows, columns = dy + torch.arange(H, device=x.device), dx + torch.arange(W, device=x.device)     # (B, H), (B, W)
+    batch = torch.arange(B, device=x.device)[:, None, None]
+    return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def draw_labelled(images, labels, batch_size, generator):
+    """Random augmented batch: (images (B, 3, H, W) in [-1, 1], labels (B,))."""
+    index = torch.randint(len(images), (batch_size,), generator=generator)
+    x = draw_batch(images[index.to(images.device)], batch_size, generator, in_order=True)
+    return random_crop(x, generator), labels[index.to(labels.device)]
+
+
+def train_encoder(role, images, labels, args, seed, out, device):
+    """Cross-entropy with label smoothing, AdamW, one cycle of the learning rate. Returns (net, seconds)."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    net = ENCODERS[role](classes=int(labels.max()) + 1).to(device, memory_format=torch.channels_last)
+    updates = max(2, args.epochs * len(images) // args.batch_size)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, updates, pct_start=0.2)
+    state_path, first, seconds_before = out / f"state-{role}.pt", 0, 0.0
+    if args.resume and state_path.exists():
+        state = load_checkpoint(state_path, f"{role}-state")
+        for part, saved in ((net, "net"), (optimizer, "optimizer"), (schedule, "schedule")):
+            part.load_state_dict(state[saved])
+        generator.set_state(state["generator"])
+        first, seconds_before = state["update"], state["seconds"]
+        print(f"resumed {role} at update {first}")
+    start, net = time.time(), net.train()
+    progress = tqdm(range(first, updates), initial=first, total=updates, mininterval=5, desc=role)
+    for update in progress:
+        x, y = draw_labelled(images, labels, args.batch_size, generator)
+        with autocast(device):
+            loss = F.cross_entropy(net(x.contiguous(memory_format=torch.channels_last))[2].float(), y,
+                                   label_smoothing=0.1)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        done, seconds = update + 1, seconds_before + time.time() - start
+        if done % 100 == 0 or done == updates:
+            log_line(out, encoder=role, update=done, loss=loss.item(), seconds=seconds)
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+            save_checkpoint(state_path, f"{role}-state", net=net.state_dict(), optimizer=optimizer.state_dict(),
+                            schedule=schedule.state_dict(), generator=generator.get_state(), update=done,
+                            seconds=seconds)
+    return net.eval().requires_grad_(False), seconds_before + time.time() - start
+
+
+@torch.no_grad()
+def accuracy(net, images, labels, batch=500):
+    """Share of (N, 3, H, W) uint8 images classified rightly."""
+    right = sum((net(x.float() / 127.5 - 1)[2].argmax(1) == y).sum().item()
+                for x, y in zip(images.split(batch), labels.split(batch)))
+    return right / len(images)
+
+
+def train_both(args, out, device):
+    """Train coach and judge, compute what belongs to them, write coach.pt and judge.pt."""
+    images, labels = (x.to(device) for x in load_images(args.data))
+    held_images, held_labels = (x.to(device) for x in load_images(args.data, train=False))
+    if args.smoke:
+        images, labels, held_images, held_labels = (x[:600] for x in (images, labels, held_images, held_labels))
+    for role, seed in (("coach", args.seed), ("judge", args.seed + 1000)):
+        net, seconds = train_encoder(role, images, labels, args, seed, out, device)
+        share = accuracy(net, held_images, held_labels)
+        origin = dict(script="reward.py", data=Path(args.data).name, seed=seed, epochs=args.epochs, accuracy=share,
+                      minutes=round(seconds / 60, 1), device=device_name(device), torch=str(torch.__version__))
+        scaled = images.float() / 127.5 - 1 if role == "judge" else images[:128 if args.smoke else 512].float() / 127.5 - 1
+        if role == "coach":
+            extra = dict(scales=term_scales(net, scaled))
+        else:
+            features = encode(net, scaled)
+            mean, covariance = moments(features)
+            pick = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:REFERENCE]
+            extra = dict(mean=mean.cpu(), covariance=covariance.cpu(), features=features[pick.to(device)].half().cpu())
+        save_checkpoint(out / f"{role}.pt", role, config=dict(classes=net.classify.out_features),
+                        weights=half_weights(net), provenance=origin, **extra)
+        log_line(out, encoder=role, accuracy=share, seconds=seconds)
+        print(f"{role}: {parameter_count(net) / 1e6:.2f} M parameters, test accuracy {share:.4f}, {seconds / 60:.1f} min")
+    print(f"wrote {out}/coach.pt, judge.pt, log.jsonl")
+
+
+def show(args, out, device):
+    """Figure and table of the rewards on graded distortions of the teacher's own samples."""
+    coach, content = load_encoder(args.coach, "coach", device)
+    _, judged = load_encoder(args.judge, "judge", device)
+    teacher, _ = load_teacher(args.teacher, device)
+    side = teacher.config["image_size"]
+    x_T = seeded_noise(range(args.n), (3, side, side), device=device)
+    images = sample(teacher, x_T, make_grid("uniform", 50), linear_alpha_bar(device))
+    table = plot_rewards(images, coach, content["scales"], out / "rewards.png")
+    for role, content_of in (("coach", content), ("judge", judged)):
+        print(f"{role}: test accuracy {content_of['provenance']['accuracy']:.4f}")
+    print(f"\nstandardised reward of {args.n} teacher samples, distorted   (0: like the teacher)")
+    print(f"{'distortion':>10s} {'level':>6s} " + " ".join(f"{name:>11s}" for name in TERMS))
+    for kind in DISTORTIONS:
+        for i in (2, 4, 8):
+            print(f"{kind:>10s} {i / 8:6.2f} " + " ".join(f"{table[f'{kind} {name}'][i]:11.3f}" for name in TERMS))
+    log_line(out, **table)
+    print(f"wrote {out}/rewards.png, log.jsonl")
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ COMMAND LINE                                                                                  │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+def parse_args(argv=None):
+    """Command line of reward.py."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                epilog="example: python reward.py --train --data cifar10 --epochs 6")
+    p.add_argument("--train", action="store_true", help="train the encoders instead of showing the rewards")
+    p.add_argument("--data", default="cifar10", help="with --train: cifar10, shapes, or a folder of class subfolders")
+    p.add_argument("--epochs", type=int, default=6, help="passes over the images, 5..30")
+    p.add_argument("--batch-size", type=int, default=256, help="images per update, 64..1024")
+    p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate, 1e-3..5e-3")
+    p.add_argument("--coach", default="checkpoints/coach.pt", help="checkpoint of the coach to show")
+    p.add_argument("--judge", default="checkpoints/judge.pt", help="checkpoint of the judge to show")
+    p.add_argument("--teacher", default="checkpoints/teacher.pt", help="whose samples are distorted for the figure")
+    p.add_argument("--n", type=int, default=32, help="samples in the figure, at least 2")
+    p.add_argument("--out", help="folder of the run (default: next free runs/reward)")
+    p.add_argument("--resume", action="store_true", help="go on with the training in --out")
+    p.add_argument("--seed", type=int, default=0, help="seed of the coach; the judge's is 1000 more")
+    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    p.add_argument("--smoke", action="store_true", help="tiny training on shapes, seconds; its numbers mean nothing")
+    args = p.parse_args(argv)
+    if args.smoke:
+        args.train, args.data, args.epochs, args.batch_size = True, "shapes", 1, 100
+    for flag in ("epochs", "batch_size"):
+        if getattr(args, flag) < 1:
+            p.error(f"--{flag.replace('_', '-')} must be at least 1")
+    if args.n < 2 or not args.lr > 0:
+        p.error("--n must be at least 2 and --lr positive")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = pick_device(args.device)
+    if not args.train and args.resume:
+        raise BadInput("--resume goes with --train")
+    if not args.train:                          # look before a folder is made
+        for path, role in ((args.coach, "coach"), (args.judge, "judge"), (args.teacher, "teacher")):
+            load_checkpoint(path, role)
+    out = output_folder(args.out, "reward", args.resume)
+    print("config:", vars(args))
+    print(f"device {device_name(device)}")
+    train_both(args, out, device) if args.train else show(args, out, device)
+
+
+if __name__ == "__main__":
+    run_main(main)
