@@ -1,0 +1,558 @@
+"""Reinforced distillation: a policy gradient over step sizes and denoising transitions.
+
+Few-step sampling as a Markov decision process (ReDiF, arXiv 2512.22802), written out by hand:
+    state   (x_t, t, n)             n: evaluations left
+    action  (rho, x_next)           how far to jump, t_next = rho t, and where to land
+    policy  Beta(rho) x N(x_next; mu_theta(x_t, t, t_next), sigma^2 I)
+    reward  at the end only: likeness to the teacher's image from the same noise - step_cost * NFE
+
+    python rl_distill.py                                  # bundled weights, no data, no network
+    python rl_distill.py --init teacher --learn steps     # a better grid for the teacher itself
+    python rl_distill.py --smoke                          # seconds, numbers mean nothing
+
+Reads --teacher, --student, --coach; writes to --out: student.pt, state.pt (for --resume), alignment.png,
+grid.png, curves.png, result.json, log.jsonl. Next file: sample.py.
+"""
+import argparse
+import copy
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+# From earlier files:
+from ddpm import (T, BadInput, linear_alpha_bar, load_checkpoint, load_teacher, log_line, make_grid,
+                  output_folder, parameter_count, pick_device, run_main, sample, save_checkpoint, seeded_noise)
+from teacher import device_name, tile
+from student import (HELD_OUT, TEACHER_STEPS, StepPolicy, deploy, jump, land, load_student, save_student,
+                     student_from_teacher)
+from reward import TERMS, Reward, load_encoder
+
+SIGMA_FLOOR = 0.05          # training noise on the jump into t = 0, whose DDIM sigma is 0; deployment has none
+RHO_MARGIN = 1e-4           # rho is kept this far from 0 and 1, where a Beta's log-density is infinite
+MONITOR = 32                # noises of the reward printed after every update; not those of the final table
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ START NOISE AND TARGETS. A noise is a seed: training counts up from 0, monitoring and the     │
+# │ final table lie above HELD_OUT, so that they are disjoint by construction                     │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+@torch.no_grad()
+def noise_and_targets(teacher, first_seed, n, alpha_bar, device, what):
+    """Start noise z of seeds first_seed .. first_seed + n - 1 and the teacher's DDIM image of each.
+
+    Returns (z, target), both (n, 3, H, W). One target per z: deterministic, computed once, reused.
+    """
+    side, chunk = teacher.config["image_size"], 64 if device.type == "cpu" else 1024
+    z = seeded_noise(range(first_seed, first_seed + n), (3, side, side), device=device)
+    grid = make_grid("uniform", TEACHER_STEPS)
+    return z, torch.cat([sample(teacher, x, grid, alpha_bar) for x in tqdm(z.split(chunk), desc=what)])
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ THE TWO CHANNELS OF THE POLICY: log-probabilities of what was done                            │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+def step_logp(policy, t, n, features, rho, stop, may_stop):
+    """log pi of a step: log Beta(rho), or with may_stop the stop-or-go Bernoulli first. (B,) -> (B,)."""
+    beta, bernoulli = policy.distribution(t, n, features)
+    logp = beta.log_prob(rho)
+    if may_stop:
+        logp = bernoulli.log_prob(stop.float()) + torch.where(stop, torch.zeros_like(logp), logp)
+    return logp
+
+
+def pixel_logp(mean, x_next, sigma):
+    """log N(x_next; mean, sigma^2 I) without its constants, (B,).
+
+    DEVIATES from the density: the *mean* over the 3072 dimensions instead of their sum, as ReDiF's and DDPO's
+    code do. The summed ratio is e^(+-50) after the smallest weight change, and every sample is clipped.
+    """
+    return -((x_next - mean).square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
+
+
+def gaussian_kl(mean, mean_ref, sigma):
+    """KL of two Gaussians of equal sigma: |mu - mu_ref|^2 / (2 sigma^2), per dimension. (B, ...) -> (B,)."""
+    return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
+
+
+def draw_rho(alpha, beta, generator):
+    """rho ~ Beta(alpha, beta) as a ratio of gammas, drawn on the CPU from our own generator. (B,) -> (B,)."""
+    a, b = (torch._standard_gamma(s.double().cpu(), generator=generator) for s in (alpha, beta))
+    return (a / (a + b)).float().clamp(RHO_MARGIN, 1 - RHO_MARGIN).to(alpha.device)
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ SAMPLING                                                                                      │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+@torch.no_grad()
+def rollout(net, policy, z, args, alpha_bar, generator):
+    """Play the policy from start noise z (B, 3, H, W); groups of equal z lie next to each other.
+
+    Returns (images (B, 3, H, W) in [-1, 1], NFE (B,), list of steps). A step is a dict of what was seen and
+    done, for the trajectories still running: rows (b,), x_t, t, n, features, rho, stop, t_next, x_next, sigma
+    and the log-probabilities of both channels at the time of acting.
+    """
+    learn_steps, learn_pixels = args.learn in ("steps", "both"), args.learn in ("pixels", "both")
+    may_stop = args.step_cost > 0
+    x, t = z, torch.full((len(z),), T, device=z.device)
+    features, nfe, steps = torch.zeros(len(z), net.features, device=z.device), torch.zeros_like(t), []
+    for k in range(args.steps):
+        rows = (t > 0).nonzero()[:, 0]
+        if len(rows) == 0:
+            break
+        s = dict(rows=rows, x_t=x[rows], t=t[rows], features=features[rows])
+        s["n"] = torch.full_like(s["t"], args.steps - k)
+        if learn_steps:                                             # action 1: how far
+            beta, bernoulli = policy.distribution(s["t"], s["n"], s["features"])
+            s["rho"] = draw_rho(beta.concentration1, beta.concentration0, generator)
+            u = torch.rand(len(rows), generator=generator).to(z.device)
+            s["stop"] = (u < bernoulli.probs) & may_stop & (s["n"] > 1)
+        else:
+            s["rho"], _, stop = policy(s["t"], s["n"], s["features"])
+            s["stop"] = (stop > 0) & may_stop
+        s["t_next"] = land(s["t"], s["rho"], s["n"], s["stop"])
+        s["logp_step"] = step_logp(policy, s["t"], s["n"], s["features"], s["rho"], s["stop"], may_stop)
+        eta = args.eta if learn_pixels else 0.0
+        mean, sigma, seen = jump(net, s["x_t"], s["t"], s["t_next"], alpha_bar, eta)
+        s["x_next"] = mean
+        if learn_pixels:                                            # action 2: where
+            s["sigma"] = torch.where(s["t_next"] == 0, sigma.clamp(min=SIGMA_FLOOR), sigma)
+            noise = torch.randn(x.shape, generator=generator)
+            noise[1::2] = -noise[0::2]                              # antithetic pairs within a group
+            s["x_next"] = mean + s["sigma"][:, None, None, None] * noise.to(z.device)[rows]
+            s["logp_pixel"] = pixel_logp(mean, s["x_next"], s["sigma"])
+        x, features, t = x.clone(), features.clone(), t.clone()
+        x[rows], features[rows], t[rows] = s["x_next"], seen, s["t_next"]
+        nfe[rows] += 1
+        steps.append(s)
+    return x.clamp(-1, 1), nfe, steps
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ ADVANTAGES                                                                                    │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+def advantages(reward, group, baseline):
+    """Centred, scaled rewards: (M * group,) -> same. Members of a group share z and lie next to each other.
+
+    'global' (default): R - group mean, divided by the std of that over the whole batch;
+    'group':  divided by each group's own std (GRPO, Shao et al. 2024), which blows up near-ties;
+    'batch':  (R - batch mean) / batch std (DDPO): easy noises look good, hard ones bad.
+    Equal rewards give exactly 0, never noise scaled to 1.
+    """
+    groups = reward.reshape(-1, group)                              # (M, group)
+    if baseline == "batch":
+        centred = groups - groups.mean()
+        scale = centred.std(correction=0)
+    else:
+        centred = groups - groups.mean(1, keepdim=True)
+        scale = centred.square().mean(1, keepdim=True).sqrt() if baseline == "group" else centred.std(correction=0)
+    noise_level = 1e-6 * (1 + groups.abs().max())                   # differences below are rounding
+    return torch.where(scale > noise_level, centred / scale.clamp(min=noise_level), 0.0).reshape(-1)
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ TRAINING                                                                                      │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+def clipped_surrogate(logp, logp_old, adv, clip_range):
+    """-min(ratio A, clip(ratio, 1 - c, 1 + c) A). Eq. 7, Schulman et al. 2017. All (B,).
+
+    Returns (loss (B,), ratio (B,) detached). clip_range = inf is the plain policy gradient.
+    """
+    ratio = (logp - logp_old).exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return -torch.minimum(ratio * adv, clipped * adv), ratio.detach()
+
+
+def channel_loss(logp, logp_old, adv, clip_range, estimator):
+    """Loss per action and ratio: PPO's surrogate, or REINFORCE's -A log pi (Williams 1992)."""
+    if estimator == "reinforce":
+        return -adv * logp, (logp - logp_old).exp().detach()
+    return clipped_surrogate(logp, logp_old, adv, clip_range)
+
+
+def policy_update(net, net_ref, policy, optimizers, steps, adv, args, alpha_bar):
+    """Inner epochs of one update on the stored steps. Returns a dict of diagnostics."""
+    may_stop, epochs = args.step_cost > 0, args.inner_epochs if args.estimator == "ppo" else 1
+    diagnostics = dict(ratio_t0=None, clip_steps=0.0, clip_pixels=0.0, kl=0.0, grad_norm=0.0)
+    mean_sigma = torch.cat([s["sigma"] for s in steps]).mean() if "sigma" in steps[0] else None
+    choices = sum((s["n"] > 1).sum().item() for s in steps)         # the last jump has no choice of rho
+    actions = sum(len(s["rows"]) for s in steps)
+    for epoch in range(epochs):
+        for optimizer in optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        ratios = []
+        for s in steps:
+            a = adv[s["rows"]]
+            if "steps" in optimizers and s["n"][0] > 1:
+                logp = step_logp(policy, s["t"], s["n"], s["features"], s["rho"], s["stop"], may_stop)
+                loss, ratio = channel_loss(logp, s["logp_step"], a, args.clip_steps, args.estimator)
+                (loss.sum() / choices).backward()
+                ratios.append(ratio)
+                diagnostics["clip_steps"] += ((ratio - 1).abs() > args.clip_steps).sum().item() / choices / epochs
+            if "pixels" in optimizers:
+                for i in torch.arange(len(a), device=a.device).split(args.minibatch):
+                    mean, _, _ = jump(net, s["x_t"][i], s["t"][i], s["t_next"][i], alpha_bar, args.eta)
+                    sigma = s["sigma"][i]
+                    logp = pixel_logp(mean, s["x_next"][i], sigma)
+                    loss, ratio = channel_loss(logp, s["logp_pixel"][i], a[i], args.clip_pixels, args.estimator)
+                    loss = loss * sigma / mean_sigma                # the score is of order 1 / sigma
+                    if args.kl > 0:                                 # at the same state, with gradient
+                        with torch.no_grad():
+                            mean_ref, _, _ = jump(net_ref, s["x_t"][i], s["t"][i], s["t_next"][i], alpha_bar, args.eta)
+                        kl = gaussian_kl(mean, mean_ref, sigma)
+                        loss = loss + args.kl * kl
+                        diagnostics["kl"] += kl.sum().item() / actions / epochs
+                    (loss.sum() / actions).backward()
+                    ratios.append(ratio)
+                    diagnostics["clip_pixels"] += ((ratio - 1).abs() > args.clip_pixels).sum().item() / actions / epochs
+        if diagnostics["ratio_t0"] is None:                         # before the first optimizer step
+            diagnostics["ratio_t0"] = torch.cat(ratios).mean().item() if ratios else 1.0
+        diagnostics["grad_norm"] += apply_gradients(net, policy, optimizers) / epochs
+    return diagnostics
+
+
+def backprop_update(net, policy, optimizers, z, target, reward, args, alpha_bar):
+    """Control arm without RL: gradient ascent on the reward itself, through all jumps (eta = 0)."""
+    optimizers["pixels"].zero_grad(set_to_none=True)
+    for i in torch.arange(len(z), device=z.device).split(args.minibatch):
+        x, t = z[i], torch.full((len(i),), T, device=z.device)
+        features = torch.zeros(len(i), net.features, device=z.device)
+        for k in range(args.steps):
+            n = torch.full_like(t, args.steps - k)
+            with torch.no_grad():
+                rho, _, _ = policy(t, n, features)
+            t_next = land(t, rho, n, torch.zeros_like(t, dtype=torch.bool))
+            x, _, features = jump(net, x, t, t_next, alpha_bar)
+            t = t_next
+        (-reward(x.clamp(-1, 1), target[i])[0].sum() / len(z)).backward()
+    return dict(ratio_t0=1.0, clip_steps=0.0, clip_pixels=0.0, kl=0.0, grad_norm=apply_gradients(net, policy, optimizers))
+
+
+def apply_gradients(net, policy, optimizers):
+    """Clip each channel's gradient to norm 1 and step. Returns the norm before clipping."""
+    total = 0.0
+    for channel, optimizer in optimizers.items():
+        norm = torch.nn.utils.clip_grad_norm_((policy if channel == "steps" else net).parameters(), 1.0)
+        if not torch.isfinite(norm):
+            raise BadInput(f"the gradient of the {channel} channel is not finite; lower its learning rate")
+        optimizer.step()
+        total += norm.item() ** 2
+    return math.sqrt(total)
+
+
+@torch.no_grad()
+def drift(net, net_ref):
+    """Relative distance of the parameters from where they started."""
+    pairs = list(zip(net.parameters(), net_ref.parameters()))
+    moved = sum((p - q).square().sum() for p, q in pairs)
+    return (moved / sum(q.square().sum() for _, q in pairs)).sqrt().item()
+
+
+@torch.no_grad()
+def deployed(net, policy, z, target, reward, args, alpha_bar, grid=None, chunk=64):
+    """Deterministic deployment on noise z: dict of reward (B,), raw terms, NFE (B,), times (B, K + 1), images."""
+    outs = [deploy(net, x, args.steps, alpha_bar, policy, grid, may_stop=args.step_cost > 0) for x in z.split(chunk)]
+    images, times = torch.cat([o[0] for o in outs]), torch.cat([o[1] for o in outs])
+    nfe = (times[:, :-1] > 0).sum(1)
+    score, raw = reward(images, target)
+    return dict(reward=score - args.step_cost * nfe, raw=raw, nfe=nfe.float(), times=times, images=images)
+
+
+def better_base(net, z, target, reward, args, alpha_bar):
+    """Hand grid with the larger reward on *training* noise: where the step policy starts."""
+    scores = {name: deployed(net, None, z, target, reward, args, alpha_bar, make_grid(name, args.steps))["reward"].mean()
+              for name in ("uniform", "quadratic")}
+    return max(scores, key=scores.get)
+
+
+def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args, out, device):
+    """The loop: SAMPLING, ADVANTAGES, TRAINING, one printed line per update. Returns seconds."""
+    alpha_bar, (z_all, target_all) = linear_alpha_bar(device), train_set
+    generator = torch.Generator().manual_seed(args.seed)
+    first, seconds_before = 0, 0.0
+    if args.resume:
+        first, seconds_before = load_state(out / "state.pt", net, policy, optimizers, generator)
+        print(f"resumed at update {first}")
+    print("update  reward ± std    held-out  ratio_t0  clip s/p   kl       in-group entropy  drift    grad     NFE   grid")
+    start = time.time()
+    for update in range(first, args.updates):
+        # SAMPLING: each noise is repeated `group` times, side by side
+        pick = torch.randperm(len(z_all), generator=generator)[:args.noises_per_update].to(device)
+        pick = pick.repeat_interleave(args.group)
+        z, target = z_all[pick], target_all[pick]
+        images, nfe, steps = rollout(net, policy, z, args, alpha_bar, generator)
+        # ADVANTAGES
+        with torch.no_grad():
+            score, raw = reward(images, target)
+        score = score - args.step_cost * nfe
+        if not torch.isfinite(score).all():
+            raise BadInput(f"the reward is not finite at update {update + 1}; lower the learning rates")
+        adv = advantages(score, args.group, args.baseline)
+        # TRAINING
+        if args.estimator == "backprop":
+            diagnostics = backprop_update(net, policy, optimizers, z, target, reward, args, alpha_bar)
+        else:
+            diagnostics = policy_update(net, net_ref, policy, optimizers, steps, adv, args, alpha_bar)
+
+        held = deployed(net, policy, *monitor_set, reward, args, alpha_bar)
+        with torch.no_grad():
+            entropy = torch.cat([policy.distribution(s["t"], s["n"], s["features"])[0].entropy() for s in steps]).mean()
+        row = dict(update=update + 1, rollouts=(update + 1) * len(z), reward=score.mean().item(), reward_std=score.std().item(),
+                   held_out=held["reward"].mean().item(), **diagnostics, entropy=entropy.item(),
+                   within_group_std=score.reshape(-1, args.group).std(1).mean().item(),
+                   drift=drift(net, net_ref), nfe=held["nfe"].mean().item(),
+                   grid=held["times"].float().mean(0).tolist(), grid_std=held["times"].float().std(0).tolist(),
+                   terms={k: v.mean().item() for k, v in raw.items()}, seconds=seconds_before + time.time() - start)
+        log_line(out, **row)
+        print("{update:6d} {reward:7.4f} ±{reward_std:6.4f} {held_out:9.4f}  {ratio_t0:.6f}  {clip_steps:.2f}/{clip_pixels:.2f}  "
+              "{kl:.1e}  {within_group_std:.4f} {entropy:8.3f}  {drift:.1e}  {grad_norm:.1e}  {nfe:.2f}  ".format(**row)
+              + " ".join(f"{g:.0f}" for g in row["grid"]), flush=True)
+        if (update + 1) % args.save_every == 0 or update + 1 == args.updates:
+            save_checkpoint(out / "state.pt", "rl-state", net=net.state_dict(), policy=policy.state_dict(),
+                            policy_config=policy.config, optimizers={k: o.state_dict() for k, o in optimizers.items()},
+                            generator=generator.get_state(), update=update + 1, seconds=row["seconds"])
+    return seconds_before + time.time() - start
+
+
+def load_state(path, net, policy, optimizers, generator):
+    """Restore all that train() saved. Returns (update, seconds)."""
+    state = load_checkpoint(path, "rl-state")
+    if state["policy_config"] != policy.config or set(state["optimizers"]) != set(optimizers):
+        raise BadInput(f"{path} is a run with other settings; resume with the same --init, --learn and --base")
+    net.load_state_dict(state["net"])
+    policy.load_state_dict(state["policy"])
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
+    generator.set_state(state["generator"])
+    return state["update"], state["seconds"]
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ RESULT: before and after on held-out noise                                                    │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+@torch.no_grad()
+def final_table(net, net_before, teacher, policy, held_set, reward, args, alpha_bar):
+    """Rows of the before/after table: {row name: deployed(...)}, all at args.steps evaluations or fewer."""
+    z, target = held_set
+    grids = {name: make_grid(name, args.steps) for name in ("uniform", "quadratic")}
+    teacher_as_student = student_from_teacher(teacher).to(z.device).eval()
+    rows = {f"teacher DDIM {name}": deployed(teacher_as_student, None, z, target, reward, args, alpha_bar, grid)
+            for name, grid in grids.items()}
+    rows.update({f"student before, {name}": deployed(net_before, None, z, target, reward, args, alpha_bar, grid)
+                 for name, grid in grids.items()})
+    rows["student after"] = deployed(net, policy, z, target, reward, args, alpha_bar)
+    return rows
+
+
+def standard_error(x):
+    """Standard error of the mean of (B,) values."""
+    return (x.std() / math.sqrt(len(x))).item()
+
+
+def print_result(rows, args):
+    """Print the table and the paired comparison with the best hand grid; returns it all as plain values."""
+    terms = list(rows["student after"]["raw"])
+    print(f"\nheld-out noise, n = {args.held_out}, at most {args.steps} evaluations, eta = 0; mean ± standard error")
+    print(f"{'':26s} {'reward':>17s} {'NFE':>5s}  " + "  ".join(f"{t:>17s}" for t in terms))
+    result = dict(steps=args.steps, n=args.held_out, rows={})
+    for name, row in rows.items():
+        cells = {"reward": row["reward"], **row["raw"]}
+        values = {k: (v.mean().item(), standard_error(v)) for k, v in cells.items()}
+        print(f"{name:26s} {values['reward'][0]:8.4f} ± {values['reward'][1]:6.4f} {row['nfe'].mean():5.2f}  "
+              + "  ".join(f"{values[t][0]:8.4f} ± {values[t][1]:6.4f}" for t in terms))
+        result["rows"][name] = dict(nfe=row["nfe"].mean().item(), **{k: list(v) for k, v in values.items()})
+    best = max((n for n in rows if "before" in n), key=lambda n: rows[n]["reward"].mean())
+    gain = rows["student after"]["reward"] - rows[best]["reward"]
+    error = standard_error(gain)
+    gap = gain.mean().item() / -rows[best]["reward"].mean().item()
+    print(f"gain over '{best}', same noises: {gain.mean():.4f} ± {error:.4f} ({gain.mean() / max(error, 1e-12):+.1f} standard "
+          f"errors); {100 * gap:.0f} % of the gap to the teacher's {TEACHER_STEPS}-step result")
+    result.update(best_before=best, gain=gain.mean().item(), gain_error=error, gap_closed=gap)
+    times = rows["student after"]["times"].float()
+    print("learned grid: " + " ".join(f"{m:.0f}±{s:.0f}" for m, s in zip(times.mean(0), times.std(0))))
+    return result
+
+
+def plot_result(rows, target, args, out):
+    """alignment.png (same noise: teacher, before, after), grid.png, curves.png (from log.jsonl)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    names = ["teacher DDIM uniform", "student before, uniform", "student after"]
+    panels = [("teacher, 50 steps", target)] + [(f"{n}, {rows[n]['nfe'].mean():.1f} NFE", rows[n]["images"]) for n in names]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(9, 4.6))
+    for axis, (name, images) in zip(axes, panels):
+        axis.imshow(tile(images[:12], 12), interpolation="nearest")
+        axis.set_title(name, fontsize=9, loc="left", pad=2)
+        axis.axis("off")
+    figure.tight_layout(h_pad=0.3)
+    figure.savefig(out / "alignment.png", dpi=130)
+    plt.close(figure)
+
+    times = rows["student after"]["times"].float().cpu()
+    figure, axis = plt.subplots(figsize=(5, 3.6))
+    for name, style in (("uniform", "--"), ("quadratic", ":")):
+        axis.plot(make_grid(name, args.steps), style, color="grey", label=f"{name} grid")
+    axis.errorbar(range(times.shape[1]), times.mean(0), yerr=times.std(0), marker="o", capsize=3, label="learned, ± std over noises")
+    axis.set(xlabel="network evaluations", ylabel="t", xticks=range(times.shape[1]))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(out / "grid.png", dpi=120)
+    plt.close(figure)
+
+    log = [json.loads(line) for line in open(out / "log.jsonl", encoding="utf-8")]
+    if not log:
+        return
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
+    rollouts = [r["rollouts"] for r in log]
+    axes[0].plot(rollouts, [r["reward"] for r in log], label="training rollouts", alpha=0.6)
+    axes[0].plot(rollouts, [r["held_out"] for r in log], label="held-out, eta 0")
+    axes[0].set(xlabel="rollouts", ylabel="reward")
+    axes[0].legend()
+    for k in range(1, args.steps):
+        axes[1].plot(rollouts, [r["grid"][k] for r in log], label=f"after step {k}")
+    axes[1].set(xlabel="rollouts", ylabel="mean t")
+    axes[2].plot(rollouts, [r["entropy"] for r in log], label="entropy of the steps")
+    axes[2].plot(rollouts, [r["within_group_std"] for r in log], label="reward std in a group")
+    axes[2].set(xlabel="rollouts")
+    axes[2].legend()
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(out / "curves.png", dpi=120)
+    plt.close(figure)
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ COMMAND LINE                                                                                  │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+def parse_args(argv=None):
+    """Command line of rl_distill.py."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                epilog="example: python rl_distill.py --steps 2 --reward feature:2+mse --learn both")
+    a = p.add_argument_group("inputs and outputs").add_argument
+    a("--teacher", default="checkpoints/teacher.pt", help="checkpoint of teacher.py")
+    a("--student", default="checkpoints/student.pt", help="cloned student, start of --init student")
+    a("--coach", default="checkpoints/coach.pt", help="encoder that serves the rewards")
+    a("--out", help="folder of the run (default: next free runs/rl_distill)")
+    a("--resume", action="store_true", help="go on with the run in --out")
+    a("--seed", type=int, default=0, help="seed of exploration and batches")
+    a("--device", default="auto", help="auto, cuda, mps or cpu")
+    a("--smoke", action="store_true", help="tiny sizes, seconds; its numbers mean nothing")
+    a = p.add_argument_group("what is learned").add_argument
+    a("--init", choices=["student", "teacher"], default="student", help="the cloned student, or a copy of the teacher")
+    a("--learn", choices=["steps", "pixels", "both"], default="steps", help="which channel of the action is learned")
+    a("--steps", type=int, default=4, help="K, the most network evaluations per image, 1..16")
+    a("--reward", default="feature+perceptual", help=f"sum of {', '.join(TERMS)}, each with :weight if wanted")
+    a("--step-cost", type=float, default=0.0, help="c, reward paid per evaluation; above 0 the policy may stop early, 0..0.2")
+    a("--base", choices=["auto", "uniform", "quadratic"], default="auto",
+      help="hand grid the step policy starts at; auto: the better one on training noise")
+    a = p.add_argument_group("how").add_argument
+    a("--estimator", choices=["ppo", "reinforce", "backprop"], default="ppo", help="policy gradient, or none (backprop)")
+    a("--baseline", choices=["global", "group", "batch"], default="global", help="see advantages()")
+    a("--updates", type=int, default=60, help="policy updates, 20..500")
+    a("--noises", type=int, default=256, help="training noises whose teacher image is computed once, 128..8192")
+    a("--noises-per-update", type=int, default=16, help="M, groups per update, 8..512")
+    a("--group", type=int, default=8, help="G, rollouts of each noise (even), 4..16")
+    a("--inner-epochs", type=int, default=4, help="PPO passes over each batch, 1..8")
+    a("--clip-steps", type=float, default=0.2, help="clip range of the step channel, 0.1..0.3")
+    a("--clip-pixels", type=float, default=1e-4, help="clip range of the pixel channel (mean log-density), 1e-5..1e-3")
+    a("--lr-steps", type=float, default=1e-2, help="learning rate of the step policy, 1e-3..3e-2")
+    a("--lr-pixels", type=float, default=1e-5, help="learning rate of the U-Net, 1e-6..1e-4")
+    a("--eta", type=float, default=0.3, help="exploration noise of the pixel channel, Eq. 16 DDIM, 0.1..1")
+    a("--kl", type=float, default=0.0, help="weight of the KL to the cloned student, 0..1")
+    a("--minibatch", type=int, default=128, help="states per backward pass of the U-Net (memory)")
+    a("--held-out", type=int, default=256, help="noises of the final table")
+    a("--save-every", type=int, default=20, help="updates between checkpoints")
+    args = p.parse_args(argv)
+    if args.smoke:
+        args.updates, args.noises, args.noises_per_update, args.group, args.held_out = 2, 4, 2, 2, 4
+    if not 1 <= args.steps <= 64:
+        p.error(f"--steps must be between 1 and 64, not {args.steps}")
+    for flag in ("updates", "noises_per_update", "inner_epochs", "minibatch", "save_every"):
+        if getattr(args, flag) < 1:
+            p.error(f"--{flag.replace('_', '-')} must be at least 1")
+    if args.group < 2 or args.group % 2:
+        p.error("--group must be even and at least 2")
+    if args.noises < args.noises_per_update or args.held_out < 2:
+        p.error("--noises must be at least --noises-per-update, and --held-out at least 2")
+    for flag in ("clip_steps", "clip_pixels", "lr_steps", "lr_pixels", "eta"):
+        if not 0 < getattr(args, flag) < math.inf:
+            p.error(f"--{flag.replace('_', '-')} must be positive")
+    if args.step_cost < 0 or args.kl < 0:
+        p.error("--step-cost and --kl must not be negative")
+    if args.estimator == "backprop" and (args.learn != "pixels" or args.step_cost > 0):
+        p.error("--estimator backprop needs --learn pixels and no --step-cost")
+    if args.step_cost > 0 and args.learn == "pixels":
+        p.error("--step-cost needs --learn steps or both: only the step policy can save a step")
+    if args.steps == 1 and args.learn == "steps":
+        p.error("--steps 1 leaves no step size to learn; use --learn pixels or more steps")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    began, device = time.time(), pick_device(args.device)
+    alpha_bar = linear_alpha_bar(device)
+    teacher, _ = load_teacher(args.teacher, device)
+    if args.init == "teacher":
+        net, policy = student_from_teacher(teacher).to(device).eval(), None
+    else:
+        net, policy, _ = load_student(args.student, device)
+    if net.config["image_size"] != teacher.config["image_size"]:
+        raise BadInput("teacher and student were made for images of different size")
+    coach, coach_file = load_encoder(args.coach, "coach", device)
+    reward = Reward(args.reward, coach, coach_file["scales"])
+    if args.estimator == "backprop" and not reward.differentiable:
+        raise BadInput(f"--estimator backprop needs a differentiable reward, and one term of '{args.reward}' is not")
+    out = output_folder(args.out, "rl_distill", args.resume)
+    torch.manual_seed(args.seed)
+    print("config:", vars(args))
+    print(f"device {device_name(device)}, fp32 | student {parameter_count(net) / 1e6:.2f} M, teacher "
+          f"{parameter_count(teacher) / 1e6:.2f} M parameters | {args.noises_per_update * args.group} rollouts an update, "
+          f"{args.steps} evaluations each")
+
+    train_set = noise_and_targets(teacher, 0, args.noises, alpha_bar, device, "training targets")
+    held_set = noise_and_targets(teacher, HELD_OUT, args.held_out, alpha_bar, device, "held-out targets")
+    monitor_set = noise_and_targets(teacher, HELD_OUT + 10 ** 6, min(MONITOR, args.held_out), alpha_bar, device, "monitor targets")
+    base = args.base
+    if base == "auto":
+        base = better_base(net, *(x[:64] for x in train_set), reward, args, alpha_bar)
+    policy = policy or StepPolicy(net.features, base).to(device)
+    print(f"the step policy starts at the {policy.config['base']} grid")
+    net_ref = copy.deepcopy(net).requires_grad_(False)
+    optimizers = {}
+    if args.learn in ("steps", "both"):
+        optimizers["steps"] = torch.optim.Adam(policy.parameters(), lr=args.lr_steps)
+    if args.learn in ("pixels", "both"):
+        optimizers["pixels"] = torch.optim.AdamW(net.parameters(), lr=args.lr_pixels, weight_decay=0.0)
+    seconds = train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args, out, device)
+
+    rows = final_table(net, net_ref, teacher, policy, held_set, reward, args, alpha_bar)
+    result = print_result(rows, args)
+    result.update(config=vars(args), minutes=(time.time() - began) / 60)
+    Path(out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    plot_result(rows, held_set[1], args, out)
+    origin = dict(script="rl_distill.py", start=args.init, learn=args.learn, estimator=args.estimator, reward=args.reward,
+                  steps=args.steps, step_cost=args.step_cost, seed=args.seed, updates=args.updates,
+                  rollouts=args.updates * args.noises_per_update * args.group, minutes=round(seconds / 60, 1),
+                  device=device_name(device), torch=str(torch.__version__))
+    save_student(out / "student.pt", net, policy, origin, steps=args.steps, may_stop=args.step_cost > 0)
+    print(f"reinforced in {seconds / 60:.1f} min, {(time.time() - began) / 60:.1f} min in all\n"
+          f"wrote {out}/student.pt, state.pt, alignment.png, grid.png, curves.png, result.json, log.jsonl")
+
+
+if __name__ == "__main__":
+    run_main(main)
