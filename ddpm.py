@@ -237,6 +237,10 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """Noise predictor: (x_t (B, 3, H, W), t (B,)) -> eps_hat (B, 3, H, W).
 
+    eps_hat = sqrt(1 - ab_t) x_t + sqrt(ab_t) F(x_t, t), F the layers below.
+    DEVIATES from Ho et al., whose eps_hat is F itself: that network spends its first epochs learning to
+    copy x_t at high noise, and what is left of the error is magnified by 1 / sqrt(ab_t), up to 157 times.
+    With the skip, an untrained network is already right at t = T; loss and meaning of eps_hat stay.
     width: channels at full resolution; mults: channel multiple per level, each level halves the
     image; blocks: residual blocks per level; attention: resolutions that get self-attention.
     `config` rebuilds the network, and is what a checkpoint stores.
@@ -276,6 +280,7 @@ class UNet(nn.Module):
                 self.up.append(nn.Conv2d(c, c, 3, padding=1))
                 size *= 2
         self.norm_out, self.conv_out = group_norm(c), zeroed(nn.Conv2d(c, 3, 3, padding=1))
+        self.register_buffer("alpha_bar", linear_alpha_bar(), persistent=False)
         self.to(memory_format=torch.channels_last)      # about twice as fast on a CPU, measured
 
     def embed(self, t):
@@ -301,9 +306,14 @@ class UNet(nn.Module):
                 h = layer[1](layer[0](torch.cat([h, skips.pop()], dim=1), emb))
         return self.conv_out(F.silu(self.norm_out(h)))
 
+    def to_eps(self, out, x, t):
+        """The skip: sqrt(1 - ab_t) x_t + sqrt(ab_t) F, in fp32 (bf16 could not copy x_t well enough)."""
+        ab = at(self.alpha_bar, t, x)
+        return (1 - ab).sqrt() * x + ab.sqrt() * out.float()
+
     def forward(self, x, t):
         emb = self.embed(t)
-        return self.decode(*self.encode(x, emb), emb)
+        return self.to_eps(self.decode(*self.encode(x, emb), emb), x, t)
 
 
 def parameter_count(net):
@@ -360,6 +370,7 @@ def save_checkpoint(path, kind, **content):
 def load_checkpoint(path, kind):
     """Read a checkpoint of the given kind on the CPU. Data only: weights_only=True runs no code.
 
+    kind: a name, or a tuple of names that are all welcome.
     Raises BadInput where the file is missing, truncated, foreign or of another kind.
     """
     path = Path(path)
@@ -373,8 +384,9 @@ def load_checkpoint(path, kind):
         raise BadInput(f"{path} cannot be read as a checkpoint (truncated, or not one): {reason}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BadInput(f"{path} is not a checkpoint of this project (format {FORMAT})")
-    if content.get("kind") != kind:
-        raise BadInput(f"{path} holds a '{content.get('kind')}', but a '{kind}' is needed here")
+    kinds = (kind,) if isinstance(kind, str) else kind
+    if content.get("kind") not in kinds:
+        raise BadInput(f"{path} holds a '{content.get('kind')}', but a {' or '.join(kinds)} is needed here")
     return content
 
 

@@ -93,6 +93,7 @@ class JumpUNet(UNet):
         emb = F.silu(self.time_mlp(time_embedding(t, width)) + self.jump_mlp(time_embedding(t_next, width)))
         bottleneck, skips = self.encode(x, emb)
         out = self.decode(bottleneck, skips, emb)
+        out = self.to_eps(out, x, t) if self.predicts == "eps" else out
         return (out, bottleneck.mean(dim=(2, 3))) if with_features else out
 
 

@@ -278,7 +278,7 @@ def parse_args(argv=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                 epilog="example: python teacher.py --data shapes --updates 2000")
     p.add_argument("--data", default="cifar10", help="cifar10, shapes, or a folder of class subfolders")
-    p.add_argument("--updates", type=int, default=7500, help="optimizer updates")
+    p.add_argument("--updates", type=int, default=6300, help="optimizer updates")
     p.add_argument("--batch-size", type=int, default=64, help="images per update, 32..512")
     p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate, 1e-4..2e-3")
     p.add_argument("--width", type=int, default=32, help="channels at full resolution, a multiple of 16")
@@ -289,7 +289,7 @@ def parse_args(argv=None):
     p.add_argument("--seed", type=int, default=0, help="seed of weights, images and noise")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--log-every", type=int, default=50, help="updates between log lines")
-    p.add_argument("--save-every", type=int, default=500, help="updates between checkpoints")
+    p.add_argument("--save-every", type=int, default=900, help="updates between checkpoints")
     p.add_argument("--smoke", action="store_true", help="tiny sizes, seconds; its numbers mean nothing")
     args = p.parse_args(argv)
     if args.smoke:
