@@ -454,3 +454,143 @@ def run_main(main):
     except BadInput as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ KNOWN ANSWERS: data whose optimal epsilon can be written down                                 │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+def mixture_eps(x, t, means, std, alpha_bar):
+    """Optimal epsilon E[eps | x_t] for an equal mixture of N(mean_i, std^2 I); one mean: a Gaussian.
+
+    x: (B, D); means: (M, D). x_t given i is N(sqrt(ab) mean_i, ab std^2 + 1 - ab), so that
+    eps* = sqrt(1 - ab) sum_i p(i | x_t) (x_t - sqrt(ab) mean_i) / (ab std^2 + 1 - ab).
+    """
+    ab = at(alpha_bar, t, x)                                                   # (B, 1)
+    offset = x[:, None] - ab[..., None].sqrt() * means                         # (B, M, D)
+    variance = ab * std ** 2 + 1 - ab                                          # (B, 1)
+    share = torch.softmax(-offset.square().sum(-1) / (2 * variance), dim=1)    # (B, M), p(i | x_t)
+    return (1 - ab).sqrt() * (share[..., None] * offset).sum(1) / variance
+
+
+def gaussian_flow(x_T, mean, std, alpha_bar):
+    """Where infinitely many DDIM steps take x_T if the data are N(mean, std^2 I): same quantile, new scale."""
+    ab = alpha_bar[T]
+    return mean + std * (x_T - ab.sqrt() * mean) / (ab * std ** 2 + 1 - ab).sqrt()
+
+
+def energy_distance(a, b):
+    """2 E|a - b| - E|a - a'| - E|b - b'|, zero for equal distributions. Szekely & Rizzo 2013. (N, D) twice."""
+    def within(x):
+        return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
+    return (2 * torch.cdist(a, b).mean() - within(a) - within(b)).item()
+
+
+def demo(out, seed):
+    """Run the sampler on a Gaussian and a mixture in the plane; print errors, draw ddpm.png."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    alpha_bar, generator, n = linear_alpha_bar(), torch.Generator().manual_seed(seed), 1000
+    x_T = torch.randn(n, 2, generator=generator)
+    mean, std = torch.tensor([[0.5, -0.3]]), 0.2
+    circle = torch.arange(6) * math.pi / 3
+    means, spread = 0.7 * torch.stack([circle.cos(), circle.sin()], 1), 0.07
+    exact = means[torch.randint(6, (n,), generator=generator)] + spread * torch.randn(n, 2, generator=generator)
+
+    print(f"{'NFE':>5s} {'Gaussian, eta 0':>17s} {'Gaussian, eta 1':>17s} {'mixture, eta 0':>16s} {'mixture, eta 1':>16s}")
+    print(f"{'':5s} {'rms to exact end':>17s} {'std (true 0.2)':>17s} {'energy distance':>16s} {'energy distance':>16s}")
+    shown, errors = {}, []
+    for steps in (1, 2, 5, 10, 20, 50, 100, 1000):
+        row = [steps]
+        for eta in (0.0, 1.0):
+            end = sample(lambda x, t: mixture_eps(x, t, mean, std, alpha_bar), x_T, make_grid("uniform", steps),
+                         alpha_bar, eta, seeds=range(n), clip=False)
+            row.append((end - gaussian_flow(x_T, mean, std, alpha_bar)).square().mean().sqrt().item() if eta == 0
+                       else end.std(0).mean().item())
+        for eta in (0.0, 1.0):
+            shown[steps, eta] = sample(lambda x, t: mixture_eps(x, t, means, spread, alpha_bar), x_T,
+                                       make_grid("uniform", steps), alpha_bar, eta, seeds=range(n), clip=False)
+            row.append(energy_distance(shown[steps, eta], exact))
+        errors.append(row)
+        print(f"{row[0]:5d} {row[1]:17.5f} {row[2]:17.5f} {row[3]:16.5f} {row[4]:16.5f}")
+        log_line(out, nfe=steps, gaussian_rms=row[1], gaussian_std_eta1=row[2], mixture=row[3], mixture_eta1=row[4])
+
+    figure, axes = plt.subplots(2, 5, figsize=(14, 5.8))
+    noise = torch.randn(n, 2, generator=generator)
+    for axis, t in zip(axes[0], (0, 50, 200, 500, 1000)):
+        points = q_sample(exact, torch.full((n,), t), noise, alpha_bar)
+        axis.scatter(*points.T, s=1)
+        axis.set_title(f"forward, t = {t}", fontsize=10)
+    for axis, (steps, eta) in zip(axes[1], ((5, 0.0), (20, 0.0), (1000, 0.0), (20, 1.0))):
+        axis.scatter(*shown[steps, eta].T, s=1, color="tab:orange")
+        axis.set_title(f"reverse, {steps} steps, eta {eta:.0f}", fontsize=10)
+    for axis in axes.flat[:-1]:
+        axis.set(xlim=(-2.5, 2.5) if axis in axes[0, 3:] else (-1.2, 1.2), ylim=(-2.5, 2.5) if axis in axes[0, 3:] else (-1.2, 1.2))
+        axis.set_aspect("equal")
+    for column, name in ((1, "Gaussian, rms error"), (3, "mixture, eta 0"), (4, "mixture, eta 1")):
+        axes[1, 4].loglog([r[0] for r in errors], [max(r[column], 1e-6) for r in errors], marker="o", markersize=3, label=name)
+    axes[1, 4].legend(fontsize=7)
+    axes[1, 4].set_title("error against the known answer", fontsize=10)
+    axes[1, 4].set_xlabel("network evaluations")
+    figure.tight_layout()
+    figure.savefig(out / "ddpm.png", dpi=110)
+    plt.close(figure)
+
+
+def throughput(shape, batch, repeats, device):
+    """(images/s of a forward pass, of a training step) of a U-Net of the given shape."""
+    net = UNet(**shape).to(device)
+    optimizer = torch.optim.AdamW(net.parameters())
+    x, t = torch.randn(batch, 3, 32, 32, device=device), torch.randint(1, T + 1, (batch,), device=device)
+    rates = []
+    for training in (False, True):
+        for i in range(repeats + 1):
+            if i == 1:                          # the first pass warms up
+                torch.cuda.synchronize() if device.type == "cuda" else None
+                start = time.time()
+            with torch.set_grad_enabled(training), autocast(device):
+                loss = net(x, t).square().mean()
+            if training:
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+        torch.cuda.synchronize() if device.type == "cuda" else None
+        rates.append(batch * repeats / (time.time() - start))
+    return rates
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ COMMAND LINE                                                                                  │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+def parse_args(argv=None):
+    """Command line of ddpm.py."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                epilog="example: python ddpm.py --batch 64 --device cuda")
+    p.add_argument("--batch", type=int, default=8, help="images per pass of the throughput measurement")
+    p.add_argument("--out", help="folder of the result (default: next free runs/ddpm)")
+    p.add_argument("--seed", type=int, default=0, help="seed of data and noise")
+    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    args = p.parse_args(argv)
+    if args.batch < 1:
+        p.error("--batch must be at least 1")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device, out = pick_device(args.device), output_folder(args.out, "ddpm")
+    print("config:", vars(args))
+    demo(out, args.seed)
+    print(f"\nU-Net on {device}, batch {args.batch}")
+    for name, shape in (("small", SMALL_UNET), ("paper", PAPER_UNET)):
+        forward, training = throughput(shape, args.batch, 3, device)
+        print(f"{name:6s} {parameter_count(UNet(**shape)) / 1e6:6.2f} M parameters   forward {forward:8.1f} images/s"
+              f"   training {training:8.1f} images/s")
+    print(f"wrote {out}/ddpm.png, log.jsonl")
+
+
+if __name__ == "__main__":
+    run_main(main)

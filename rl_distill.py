@@ -90,6 +90,11 @@ def draw_rho(alpha, beta, generator):
 # │ SAMPLING                                                                                      │
 # └───────────────────────────────────────────────────────────────────────────────────────────────┘
 
+def draw_groups(n, groups, size, generator):
+    """Indices of `groups` different noises out of n, each `size` times, side by side: (groups * size,)."""
+    return torch.randperm(n, generator=generator)[:groups].repeat_interleave(size)
+
+
 @torch.no_grad()
 def rollout(net, policy, z, args, alpha_bar, generator):
     """Play the policy from start noise z (B, 3, H, W); groups of equal z lie next to each other.
@@ -285,8 +290,7 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
     start = time.time()
     for update in range(first, args.updates):
         # SAMPLING: each noise is repeated `group` times, side by side
-        pick = torch.randperm(len(z_all), generator=generator)[:args.noises_per_update].to(device)
-        pick = pick.repeat_interleave(args.group)
+        pick = draw_groups(len(z_all), args.noises_per_update, args.group, generator).to(device)
         z, target = z_all[pick], target_all[pick]
         images, nfe, steps = rollout(net, policy, z, args, alpha_bar, generator)
         # ADVANTAGES

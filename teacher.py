@@ -136,6 +136,11 @@ def draw_batch(images, batch_size, generator, in_order=False):
 # │ TRAINING                                                                                      │
 # └───────────────────────────────────────────────────────────────────────────────────────────────┘
 
+def draw_times(n, generator):
+    """Uniform t in 1..T, (n,). T itself is included: sampling starts there."""
+    return torch.randint(1, T + 1, (n,), generator=generator)
+
+
 @torch.no_grad()
 def ema_update(ema, net, decay):
     """ema <- decay ema + (1 - decay) net, parameters only."""
@@ -166,7 +171,7 @@ def train(net, ema, images, args, out, device):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, args.updates, args.lr)
         x0 = draw_batch(images, args.batch_size, generator)
-        t = torch.randint(1, T + 1, (len(x0),), generator=generator).to(device)       # t = T included
+        t = draw_times(len(x0), generator).to(device)
         eps = torch.randn(x0.shape, generator=generator).to(device)
         with autocast(device, not args.fp32):
             loss = simple_loss(net, x0, t, eps, alpha_bar)
@@ -190,7 +195,7 @@ def train(net, ema, images, args, out, device):
         if done % args.save_every == 0 or done == args.updates:
             save_state(out / "state.pt", net, ema, optimizer, generator, done, seconds)
             save_teacher(out / "teacher.pt", ema, args, done, seconds, device)
-            save_samples(out / "samples.png", ema, device)
+            save_samples(out / "samples.png", ema, device, n=4 if args.smoke else 64)
     return seconds_before + time.time() - start
 
 
@@ -293,7 +298,7 @@ def parse_args(argv=None):
     p.add_argument("--smoke", action="store_true", help="tiny sizes, seconds; its numbers mean nothing")
     args = p.parse_args(argv)
     if args.smoke:
-        args.updates, args.batch_size, args.width, args.log_every, args.save_every = 4, 4, 16, 2, 2
+        args.updates, args.batch_size, args.width, args.log_every, args.save_every = 4, 4, 16, 2, 4
     for flag in ("updates", "batch_size", "log_every", "save_every", "width"):
         if getattr(args, flag) < 1:
             p.error(f"--{flag.replace('_', '-')} must be at least 1")
