@@ -248,8 +248,8 @@ def precision_recall(real, fake, k=NEIGHBOURS):
 def distort(images, kind, level, generator):
     """images (B, 3, H, W) -> distorted copy; level in 0..1 (0 changes nothing).
 
-    'noise': Gaussian of std level / 2; 'blur': Gaussian of std 2 level pixels; 'shift': 8 level pixels
-    sideways; 'wrong': a level-share of blending with another image of the batch.
+    'noise': Gaussian of std level / 2; 'blur': Gaussian of std 2 level pixels; 'shift': sideways by
+    level / 4 of the width; 'wrong': a level-share of blending with another image of the batch.
     """
     if level == 0:
         return images.clone()
@@ -263,7 +263,7 @@ def distort(images, kind, level, generator):
         kernel = (kernel[:, None] * kernel).expand(3, 1, 13, 13)
         return F.conv2d(padded, kernel, groups=3)
     if kind == "shift":
-        pixels = round(8 * level)
+        pixels = round(images.shape[-1] / 4 * level)
         return F.pad(images, (pixels, 0, 0, 0), mode="reflect")[..., :images.shape[-1]]
     return torch.lerp(images, images.roll(1, 0), level)
 
