@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import pickle
 import sys
 import time
 import zipfile
@@ -34,6 +33,7 @@ from torch import nn
 T = 1000                                  # number of noise levels, Ho et al. section 4
 BETA_FIRST, BETA_LAST = 1e-4, 0.02        # linear schedule, Ho et al. section 4
 FORMAT = "redif-1"                        # checkpoint format version
+DEMO_POINTS = 1000                        # points in the plane of the closed-form demonstration
 
 
 class BadInput(Exception):
@@ -377,9 +377,10 @@ def load_checkpoint(path, kind):
     if not path.is_file():
         raise BadInput(f"there is no checkpoint {path}; train one, or give the path of another")
     try:
+        if not zipfile.is_zipfile(path):       # what torch.save writes; a cut file has lost its end
+            raise ValueError("it is no torch zip archive")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError,
-            zipfile.BadZipFile) as error:
+    except Exception as error:                 # hostile bytes can make the reader raise anything
         reason = str(error).strip().splitlines()[0][:90] if str(error).strip() else "no reason given"
         raise BadInput(f"{path} cannot be read as a checkpoint (truncated, or not one): {reason}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -420,12 +421,14 @@ def new_folder(name):
     for n in range(1, 10_000):
         folder = Path("runs") / (name if n == 1 else f"{name}-{n}")
         if not folder.exists() or not any(folder.iterdir()):
-            folder.mkdir(parents=True, exist_ok=True)
             return folder
 
 
 def output_folder(out, default, resume=False):
-    """The folder of a run: the next free one, or the one asked for, which must be new or empty."""
+    """The folder of a run: the next free one, or the one asked for, which must be new or empty.
+
+    Only looks: main makes the folder once all inputs have been read, so that a refused command leaves nothing.
+    """
     if out is None:
         if resume:
             raise BadInput("--resume needs --out DIR, the folder of the run to go on with")
@@ -437,7 +440,6 @@ def output_folder(out, default, resume=False):
         raise BadInput(f"there is no run to resume in {out}; leave out --resume to start one")
     if not resume and out.is_dir() and any(out.iterdir()):
         raise BadInput(f"--out {out} is not empty; add --resume to go on with it, or give a new folder")
-    out.mkdir(parents=True, exist_ok=True)
     return out
 
 
@@ -491,7 +493,7 @@ def demo(out, seed):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    alpha_bar, generator, n = linear_alpha_bar(), torch.Generator().manual_seed(seed), 1000
+    alpha_bar, generator, n = linear_alpha_bar(), torch.Generator().manual_seed(seed), DEMO_POINTS
     x_T = torch.randn(n, 2, generator=generator)
     mean, std = torch.tensor([[0.5, -0.3]]), 0.2
     circle = torch.arange(6) * math.pi / 3
@@ -582,6 +584,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     device, out = pick_device(args.device), output_folder(args.out, "ddpm")
+    out.mkdir(parents=True, exist_ok=True)
     print("config:", vars(args))
     demo(out, args.seed)
     print(f"\nU-Net on {device}, batch {args.batch}")

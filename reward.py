@@ -385,6 +385,7 @@ def train_both(args, out, device):
     held_images, held_labels = (x.to(device) for x in load_images(args.data, train=False))
     if args.smoke:
         images, labels, held_images, held_labels = (x[:600] for x in (images, labels, held_images, held_labels))
+    out.mkdir(parents=True, exist_ok=True)
     for role, seed in (("coach", args.seed), ("judge", args.seed + 1000)):
         net, seconds = train_encoder(role, images, labels, args, seed, out, device)
         share = accuracy(net, held_images, held_labels)
@@ -411,6 +412,7 @@ def show(args, out, device):
     _, judged = load_encoder(args.judge, "judge", device)
     teacher, _ = load_teacher(args.teacher, device)
     side = teacher.config["image_size"]
+    out.mkdir(parents=True, exist_ok=True)
     x_T = seeded_noise(range(args.n), (3, side, side), device=device)
     images = sample(teacher, x_T, make_grid("uniform", 50), linear_alpha_bar(device))
     table = plot_rewards(images, coach, content["scales"], out / "rewards.png")
@@ -464,9 +466,6 @@ def main(argv=None):
     device = pick_device(args.device)
     if not args.train and args.resume:
         raise BadInput("--resume goes with --train")
-    if not args.train:                          # look before a folder is made
-        for path, role in ((args.coach, "coach"), (args.judge, "judge"), (args.teacher, "teacher")):
-            load_checkpoint(path, role)
     out = output_folder(args.out, "reward", args.resume)
     print("config:", vars(args))
     print(f"device {device_name(device)}")

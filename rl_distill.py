@@ -522,6 +522,7 @@ def main(argv=None):
     if args.estimator == "backprop" and not reward.differentiable:
         raise BadInput(f"--estimator backprop needs a differentiable reward, and one term of '{args.reward}' is not")
     out = output_folder(args.out, "rl_distill", args.resume)
+    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     print("config:", vars(args))
     print(f"device {device_name(device)}, fp32 | student {parameter_count(net) / 1e6:.2f} M, teacher "

@@ -163,6 +163,7 @@ def evaluate(args, out, device):
     judge, judge_file = load_encoder(args.judge, "judge", device)
     models = [(Path(m).stem, *load_model(m, device)) for m in args.model]
     reward = Reward(args.reward, coach, coach_file["scales"])
+    out.mkdir(parents=True, exist_ok=True)
     z, target = noise_and_targets(teacher, HELD_OUT, args.n, alpha_bar, device, "held-out targets")
     train_set = noise_and_targets(teacher, 0, 64, alpha_bar, device, "search targets") if args.search else None
     print(f"\n{args.n} held-out noises, reward {args.reward} (0: the teacher's {TEACHER_STEPS} steps); judge features: "
@@ -275,12 +276,9 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     device, began = pick_device(args.device), time.time()
-    for target in (args.npz,):
-        if target and Path(target).exists():
-            raise BadInput(f"--npz {target} exists already; give another name")
+    if args.npz and Path(args.npz).exists():
+        raise BadInput(f"--npz {args.npz} exists already; give another name")
     if args.evaluate:
-        for path in args.model:
-            load_checkpoint(path, ("teacher", "student"))
         out = output_folder(args.out, "sample")
         print("config:", vars(args))
         evaluate(args, out, device)
@@ -292,6 +290,7 @@ def main(argv=None):
     if args.eta > 0 and grid is None:
         raise BadInput("--eta above 0 needs --grid uniform or quadratic: the policy is deployed at eta 0")
     out = output_folder(args.out, "sample")
+    out.mkdir(parents=True, exist_ok=True)
     print("config:", vars(args))
     print(f"device {device_name(device)} | {content['kind']} {parameter_count(net) / 1e6:.2f} M parameters | {name} grid, "
           f"{steps} evaluations an image | {content['provenance']}")

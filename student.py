@@ -460,6 +460,7 @@ def main(argv=None):
     device = pick_device(args.device)
     teacher, _ = load_teacher(args.teacher, device)
     out = output_folder(args.out, "student", args.resume)
+    out.mkdir(parents=True, exist_ok=True)
     print("config:", vars(args))
     torch.manual_seed(args.seed)
     if args.init == "teacher":

@@ -313,6 +313,7 @@ def main(argv=None):
     out = output_folder(args.out, "teacher", args.resume)
     print("config:", vars(args))
     images, _ = load_images(args.data)
+    out.mkdir(parents=True, exist_ok=True)
     images = images.to(device)
     torch.manual_seed(args.seed)
     shape = PAPER_UNET if args.paper_shape else {**SMALL_UNET, "width": args.width}

@@ -131,12 +131,13 @@ class Schedule(Case):
     ab = ddpm.linear_alpha_bar()
 
     def test_alpha_bar_starts_at_one_and_equals_the_loop(self):
-        self.assertEqual(self.ab.shape, (ddpm.T + 1,))
+        ab = ddpm.linear_alpha_bar()
+        self.assertEqual(ab.shape, (ddpm.T + 1,))
         product, expected = 1.0, [1.0]
         for i in range(1000):
             product *= 1 - (1e-4 + (0.02 - 1e-4) * i / 999)
             expected.append(product)
-        self.close(self.ab, torch.tensor(expected), 1e-6)
+        self.close(ab, torch.tensor(expected), 1e-6)
 
     def test_q_sample_is_eq_4_for_every_element(self):
         x0, eps, t = images(4), torch.randn(4, 3, 8, 8, generator=rng(1)), torch.tensor([0, 1, 500, 1000])
@@ -251,7 +252,8 @@ class Sampler(Case):
         a, b = ddpm.seeded_noise([3, 4, 5], (3, 8, 8)), ddpm.seeded_noise([5], (3, 8, 8))
         self.close(a[2], b[0], 0)
         self.assertGreater((a[0] - a[1]).abs().max(), 0.5)
-        self.assertGreater((b - ddpm.seeded_noise([5], (3, 8, 8), stream=1)).abs().max(), 0.5)
+        for seed in (5, 6):
+            self.assertGreater((ddpm.seeded_noise([seed], (3, 8, 8)) - ddpm.seeded_noise([5], (3, 8, 8), stream=1)).abs().max(), 0.5)
 
     def test_samples_do_not_depend_on_the_batch_even_with_noise(self):
         x_T, grid = ddpm.seeded_noise(range(4), (2,)), ddpm.make_grid("uniform", 20)
@@ -376,6 +378,7 @@ class Checkpoints(Case):
             for expected in ("run", "run-2", "run-3"):
                 made = ddpm.output_folder(None, "run")
                 self.assertEqual(made, Path("runs") / expected)
+                made.mkdir(parents=True)
                 (made / "f").write_text("")
 
     def test_an_unusable_device_is_refused(self):
@@ -611,6 +614,7 @@ class Policy(Case):
                 self.assertTrue((t_next < t).all() and (t_next >= n - 1).all())
                 t, n = t_next, n - 1
             self.assertTrue((t == 0).all())
+        self.assertEqual(student.land(full(1, 500), torch.tensor([0.0]), full(1, 3), torch.tensor([False])).item(), 2)
         self.assertEqual(student.land(full(1, 500), torch.tensor([0.9]), full(1, 3), torch.tensor([True])).item(), 0)
 
     def test_deciding_sends_no_gradient_into_the_features(self):
@@ -761,3 +765,602 @@ class Metrics(Case):
         for i in range(5):
             padded = F.pad(x[i:i + 1], [4] * 4, mode="reflect")[0]
             self.assertTrue(any(torch.equal(y[i], padded[:, a:a + 32, b:b + 32]) for a in range(9) for b in range(9)))
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ rl_distill.py                                                                                 │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+def rl_args(*words):
+    return rl_distill.parse_args(["--noises", "8", "--noises-per-update", "4", "--group", "4", *words])
+
+
+class Toy(torch.nn.Module):
+    """Linear student: velocity w x + b, one feature. Small enough for exact answers."""
+    predicts, features = "v", 1
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.b = torch.nn.Parameter(torch.tensor(0.2)), torch.nn.Parameter(torch.tensor(-0.1))
+
+    def forward(self, x, t, t_next, with_features=False):
+        return self.w * x + self.b, torch.zeros(len(x), 1)
+
+
+class LogProbabilities(Case):
+    def test_a_step_is_a_beta_and_with_a_cost_a_bernoulli_before_it(self):
+        policy = student.StepPolicy(4)
+        torch.nn.init.normal_(policy.head.weight, std=0.3, generator=rng())
+        t, n, features = full(3, 700), full(3, 4), torch.randn(3, 4, generator=rng())
+        rho, stop = torch.tensor([0.3, 0.8, 0.99]), torch.tensor([False, True, False])
+        mean, concentration, logit = policy(t, n, features)
+        a, b = mean * concentration, (1 - mean) * concentration
+        beta = (a - 1) * rho.log() + (b - 1) * (1 - rho).log() - (a.lgamma() + b.lgamma() - (a + b).lgamma())
+        self.close(rl_distill.step_logp(policy, t, n, features, rho, stop, False).detach(), beta.detach(), 1e-3)
+        p = torch.sigmoid(logit)
+        with_stop = torch.where(stop, p.log(), (1 - p).log() + beta)
+        self.close(rl_distill.step_logp(policy, t, n, features, rho, stop, True).detach(), with_stop.detach(), 1e-3)
+
+    def test_a_landing_is_a_gaussian_averaged_over_dimensions(self):
+        mean, x, sigma = images(3), images(3, seed=1), torch.tensor([0.1, 0.5, 1.0])
+        normal = torch.distributions.Normal(mean, sigma[:, None, None, None])
+        constant = -(sigma.log() + 0.5 * math.log(2 * math.pi))
+        self.close(rl_distill.pixel_logp(mean, x, sigma), normal.log_prob(x).mean((1, 2, 3)) - constant, 1e-4)
+
+    def test_the_closed_form_kl_is_torchs(self):
+        a, b, sigma = images(3), images(3, seed=1), torch.tensor([0.1, 0.5, 1.0])
+        s = sigma[:, None, None, None]
+        kl = torch.distributions.kl_divergence(torch.distributions.Normal(a, s), torch.distributions.Normal(b, s))
+        self.close(rl_distill.gaussian_kl(a, b, sigma), kl.mean((1, 2, 3)), 1e-4)
+
+    def test_drawn_ratios_have_the_mean_and_spread_of_their_beta(self):
+        a, b = torch.full((40_000,), 6.0), torch.full((40_000,), 2.0)
+        rho = rl_distill.draw_rho(a, b, rng())
+        self.assertAlmostEqual(rho.mean().item(), 0.75, delta=0.004)
+        self.assertAlmostEqual(rho.var().item(), 12 / (64 * 9), delta=0.001)
+
+
+class Advantages(Case):
+    reward = torch.randn(24, generator=rng()) + torch.arange(24) // 4 * 10
+
+    def test_groups_hold_one_noise_each(self):
+        index = rl_distill.draw_groups(50, 5, 4, rng()).reshape(5, 4)
+        self.assertTrue((index == index[:, :1]).all())
+        self.assertEqual(len(set(index[:, 0].tolist())), 5)
+
+    def test_global_and_group_and_batch_agree_with_loops(self):
+        r = self.reward.tolist()
+        groups = [r[i:i + 4] for i in range(0, 24, 4)]
+        centred = [x - np.mean(g) for g in groups for x in g]
+        self.close(rl_distill.advantages(self.reward, 4, "global"), np.array(centred) / np.std(centred), 1e-4)
+        self.close(rl_distill.advantages(self.reward, 4, "group"), np.array([(x - np.mean(g)) / np.std(g) for g in groups for x in g]), 1e-4)
+        self.close(rl_distill.advantages(self.reward, 4, "batch"), (np.array(r) - np.mean(r)) / np.std(r), 1e-4)
+
+    def test_a_shift_of_the_reward_changes_nothing(self):
+        for how in ("global", "group", "batch"):
+            self.close(rl_distill.advantages(self.reward + 5, 4, how), rl_distill.advantages(self.reward, 4, how), 1e-4)
+
+    def test_equal_rewards_give_zero_and_never_scaled_noise(self):
+        flat = torch.full((8,), -0.7) + 2e-7 * torch.randn(8, generator=rng())
+        for how in ("global", "group", "batch"):
+            self.close(rl_distill.advantages(flat, 4, how), torch.zeros(8), 0)
+        mixed = torch.cat([flat[:4], torch.tensor([0.0, 1, 2, 3])])
+        for how in ("global", "group"):
+            self.close(rl_distill.advantages(mixed, 4, how)[:4], torch.zeros(4), 1e-5)
+
+
+class Surrogate(Case):
+    logp_old, adv = torch.zeros(6), torch.tensor([1.0, 1, 1, -1, -1, -1])
+    logp = torch.tensor([-0.5, 0.0, 0.5, -0.5, 0.0, 0.5])
+
+    def test_it_is_eq_7_of_ppo_case_by_case(self):
+        loss, ratio = rl_distill.clipped_surrogate(self.logp, self.logp_old, self.adv, 0.2)
+        self.close(ratio, self.logp.exp(), 1e-6)
+        e = math.exp
+        self.close(loss, [-e(-0.5), -1, -1.2, 0.8, 1, e(0.5)], 1e-6)
+
+    def test_gradients_vanish_where_clipped_and_only_there(self):
+        logp = self.logp.clone().requires_grad_(True)
+        rl_distill.clipped_surrogate(logp, self.logp_old, self.adv, 0.2)[0].sum().backward()
+        self.assertEqual((logp.grad != 0).tolist(), [True, True, False, False, True, True])
+
+    def test_an_infinite_clip_range_is_the_plain_policy_gradient(self):
+        a, b = (torch.zeros(6, requires_grad=True) for _ in range(2))
+        rl_distill.clipped_surrogate(a, self.logp_old, self.adv, math.inf)[0].sum().backward()
+        rl_distill.channel_loss(b, self.logp_old, self.adv, 0.2, "reinforce")[0].sum().backward()
+        self.close(a.grad, b.grad, 1e-6)
+        self.close(a.grad, -self.adv, 1e-6)
+
+    def test_the_score_function_gradient_agrees_with_the_pathwise_one(self):
+        """Linear-Gaussian toy with a quadratic reward: both estimate the same number, within 4 standard errors."""
+        net, n, ab = Toy(), 40_000, ddpm.linear_alpha_bar()
+        x = torch.randn(1, 3, 2, 2, generator=rng(1)).expand(n, 3, 2, 2)
+        goal, sigma = torch.full((3, 2, 2), 0.3), torch.full((n,), 0.4)
+        mean, _, _ = student.jump(net, x, full(n, 800), full(n, 300), ab)
+        x_next = (mean + 0.4 * torch.randn(mean.shape, generator=rng(2))).detach()
+        score = -((x_next - goal) ** 2).sum((1, 2, 3))
+        logp = rl_distill.pixel_logp(mean, x_next, sigma)
+        loss, _ = rl_distill.channel_loss(logp, logp.detach(), score - score.mean(), math.inf, "ppo")
+        estimate, = torch.autograd.grad(loss.mean(), net.b, retain_graph=True)
+        slope, = torch.autograd.grad(mean[0].sum(), net.b)                          # d mean / d b, summed over 12
+        pathwise = (2 * (mean[0] - goal)).sum().detach() * slope / 12               # exact dR/db = -2 (mu - goal) slope/12
+        per_sample = -(score - score.mean()) * ((x_next - mean) / 0.16 * slope / 12).sum((1, 2, 3)).detach() / 12
+        error = per_sample.std().item() / math.sqrt(n)
+        self.assertLess(abs(estimate.item() - pathwise.item() / 12), 4 * error)
+        self.assertGreater(abs(pathwise.item() / 12), 25 * error)
+
+
+class Loop(Case):
+    ab = ddpm.linear_alpha_bar()
+
+    def parts(self, args):
+        """Net, reference, policy, optimizers and one rollout's worth of data on tiny models."""
+        torch.manual_seed(0)
+        net, _, _ = student.load_student(Workshop.get() / "student.pt")
+        policy = student.StepPolicy(net.features)
+        optimizers = {}
+        if args.learn != "pixels":
+            optimizers["steps"] = torch.optim.Adam(policy.parameters(), args.lr_steps)
+        if args.learn != "steps":
+            optimizers["pixels"] = torch.optim.SGD(net.parameters(), args.lr_pixels)
+        z = ddpm.seeded_noise(range(4), (3, 8, 8)).repeat_interleave(4, 0)
+        return net, copy.deepcopy(net).requires_grad_(False), policy, optimizers, z
+
+    def test_the_ratio_is_one_before_the_first_step_in_both_channels(self):
+        for learn in ("steps", "pixels", "both"):
+            args = rl_args("--learn", learn)
+            net, ref, policy, optimizers, z = self.parts(args)
+            _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
+            d = rl_distill.policy_update(net, ref, policy, optimizers, steps, torch.randn(16, generator=rng()), args, self.ab)
+            self.assertAlmostEqual(d["ratio_t0"], 1.0, places=5)
+            self.assertGreater(d["grad_norm"], 0)
+
+    def test_each_channel_trains_its_own_parameters_only(self):
+        for learn in ("steps", "pixels"):
+            args = rl_args("--learn", learn, "--lr-pixels", "0.1")
+            net, ref, policy, optimizers, z = self.parts(args)
+            before = copy.deepcopy(policy)
+            _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
+            rl_distill.policy_update(net, ref, policy, optimizers, steps, torch.randn(16, generator=rng()), args, self.ab)
+            self.assertEqual(rl_distill.drift(net, ref) > 0, learn == "pixels")
+            self.assertEqual(any(not torch.equal(p, q) for p, q in zip(policy.parameters(), before.parameters())), learn == "steps")
+
+    def test_zero_advantage_gives_zero_gradient_and_the_kl_alone_pulls_back(self):
+        args = rl_args("--learn", "both")
+        net, ref, policy, optimizers, z = self.parts(args)
+        _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
+        d = rl_distill.policy_update(net, ref, policy, optimizers, steps, torch.zeros(16), args, self.ab)
+        self.assertEqual(d["grad_norm"], 0)
+        args = rl_args("--learn", "pixels", "--kl", "1", "--inner-epochs", "1", "--lr-pixels", "1e-3")
+        net, ref, policy, optimizers, z = self.parts(args)
+        randomised(net, 9, 0.01)
+        _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
+        kl = [rl_distill.policy_update(net, ref, policy, optimizers, steps, torch.zeros(16), args, self.ab)["kl"] for _ in range(5)]
+        self.assertTrue(all(a > b > 0 for a, b in zip(kl, kl[1:])), kl)
+
+    def test_ppos_first_gradient_is_reinforces(self):
+        grads = []
+        for estimator in ("ppo", "reinforce"):
+            args = rl_args("--learn", "both", "--inner-epochs", "1", "--estimator", estimator)
+            net, ref, policy, optimizers, z = self.parts(args)
+            _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
+            rl_distill.policy_update(net, ref, policy, optimizers, steps, torch.randn(16, generator=rng()), args, self.ab)
+            grads.append([p.grad for p in [*policy.parameters(), *net.parameters()]])
+        for a, b in zip(*grads):
+            self.close(a, b, 1e-5 * (1 + b.abs().max().item()))
+
+    def test_a_rollout_without_exploration_is_the_deployment(self):
+        args = rl_args("--learn", "pixels", "--eta", "1e-9")
+        net, _, policy, _, z = self.parts(args)
+        with mock.patch.object(rl_distill, "SIGMA_FLOOR", 0.0):
+            played, nfe, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
+        deployed, times = student.deploy(net, z, args.steps, self.ab, policy)
+        self.close(played, deployed, 1e-5)
+        self.assertEqual(nfe.tolist(), [4] * 16)
+        self.assertEqual(torch.stack([s["t_next"] for s in steps], 1).tolist(), times[:, 1:].tolist())
+
+    def test_training_explores_the_last_jump_too_and_in_antithetic_pairs(self):
+        args = rl_args("--learn", "pixels")
+        net, _, policy, _, z = self.parts(args)
+        _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
+        self.assertTrue((steps[-1]["sigma"] == rl_distill.SIGMA_FLOOR).all())
+        s = steps[0]
+        mean, _, _ = student.jump(net, s["x_t"], s["t"], s["t_next"], self.ab, args.eta)
+        noise = (s["x_next"] - mean).detach()
+        self.close(noise[0::2], -noise[1::2], 1e-4)
+        self.assertGreater((noise[0] - noise[2]).abs().max(), 0.01)
+
+    def test_where_steps_cost_some_rollouts_stop_early_and_their_rows_are_kept_apart(self):
+        args = rl_args("--step-cost", "0.1")
+        net, _, policy, _, z = self.parts(args)
+        with torch.no_grad():
+            policy.head.bias[2] = -student.STOP_LOGIT                               # a coin flip
+        _, nfe, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
+        self.assertGreater(len(set(nfe.tolist())), 1)
+        self.assertEqual(sum(len(s["rows"]) for s in steps), nfe.sum().item())
+        for s in steps:
+            self.assertTrue((s["t"] > 0).all())
+
+    def test_the_step_policy_finds_the_optimum_of_a_known_reward(self):
+        """Two steps, reward -(t_1 - 300)^2: the mean step must move from 500 to near 300."""
+        args = rl_args("--steps", "2", "--lr-steps", "0.03")
+        net, ref, policy, optimizers, z = self.parts(args)
+        g = rng()
+        for _ in range(60):
+            _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, g)
+            score = -((steps[0]["t_next"] - 300) / 100.0) ** 2
+            adv = rl_distill.advantages(score, 4, "global")
+            rl_distill.policy_update(net, ref, policy, optimizers, steps, adv, args, self.ab)
+        _, times = student.deploy(net, z, 2, self.ab, policy)
+        self.assertLess(abs(times[0, 1].item() - 300), 60)
+
+    def test_direct_backpropagation_raises_a_differentiable_reward(self):
+        args = rl_args("--learn", "pixels", "--estimator", "backprop", "--steps", "2", "--lr-pixels", "1e-3")
+        net, _, policy, _, z = self.parts(args)
+        optimizers = {"pixels": torch.optim.Adam(net.parameters(), 1e-3)}
+        coach, content = reward.load_encoder(Workshop.get() / "coach.pt", "coach")
+        score, target = reward.Reward("mse+feature", coach, content["scales"]), images(16)
+        def now():
+            return score(student.deploy(net, z, 2, self.ab, policy)[0], target)[0].mean().item()
+        first = now()
+        for _ in range(5):
+            rl_distill.backprop_update(net, policy, optimizers, z, target, score, args, self.ab)
+        self.assertGreater(now(), first + 0.01)
+
+    def test_noise_for_training_monitoring_and_the_table_is_disjoint(self):
+        drawn = []
+        real = rl_distill.seeded_noise
+        with mock.patch("rl_distill.seeded_noise", side_effect=lambda seeds, *a, **k: (drawn.append(set(seeds)), real(seeds, *a, **k))[1]), \
+                tempfile.TemporaryDirectory() as folder:
+            quiet(rl_distill.main, [*inputs("teacher", "student", "coach"), "--smoke", "--out", folder + "/o"])
+        self.assertEqual(len(drawn), 3)
+        for i in range(3):
+            for j in range(i):
+                self.assertFalse(drawn[i] & drawn[j])
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ sample.py                                                                                     │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+class Samples(Case):
+    ab = ddpm.linear_alpha_bar()
+
+    def setUp(self):
+        keep = tempfile.TemporaryDirectory()
+        self.addCleanup(keep.cleanup)
+        self.folder = Path(keep.name)
+
+    def test_teacher_and_student_start_from_the_same_noise_in_any_batch(self):
+        for name in ("teacher", "student"):
+            net, policy, _ = sample.load_model(Workshop.get() / f"{name}.pt", CPU)
+            grid = ddpm.make_grid("uniform", 3)
+            many = sample.generate(net, policy, range(5, 9), 3, grid, 0.0, False, self.ab, CPU)
+            one = sample.generate(net, policy, [7], 3, grid, 0.0, False, self.ab, CPU)
+            self.close(many[2], one[0], 1e-5)
+
+    def test_eta_1_is_the_samplers_ancestral_sampling(self):
+        net, _, _ = sample.load_model(Workshop.get() / "teacher.pt", CPU)
+        plain, _ = ddpm.load_teacher(Workshop.get() / "teacher.pt")
+        z, grid = ddpm.seeded_noise([1, 2], (3, 8, 8)), ddpm.make_grid("uniform", 6)
+        self.close(sample.stochastic(net, z, grid, self.ab, 1.0, [1, 2]),
+                   ddpm.sample(plain, z, grid, self.ab, 1.0, seeds=[1, 2]), 1e-4)
+
+    def test_the_path_starts_at_the_noise_and_ends_at_the_image(self):
+        net, _, _ = sample.load_model(Workshop.get() / "student.pt", CPU)
+        z, grid = ddpm.seeded_noise([1, 2], (3, 8, 8)), ddpm.make_grid("uniform", 3)
+        path = sample.denoising_path(net, None, z, 3, grid, self.ab)
+        self.close(path[:, 0], z, 0)
+        self.close(path[:, -1].clamp(-1, 1), student.deploy(net, z, 3, self.ab, grid=grid)[0], 1e-6)
+
+    def test_the_npz_is_what_fid_tools_read_and_overwrites_nothing(self):
+        x = images(3)
+        sample.write_npz(self.folder / "a.npz", x)
+        with np.load(self.folder / "a.npz") as file:
+            array = file["arr_0"]
+        self.assertEqual((array.shape, array.dtype), ((3, 8, 8, 3), np.uint8))
+        self.assertEqual(array[1, 2, 3].tolist(), ddpm.to_uint8(x)[1, :, 2, 3].tolist())
+        self.bad_input("exists already", sample.write_npz, self.folder / "a.npz", x)
+        sample.write_pngs(self.folder / "png", x, 40)
+        self.assertEqual(sorted(os.listdir(self.folder / "png")), ["00000040.png", "00000041.png", "00000042.png"])
+        self.bad_input("not an empty folder", sample.write_pngs, self.folder / "png", x, 40)
+
+    def test_the_search_never_returns_less_than_the_better_hand_grid(self):
+        net, _, _ = sample.load_model(Workshop.get() / "teacher.pt", CPU)
+        z = ddpm.seeded_noise(range(6), (3, 8, 8))
+        target = ddpm.sample(net_as_eps(net), z, ddpm.make_grid("uniform", 50), self.ab)
+        score = lambda x, y: (reward.mse_reward(x, y), {})
+        grid = sample.search_grid(net, z, target, score, 3, 15, self.ab)
+        def value(g):
+            return score(student.deploy(net, z, 3, self.ab, grid=g)[0], target)[0].mean().item()
+        self.assertTrue(grid[0] == 1000 and grid[-1] == 0 and all(a > b for a, b in zip(grid, grid[1:])))
+        self.assertGreater(value(grid), max(value(ddpm.make_grid(n, 3)) for n in ("uniform", "quadratic")))
+
+
+def net_as_eps(net):
+    return lambda x, t: net(x, t, t)
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ COMMANDS: every script end to end, tiny; resume; bad input                                    │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+class Commands(Case):
+    def setUp(self):
+        keep = tempfile.TemporaryDirectory()
+        self.addCleanup(keep.cleanup)
+        self.folder = Path(keep.name)
+        working = inside(self.folder)
+        working.__enter__()
+        self.addCleanup(working.__exit__, None, None, None)
+
+    def run_main(self, module, *words):
+        return quiet(module.main, [str(w) for w in words])[1]
+
+    def fails(self, module, *words):
+        """The command must end with code 2 and one sentence, and write nothing. Returns the sentence."""
+        before = sorted(self.folder.rglob("*"))
+        text = io.StringIO()
+        with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(text), contextlib.redirect_stdout(text):
+            ddpm.run_main(lambda: module.main([str(w) for w in words]))
+        self.assertEqual(caught.exception.code, 2)
+        self.assertNotIn("Traceback", text.getvalue())
+        self.assertEqual(sorted(self.folder.rglob("*")), before, "a refused command writes nothing")
+        return text.getvalue().strip().splitlines()[-1]
+
+    def test_every_script_explains_itself(self):
+        for module in MODULES:
+            text = io.StringIO()
+            with self.assertRaises(SystemExit) as caught, contextlib.redirect_stdout(text):
+                module.parse_args(["--help"])
+            self.assertEqual(caught.exception.code, 0)
+            self.assertIn("example: python", text.getvalue())
+            self.assertGreater(len(text.getvalue()), 500)
+
+    def test_every_flag_is_read_somewhere(self):
+        for module in MODULES:
+            source = Path(module.__file__).read_text(encoding="utf-8")
+            for name in vars(module.parse_args([])):
+                self.assertRegex(source, rf"args\.{name}\b", f"{module.__name__} --{name}")
+
+    def test_importing_prints_nothing_and_a_script_runs_as_a_process(self):
+        done = subprocess.run([sys.executable, "-c", "import sample, sys; sys.stdout.flush()"], cwd=HERE, capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
+        done = subprocess.run([sys.executable, HERE / "rl_distill.py", "--steps", "0"], capture_output=True, text=True)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("--steps must be between", done.stderr)
+
+    def test_the_teacher_trains_resumes_to_the_same_bits_and_keeps_what_is_there(self):
+        words = ["--data", "shapes", "--smoke", "--device", "cpu"]
+        text = self.run_main(teacher, *words, "--out", "a")
+        self.assertIn("wrote a/teacher.pt", text)
+        self.assertEqual({p.name for p in Path("a").iterdir()}, {"teacher.pt", "state.pt", "samples.png", "loss.png", "log.jsonl"})
+        real = teacher.save_state
+        def stop_after_two(path, *rest):
+            real(path, *rest)
+            raise KeyboardInterrupt
+        def every_two(argv):
+            args = real_parse(argv)
+            args.save_every = 2
+            return args
+        real_parse = teacher.parse_args
+        with mock.patch.object(teacher, "save_state", stop_after_two), mock.patch.object(teacher, "parse_args", every_two), \
+                self.assertRaises(KeyboardInterrupt):
+            self.run_main(teacher, *words, "--out", "b")
+        self.run_main(teacher, *words, "--out", "b", "--resume")
+        a, b = (ddpm.load_checkpoint(f"{f}/state.pt", "teacher-state") for f in "ab")
+        for part in ("net", "ema"):
+            for key, value in a[part].items():
+                self.assertTrue(torch.equal(value, b[part][key]), key)
+        self.assertIn("not empty", self.fails(teacher, *words, "--out", "a"))
+        net, content = ddpm.load_teacher("a/teacher.pt")
+        self.assertEqual(content["provenance"]["images"], 16)
+
+    def test_the_student_clones_and_resumes_to_the_same_bits(self):
+        words = [*inputs("teacher"), "--smoke", "--device", "cpu"]
+        shape = mock.patch.object(student, "STUDENT_UNET", {k: v for k, v in TINY.items() if k != "image_size"})
+        shape.start()
+        self.addCleanup(shape.stop)
+        text = self.run_main(student, *words, "--out", "a")
+        self.assertIn("MSE to the teacher's 50-step result", text)
+        self.assertTrue(Path("a/samples.png").exists() and Path("a/clone.png").exists())
+        real = student.save_student
+        def stop(*_, **__):
+            raise KeyboardInterrupt
+        with mock.patch.object(student, "save_student", stop), self.assertRaises(KeyboardInterrupt):
+            self.run_main(student, *words, "--out", "b")                        # killed after its first checkpoint
+        self.assertEqual(ddpm.load_checkpoint("b/state.pt", "student-state")["update"], 1)
+        self.run_main(student, *words, "--out", "b", "--resume")
+        a, b = (ddpm.load_checkpoint(f"{f}/state.pt", "student-state") for f in "ab")
+        for key, value in a["net"].items():
+            self.assertTrue(torch.equal(value, b["net"][key]), key)
+        self.run_main(student, *words, "--init", "teacher", "--out", "c")
+        self.assertEqual(student.load_student("c/student.pt")[0].predicts, "eps")
+        self.run_main(student, *words, "--clone", "eps", "--out", "d")
+
+    def test_the_encoders_train_and_the_rewards_are_shown(self):
+        with mock.patch.object(teacher, "shapes_images", lambda n=2000, size=32, seed=0: real_shapes(200, 32, seed)):
+            text = self.run_main(reward, "--smoke", "--out", "a")
+        self.assertIn("judge: ", text)
+        self.assertEqual(ddpm.load_checkpoint("a/coach.pt", "coach")["config"], dict(classes=3))
+        text = self.run_main(reward, *inputs("teacher", "coach", "judge"), "--n", "3", "--out", "b")
+        self.assertIn("standardised reward", text)
+        self.assertTrue(Path("b/rewards.png").exists())
+
+    def test_the_main_job_runs_resumes_and_its_student_can_be_sampled_and_evaluated(self):
+        words = [*inputs("teacher", "student", "coach"), "--smoke", "--device", "cpu"]
+        text = self.run_main(rl_distill, *words, "--learn", "both", "--save-every", "1", "--out", "a")
+        self.assertIn("1.000000", text)
+        self.assertIn("gain over 'student before", text)
+        for name in ("student.pt", "state.pt", "alignment.png", "grid.png", "curves.png", "result.json", "log.jsonl"):
+            self.assertTrue(Path("a", name).exists(), name)
+        real, calls = rl_distill.save_checkpoint, []
+        def stop(*a, **k):
+            real(*a, **k)
+            raise KeyboardInterrupt
+        with mock.patch.object(rl_distill, "save_checkpoint", stop), self.assertRaises(KeyboardInterrupt):
+            self.run_main(rl_distill, *words, "--learn", "both", "--save-every", "1", "--out", "b")
+        self.run_main(rl_distill, *words, "--learn", "both", "--save-every", "1", "--out", "b", "--resume")
+        a, b = (ddpm.load_checkpoint(f"{f}/state.pt", "rl-state") for f in "ab")
+        for part in ("net", "policy"):
+            for key, value in a[part].items():
+                self.assertTrue(torch.equal(value, b[part][key]), key)
+        for extra in (["--init", "teacher"], ["--learn", "pixels", "--estimator", "backprop"], ["--step-cost", "0.1"],
+                      ["--estimator", "reinforce", "--baseline", "batch"], ["--reward", "histogram:2+mse", "--kl", "0.1", "--learn", "pixels"]):
+            with mock.patch.object(rl_distill, "plot_result"):
+                self.run_main(rl_distill, *words, *extra, "--steps", "2", "--out", "x" + "".join(extra).replace(":", ""))
+        self.run_main(sample, "--model", "a/student.pt", "--n", "5", "--npz", "n/i.npz", "--png-dir", "p", "--out", "s")
+        self.assertEqual(len(os.listdir("p")), 5)
+        text = self.run_main(sample, "--evaluate", "--model", "a/student.pt", Workshop.get() / "teacher.pt", "--steps", "2", "4",
+                             "--search", "2", *inputs("teacher", "coach", "judge"), "--smoke", "--out", "e")
+        self.assertIn("learned", text)
+        self.assertIn("searched", text)
+        self.assertTrue(Path("e/frontier.png").exists())
+
+    def test_the_closed_form_demonstration_runs(self):
+        with mock.patch.object(ddpm, "PAPER_UNET", ddpm.SMALL_UNET), mock.patch.object(ddpm, "DEMO_POINTS", 20):
+            text = self.run_main(ddpm, "--batch", "1", "--out", "d", "--device", "cpu")
+        self.assertIn("energy distance", text)
+        self.assertTrue(Path("d/ddpm.png").exists())
+
+    def test_bad_input_is_one_sentence_and_code_2_and_touches_nothing(self):
+        good = inputs("teacher", "student", "coach")
+        Path("foreign.pt").write_bytes(b"GIF89a")
+        Path("cut.pt").write_bytes((Workshop.get() / "student.pt").read_bytes()[:5000])
+        Path("empty").mkdir()
+        for expected, module, *words in [
+                ("no checkpoint", rl_distill, *good, "--student", "none.pt"),
+                ("cannot be read", rl_distill, *good, "--student", "foreign.pt"),
+                ("cannot be read", rl_distill, *good, "--student", "cut.pt"),
+                ("a student is needed", rl_distill, *good, "--student", Workshop.get() / "coach.pt"),
+                ("--steps must be", rl_distill, *good, "--steps", "0"),
+                ("unknown reward", rl_distill, *good, "--reward", "clip+mse"),
+                ("differentiable reward", rl_distill, *good, "--learn", "pixels", "--estimator", "backprop", "--reward", "histogram"),
+                ("needs --learn pixels", rl_distill, *good, "--estimator", "backprop"),
+                ("must be even", rl_distill, *good, "--group", "3"),
+                ("--resume needs", rl_distill, *good, "--resume"),
+                ("no run to resume", rl_distill, *good, "--resume", "--out", "nowhere"),
+                ("cannot be used", rl_distill, *good, "--device", "warp-drive"),
+                ("no checkpoint", student, "--teacher", "none.pt"),
+                ("no checkpoint", sample, "--model", "none.pt"),
+                ("--steps must be", sample, "--steps", "0"),
+                ("no step policy", sample, "--model", Workshop.get() / "student.pt", "--grid", "policy"),
+                ("go with --evaluate", sample, "--steps", "1", "2"),
+                ("no checkpoint", reward, "--coach", "none.pt"),
+                ("no class subfolders", teacher, "--data", "empty"),
+                ("no such folder", teacher, "--data", "nowhere"),
+                ("--updates must be", teacher, "--updates", "0"),
+                ("multiple of 16", teacher, "--width", "20")]:
+            with self.subTest(expected=expected, words=words[-2:]):
+                self.assertIn(expected, self.fails(module, *words))
+
+    def test_the_download_without_network_leaves_nothing_behind(self):
+        from torchvision.datasets import CIFAR10
+        with mock.patch.object(CIFAR10, "download", side_effect=OSError("unreachable")):
+            self.assertIn("could not be downloaded", self.fails(teacher))
+
+
+real_shapes = teacher.shapes_images
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ PLANTED MISTAKES: each is put into the source, and a test must notice                         │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+PLANTED = [  # (module, what the source says, the mistake, the test that notices)
+    (ddpm, "return ab.sqrt() * x0 + (1 - ab).sqrt() * eps", "return ab.sqrt() * x0 - (1 - ab).sqrt() * eps",
+     "Schedule.test_q_sample_is_eq_4_for_every_element"),
+    (ddpm, "alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)])",
+     "alpha_bar = torch.cumprod(1 - torch.cat([beta, beta[-1:]]), 0)", "Schedule.test_alpha_bar_starts_at_one_and_equals_the_loop"),
+    (ddpm, "return F.mse_loss(eps_hat.float(), eps)", "return F.mse_loss(eps_hat.float(), eps, reduction='sum')",
+     "Schedule.test_simple_loss_is_the_mean_over_every_element_and_reaches_the_network"),
+    (ddpm, "return F.mse_loss(eps_hat.float(), eps)", "return F.mse_loss(eps_hat.float().detach(), eps)",
+     "Schedule.test_simple_loss_is_the_mean_over_every_element_and_reaches_the_network"),
+    (ddpm, "return eta * ((1 - ab_next) / (1 - ab)).sqrt() * (1 - ab / ab_next).sqrt()",
+     "return eta * ((1 - ab_next) / (1 - ab)).sqrt() * (1 - ab).sqrt()", "ReverseStep.test_eta_1_one_step_apart_is_ddpms_posterior"),
+    (ddpm, "- sigma.reshape(ab_next.shape) ** 2).clamp", ").clamp", "ReverseStep.test_eta_1_one_step_apart_is_ddpms_posterior"),
+    (ddpm, "        eps_hat = (x_t - ab.sqrt() * x0_hat) / (1 - ab).sqrt()\n", "",
+     "ReverseStep.test_the_estimate_and_its_epsilon_explain_x_t"),
+    (ddpm, "int(s) * 1009 + stream", "int(s) + stream", "Sampler.test_a_seed_is_the_same_image_in_any_batch_and_stream_numbers_differ"),
+    (teacher, "torch.randint(1, T + 1,", "torch.randint(0, T,", "TeacherTraining.test_times_are_uniform_from_1_to_T_and_both_ends_are_drawn"),
+    (teacher, "p_ema.lerp_(p, 1 - decay)", "p_ema.lerp_(p, decay)", "TeacherTraining.test_ema_averages_parameters"),
+    (teacher, "mirror[:, None, None, None], x.flip(-1)", "mirror[:, None, None, None], x.flip(-2)",
+     "Images.test_a_batch_holds_images_of_the_set_half_of_them_mirrored"),
+    (student, "return (d.cos() * x_t - x_next) / d.sin()", "return (x_next - d.cos() * x_t) / d.sin()",
+     "Jumps.test_a_jump_with_the_secant_velocity_lands_where_it_should"),
+    (student, "self.normalise(features.detach())", "self.normalise(features)", "Policy.test_deciding_sends_no_gradient_into_the_features"),
+    (student, "nn.init.zeros_(student.jump_mlp[-1].weight)", "pass", "Jumps.test_a_copy_of_the_teacher_is_the_teacher"),
+    (student, "(rho * t).round().long(), n - 1), t - 1)", "(rho * t).round().long(), n), t - 1)",
+     "Policy.test_landing_always_leaves_room_for_the_steps_to_come"),
+    (student, "u[0] < START_SHARE, T,", "u[0] < START_SHARE, T - 1,", "Jumps.test_drawn_jumps_go_down_far_enough_and_reach_both_ends"),
+    (reward, "return -(p * (p / q).log()).sum(2).mean(1)", "return -(q * (q / p).log()).sum(2).mean(1)",
+     "Rewards.test_mse_and_histogram_agree_with_loops"),
+    (reward, "- F.normalize(b, dim=1)).square()", "- F.normalize(b, dim=0)).square()", "Rewards.test_no_reward_depends_on_the_batch_it_is_computed_in"),
+    (reward, "in_real.any(0)", "in_real[distance.argmin(0), torch.arange(len(fake))]", "Metrics.test_precision_takes_any_ball_not_the_nearest_neighbours"),
+    (reward, "kthvalue(k + 1, dim=1).values       #", "kthvalue(k, dim=1).values       #", "Metrics.test_precision_and_recall_agree_with_loops"),
+    (reward, "- 2 * cross).item()", "- cross).item()", "Metrics.test_frechet_distance_of_known_gaussians"),
+    (rl_distill, ".repeat_interleave(size)", ".repeat(size)", "Advantages.test_groups_hold_one_noise_each"),
+    (rl_distill, "groups = reward.reshape(-1, group) ", "groups = reward.reshape(group, -1).T.contiguous().flip(0)[:, :group] ",
+     "Advantages.test_global_and_group_and_batch_agree_with_loops"),
+    (rl_distill, "centred = groups - groups.mean(1, keepdim=True)", "centred = groups - groups.mean(0, keepdim=True)",
+     "Advantages.test_global_and_group_and_batch_agree_with_loops"),
+    (rl_distill, "noise_level = 1e-6 * (1 + groups.abs().max())", "noise_level = torch.tensor(1e-12)",
+     "Advantages.test_equal_rewards_give_zero_and_never_scaled_noise"),
+    (rl_distill, "return -torch.minimum(ratio * adv, clipped * adv), ratio.detach()", "return torch.minimum(ratio * adv, clipped * adv), ratio.detach()",
+     "Surrogate.test_it_is_eq_7_of_ppo_case_by_case"),
+    (rl_distill, "return -torch.minimum(ratio * adv, clipped * adv), ratio.detach()", "return -ratio * adv, ratio.detach()",
+     "Surrogate.test_gradients_vanish_where_clipped_and_only_there"),
+    (rl_distill, "return -torch.minimum(ratio * adv, clipped * adv), ratio.detach()", "return -clipped * adv, ratio.detach()",
+     "Surrogate.test_it_is_eq_7_of_ppo_case_by_case"),
+    (rl_distill, "(2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))\n\n\ndef gaussian_kl", "(sigma.square()[:, None, None, None])).mean((1, 2, 3))\n\n\ndef gaussian_kl",
+     "LogProbabilities.test_a_landing_is_a_gaussian_averaged_over_dimensions"),
+    (rl_distill, 's["logp_pixel"] = pixel_logp(mean, s["x_next"], s["sigma"])', 's["logp_pixel"] = pixel_logp(mean, s["x_t"], s["sigma"])',
+     "Loop.test_the_ratio_is_one_before_the_first_step_in_both_channels"),
+    (rl_distill, "loss = loss + args.kl * kl", "loss = loss + args.kl * kl.detach()",
+     "Loop.test_zero_advantage_gives_zero_gradient_and_the_kl_alone_pulls_back"),
+    (rl_distill, "noise[1::2] = -noise[0::2]", "pass", "Loop.test_training_explores_the_last_jump_too_and_in_antithetic_pairs"),
+    (rl_distill, "sigma.clamp(min=SIGMA_FLOOR), sigma)", "sigma, sigma)", "Loop.test_training_explores_the_last_jump_too_and_in_antithetic_pairs"),
+    (rl_distill, 'a = adv[s["rows"]]', 'a = -adv[s["rows"]]', "Loop.test_the_step_policy_finds_the_optimum_of_a_known_reward"),
+    (rl_distill, "HELD_OUT, args.held_out, alpha_bar", "2, args.held_out, alpha_bar", "Loop.test_noise_for_training_monitoring_and_the_table_is_disjoint"),
+]
+
+
+class PlantedMistakes(Case):
+    def test_every_planted_mistake_is_noticed(self):
+        for module, right, wrong, test in PLANTED:
+            with self.subTest(test=test, wrong=wrong):
+                source = Path(module.__file__).read_text(encoding="utf-8")
+                self.assertEqual(source.count(right), 1, f"'{right}' must stand once in {module.__name__}.py")
+                broken = types.ModuleType(module.__name__)
+                broken.__file__ = module.__file__
+                exec(compile(source.replace(right, wrong), module.__file__, "exec"), broken.__dict__)
+                self.assertFalse(self.passes(test, module, broken), "the mistake went unnoticed")
+
+    def passes(self, test, module, broken):
+        """Run one test with every function and class of `module` replaced by the broken module's."""
+        swaps = []
+        for name, old in list(vars(module).items()):
+            if name == "TERMS" or callable(old) and getattr(old, "__module__", None) == module.__name__:
+                swaps += [(m, name, old) for m in MODULES if getattr(m, name, None) is old]
+        try:
+            for m, name, _ in swaps:
+                setattr(m, name, getattr(broken, name))
+            case, method = test.split(".")
+            result = unittest.TestResult()
+            globals()[case](method).run(result)
+            self.assertEqual(result.testsRun, 1)
+            return result.wasSuccessful()
+        finally:
+            for m, name, old in swaps:
+                setattr(m, name, old)
+
+
+# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ MAIN: the closing line counts                                                                 │
+# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+
+if __name__ == "__main__":
+    outcome = unittest.main(exit=False, verbosity=2 if "-v" in sys.argv else 1).result
+    failed = len(outcome.failures) + len(outcome.errors)
+    print(f"{outcome.testsRun - failed} passed, {failed} failed")
+    sys.exit(1 if failed or not outcome.testsRun else 0)
