@@ -234,6 +234,25 @@ class Attention(nn.Module):
         return x + tokens.reshape(B, H, W, C).permute(0, 3, 1, 2)
 
 
+class Upsample(nn.Conv2d):
+    """Nearest-neighbour doubling, then this 3x3 convolution. (B, C, H, W) -> (B, C', 2H, 2W).
+
+    From 128 channels on it is computed as four 2x2 convolutions, one per output parity: of the three taps in a
+    row, two fall on the same source pixel and are added up. Same result, 9/4 fewer multiplications.
+    """
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        if C < 128:                            # there the plain way is faster, measured
+            return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        fold = x.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])   # (parity, tap of 2, tap of 3)
+        kernel = torch.einsum("pak,qbl,oikl->pqoiab", fold, fold, self.weight.float()).reshape(-1, C, 2, 2)
+        y = F.conv2d(x, kernel.contiguous(memory_format=torch.channels_last), self.bias.repeat(4), padding=1)
+        y = y.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))                     # (B, H + 1, W + 1, 2, 2, C')
+        rows = [torch.stack([y[:, p:p + H, q:q + W, p, q] for q in (0, 1)], 3).flatten(2, 3) for p in (0, 1)]
+        return torch.stack(rows, 2).flatten(1, 2).permute(0, 3, 1, 2)
+
+
 class UNet(nn.Module):
     """Noise predictor: (x_t (B, 3, H, W), t (B,)) -> eps_hat (B, 3, H, W).
 
@@ -277,7 +296,7 @@ class UNet(nn.Module):
                 self.up.append(stage(c + skips.pop(), width * mult, size))
                 c = width * mult
             if level > 0:
-                self.up.append(nn.Conv2d(c, c, 3, padding=1))
+                self.up.append(Upsample(c, c, 3, padding=1))
                 size *= 2
         self.norm_out, self.conv_out = group_norm(c), zeroed(nn.Conv2d(c, 3, 3, padding=1))
         self.register_buffer("alpha_bar", linear_alpha_bar(), persistent=False)
@@ -300,10 +319,8 @@ class UNet(nn.Module):
         """Up path: bottleneck and skips -> (B, 3, H, W)."""
         skips = list(skips)
         for layer in self.up:
-            if isinstance(layer, nn.Conv2d):
-                h = layer(F.interpolate(h, scale_factor=2.0, mode="nearest"))
-            else:
-                h = layer[1](layer[0](torch.cat([h, skips.pop()], dim=1), emb))
+            h = (layer(h) if isinstance(layer, Upsample)
+                 else layer[1](layer[0](torch.cat([h, skips.pop()], dim=1), emb)))
         return self.conv_out(F.silu(self.norm_out(h)))
 
     def to_eps(self, out, x, t):

@@ -310,6 +310,15 @@ class Network(Case):
             expected[b] = x[b] + (mixed @ block.out.weight.T + block.out.bias).T.reshape(16, 4, 4)
         self.close(block(x).detach(), expected.detach(), 1e-5)
 
+    def test_folded_upsampling_is_doubling_and_convolving_with_the_same_gradient(self):
+        for channels in (16, 128):
+            layer = ddpm.Upsample(channels, channels, 3, padding=1)
+            x = torch.randn(2, channels, 3, 4, generator=rng())
+            plain = F.conv2d(F.interpolate(x, scale_factor=2.0), layer.weight, layer.bias, padding=1)
+            self.close(layer(x).detach(), plain.detach(), 1e-5)
+            gradients = [torch.autograd.grad(y.square().sum(), layer.weight)[0] for y in (layer(x), plain)]
+            self.close(gradients[0], gradients[1], 1e-3)
+
     def test_the_schedule_is_no_parameter_and_in_no_checkpoint(self):
         self.assertNotIn("alpha_bar", ddpm.UNet(**TINY).state_dict())
 
