@@ -1,7 +1,7 @@
 """Denoising diffusion: noise schedule, U-Net, loss, one reverse step, sampler, checkpoints.
 
-This is the ground everything else stands on. Papers: Ho et al. 2020 (DDPM, arXiv 2006.11239) and
-Song et al. 2020 (DDIM, arXiv 2010.02502). ReDiF distils exactly this kind of model.
+The ground everything else stands on: Ho et al. 2020 (DDPM, arXiv 2006.11239) and Song et al. 2020
+(DDIM, arXiv 2010.02502). ReDiF distils exactly this kind of model.
 
     python ddpm.py            # no data and no network needed, under a minute on two CPU cores
 
@@ -10,6 +10,7 @@ which is known in closed form, so that the sampler can be checked against the ri
 Writes ddpm.png and log.jsonl to a new folder under runs/. Next file: teacher.py.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -22,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ CONVENTIONS, used in every file                                                               │
-# │   images   float in [-1, 1], shape (B, 3, H, W)                                               │
-# │   t        integer in 0..T. t = 0 is clean data; t = T is where sampling starts (trained!)    │
-# │   grid     decreasing list of t from T to 0; a grid of K + 1 entries costs K evaluations      │
-# │   NFE      network evaluations per image                                                      │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# CONVENTIONS, used in every file
+#   images   float in [-1, 1], shape (B, 3, H, W)
+#   t        integer in 0..T. t = 0 is clean data; t = T is where sampling starts (trained!)
+#   grid     decreasing list of t from T to 0; a grid of K + 1 entries costs K evaluations
+#   NFE      network evaluations per image
+# ==============================================================================================
 
 T = 1000                                  # number of noise levels, Ho et al. section 4
 BETA_FIRST, BETA_LAST = 1e-4, 0.02        # linear schedule, Ho et al. section 4
@@ -50,12 +51,12 @@ def to_unit(images):
     return (images.float().clamp(-1, 1) + 1) / 2
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ NOISE SCHEDULE AND FORWARD PROCESS                                                            │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# NOISE SCHEDULE AND FORWARD PROCESS
+# ==============================================================================================
 
 def linear_alpha_bar(device="cpu"):
-    """alpha_bar[t] = prod_{s <= t} (1 - beta_s) for t = 0..T, with alpha_bar[0] = 1. Shape (T + 1,)."""
+    """alpha_bar[t] = prod_{s <= t} (1 - beta_s) for t = 0..T; alpha_bar[0] = 1. Shape (T + 1,)."""
     beta = torch.linspace(BETA_FIRST, BETA_LAST, T, dtype=torch.float64)       # beta_1 .. beta_T
     alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)])
     return alpha_bar.float().to(device)
@@ -81,17 +82,16 @@ def simple_loss(net, x0, t, eps, alpha_bar):
     return F.mse_loss(eps_hat.float(), eps)
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ REVERSE PROCESS: one step for everything between DDIM (eta = 0) and DDPM (eta = 1)            │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# REVERSE PROCESS: one step for everything between DDIM (eta = 0) and DDPM (eta = 1)
+# ==============================================================================================
 
 def predict_x0(x_t, t, eps_hat, alpha_bar, clip=True):
     """Denoised estimate and the epsilon that belongs to it.
 
-    x0_hat = (x_t - sqrt(1 - ab_t) eps_hat) / sqrt(ab_t), the first bracket of Eq. 12, Song et al. 2020.
+    x0_hat = (x_t - sqrt(1 - ab_t) eps_hat) / sqrt(ab_t): first bracket of Eq. 12, Song et al. 2020.
     With clip, x0_hat is kept in [-1, 1] (as in Ho et al.'s code) and eps_hat is recomputed so that
-    the pair still explains x_t. Without it, a small error at t = T (sqrt(ab_T) = 0.0064) is
-    magnified 157 times. Returns (x0_hat, eps_hat), each of x_t's shape.
+    the pair still explains x_t. Returns (x0_hat, eps_hat), each of x_t's shape.
     """
     ab = at(alpha_bar, t, x_t)
     x0_hat = (x_t - (1 - ab).sqrt() * eps_hat) / ab.sqrt()
@@ -114,7 +114,7 @@ def ddim_step(x0_hat, eps_hat, t, t_next, eta, alpha_bar):
     """Mean and sigma of the jump t -> t_next. Eq. 12, Song et al. 2020.
 
     mean = sqrt(ab') x0_hat + sqrt(1 - ab' - sigma^2) eps_hat. eta = 0 is DDIM; eta = 1 with
-    t_next = t - 1 is DDPM's posterior (Eqs. 6-7, Ho et al. 2020). Returns (mean like x0_hat, sigma (B,)).
+    t_next = t - 1 is DDPM's posterior (Eqs. 6-7, Ho et al.). Returns mean (B, ...) and sigma (B,).
     """
     sigma = ddim_sigma(t, t_next, eta, alpha_bar)
     ab_next = at(alpha_bar, t_next, x0_hat)
@@ -123,7 +123,7 @@ def ddim_step(x0_hat, eps_hat, t, t_next, eta, alpha_bar):
 
 
 def make_grid(name, steps):
-    """Decreasing grid of steps + 1 integers from T to 0: 'uniform' or 'quadratic' (Song et al., D.2)."""
+    """Decreasing list of steps + 1 integers from T to 0: 'uniform' or 'quadratic' (DDIM, D.2)."""
     if not 1 <= steps <= T:
         raise BadInput(f"the number of steps must be between 1 and {T}, not {steps}")
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
@@ -174,9 +174,9 @@ def sample(net, x_T, grid, alpha_bar, eta=0.0, seeds=None, clip=True, keep_path=
     return path if keep_path else x
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ U-NET, Ho et al. 2020, appendix B                                                             │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# U-NET, Ho et al. 2020, appendix B
+# ==============================================================================================
 
 PAPER_UNET = dict(width=128, mults=[1, 2, 2, 2], blocks=2, attention=[16], dropout=0.1)     # 35.7 M
 SMALL_UNET = dict(width=32, mults=[1, 2, 4], blocks=1, attention=[8], dropout=0.0)          # 2.7 M
@@ -202,7 +202,7 @@ def zeroed(module):
 
 
 class ResBlock(nn.Module):
-    """norm - SiLU - conv, + time, norm - SiLU - dropout - conv, + shortcut. (B, C, H, W) -> (B, C', H, W)."""
+    """norm SiLU conv, + time, norm SiLU dropout conv, + shortcut. (B, C, H, W) -> (B, C', H, W)."""
 
     def __init__(self, c_in, c_out, c_time, dropout):
         super().__init__()
@@ -224,7 +224,8 @@ class Attention(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.norm = group_norm(channels)
-        self.qkv, self.out = nn.Linear(channels, 3 * channels), zeroed(nn.Linear(channels, channels))
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x):
         B, C, H, W = x.shape
@@ -237,29 +238,31 @@ class Attention(nn.Module):
 class Upsample(nn.Conv2d):
     """Nearest-neighbour doubling, then this 3x3 convolution. (B, C, H, W) -> (B, C', 2H, 2W).
 
-    From 128 channels on it is computed as four 2x2 convolutions, one per output parity: of the three taps in a
-    row, two fall on the same source pixel and are added up. Same result, 9/4 fewer multiplications.
+    From 128 channels on it is computed as four 2x2 convolutions, one per output parity: of the
+    three taps in a row, two fall on one source pixel and add up. Same result, 9/4 fewer products.
     """
 
     def forward(self, x):
         B, C, H, W = x.shape
         if C < 128:                            # there the plain way is faster, measured
             return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        fold = x.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])   # (parity, tap of 2, tap of 3)
-        kernel = torch.einsum("pak,qbl,oikl->pqoiab", fold, fold, self.weight.float()).reshape(-1, C, 2, 2)
-        y = F.conv2d(x, kernel.contiguous(memory_format=torch.channels_last), self.bias.repeat(4), padding=1)
-        y = y.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))                     # (B, H + 1, W + 1, 2, 2, C')
-        rows = [torch.stack([y[:, p:p + H, q:q + W, p, q] for q in (0, 1)], 3).flatten(2, 3) for p in (0, 1)]
-        return torch.stack(rows, 2).flatten(1, 2).permute(0, 3, 1, 2)
+        fold = self.weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
+        kernel = torch.einsum("pak,qbl,oikl->pqoiab", fold, fold, self.weight)  # p, q: parities
+        kernel = kernel.reshape(-1, C, 2, 2).contiguous(memory_format=torch.channels_last)
+        y = F.conv2d(x, kernel, self.bias.repeat(4), padding=1)                 # (B, 4C', H+1, W+1)
+        y = y.permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))                      # channels last
+        rows = [torch.stack([y[:, p:p + H, q:q + W, p, q] for q in (0, 1)], dim=3).flatten(2, 3)
+                for p in (0, 1)]                                                # (B, H, 2W, C')
+        return torch.stack(rows, dim=2).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 class UNet(nn.Module):
     """Noise predictor: (x_t (B, 3, H, W), t (B,)) -> eps_hat (B, 3, H, W).
 
     eps_hat = sqrt(1 - ab_t) x_t + sqrt(ab_t) F(x_t, t), F the layers below.
-    DEVIATES from Ho et al., whose eps_hat is F itself: that network spends its first epochs learning to
-    copy x_t at high noise, and what is left of the error is magnified by 1 / sqrt(ab_t), up to 157 times.
-    With the skip, an untrained network is already right at t = T; loss and meaning of eps_hat stay.
+    DEVIATES: in Ho et al. eps_hat is F itself. That network spends its first epochs learning to
+    copy x_t at high noise, and what is left of its error is magnified by 1 / sqrt(ab_t), up to 157
+    times, in x0_hat. With the skip an untrained network is right at t = T. The loss stays the same.
     width: channels at full resolution; mults: channel multiple per level, each level halves the
     image; blocks: residual blocks per level; attention: resolutions that get self-attention.
     `config` rebuilds the network, and is what a checkpoint stores.
@@ -270,7 +273,8 @@ class UNet(nn.Module):
         self.config = dict(width=width, mults=list(mults), blocks=blocks, attention=list(attention),
                            dropout=dropout, image_size=image_size)
         c_time = 4 * width
-        self.time_mlp = nn.Sequential(nn.Linear(width, c_time), nn.SiLU(), nn.Linear(c_time, c_time))
+        self.time_mlp = nn.Sequential(
+            nn.Linear(width, c_time), nn.SiLU(), nn.Linear(c_time, c_time))
         self.conv_in = nn.Conv2d(3, width, 3, padding=1)
 
         def stage(c_in, c_out, size):
@@ -324,7 +328,7 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
     def to_eps(self, out, x, t):
-        """The skip: sqrt(1 - ab_t) x_t + sqrt(ab_t) F, in fp32 (bf16 could not copy x_t well enough)."""
+        """The skip, sqrt(1 - ab_t) x_t + sqrt(ab_t) F, in fp32: bf16 cannot copy x_t well."""
         ab = at(self.alpha_bar, t, x)
         return (1 - ab).sqrt() * x + ab.sqrt() * out.float()
 
@@ -338,9 +342,9 @@ def parameter_count(net):
     return sum(p.numel() for p in net.parameters())
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ DEVICE AND PRECISION                                                                          │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# DEVICE AND PRECISION
+# ==============================================================================================
 
 def pick_device(name="auto"):
     """'auto' takes cuda, then mps, then cpu; any other name must be usable here."""
@@ -351,25 +355,31 @@ def pick_device(name="auto"):
         torch.zeros(1, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError):
-        raise BadInput(f"device '{name}' cannot be used here; leave out --device or try --device cpu") from None
+        raise BadInput(f"device '{name}' cannot be used here; try --device cpu") from None
 
 
 def autocast(device, enabled=True):
     """bf16 where the hardware computes in it: CUDA, and CPUs with AVX512-BF16 or AMX (1.7 times
     faster there with channels-last, measured). Elsewhere, and with enabled=False, plain fp32."""
-    native = device.type == "cuda" or (device.type == "cpu" and any(
-        getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")))
+    native = device.type == "cuda" or device.type == "cpu" and any(
+        getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled and native)
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ CHECKPOINTS: one dict of tensors and plain values                                             │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+def wait_for(device):
+    """Let the GPU finish, so that a clock read now is right."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# ==============================================================================================
+# CHECKPOINTS: one dict of tensors and plain values
+# ==============================================================================================
 
 def save_checkpoint(path, kind, **content):
     """Write {format, kind, **content} to a temporary name, then rename: never half a file.
 
-    kind: 'teacher', 'student', 'encoder', ... ; content: tensors, plain values, dicts and lists of them.
+    kind: 'teacher', 'student', ...; content: tensors, plain values, dicts and lists of them.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -398,14 +408,37 @@ def load_checkpoint(path, kind):
             raise ValueError("it is no torch zip archive")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                 # hostile bytes can make the reader raise anything
-        reason = str(error).strip().splitlines()[0][:90] if str(error).strip() else "no reason given"
-        raise BadInput(f"{path} cannot be read as a checkpoint (truncated, or not one): {reason}") from None
+        reason = (str(error).strip() or "no reason given").splitlines()[0][:90]
+        raise BadInput(f"{path} cannot be read (truncated, or no checkpoint): {reason}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BadInput(f"{path} is not a checkpoint of this project (format {FORMAT})")
     kinds = (kind,) if isinstance(kind, str) else kind
     if content.get("kind") not in kinds:
-        raise BadInput(f"{path} holds a '{content.get('kind')}', but a {' or '.join(kinds)} is needed here")
+        raise BadInput(f"{path} holds a {content.get('kind')}; a {' or '.join(kinds)} is needed")
     return content
+
+
+def save_state(path, kind, parts, **plain):
+    """All that --resume needs. parts: {name: network, optimizer, schedule or torch.Generator}."""
+    gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    save_checkpoint(path, f"{kind}-state", **plain, rng=torch.get_rng_state(), gpu_rng=gpu, parts={
+        name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+        for name, part in parts.items()})
+
+
+def load_state(path, kind, parts):
+    """Put every part back to where save_state found it. Returns the checkpoint."""
+    state = load_checkpoint(path, f"{kind}-state")
+    try:
+        for name, part in parts.items():
+            put_back = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
+            put_back(state["parts"][name])
+        torch.set_rng_state(state["rng"])
+        if len(state["gpu_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["gpu_rng"])
+    except (KeyError, ValueError, RuntimeError):
+        raise BadInput(f"{path} is a run with other settings; resume with the same ones") from None
+    return state
 
 
 def load_weights(net, weights, path="checkpoint"):
@@ -424,39 +457,33 @@ def half_weights(net):
 
 
 def load_teacher(path, device="cpu"):
-    """Rebuild a teacher from its own config: frozen U-Net in eval mode. Returns (net, checkpoint)."""
+    """Rebuild a teacher from its own config, frozen, in eval mode. Returns (net, checkpoint)."""
     content = load_checkpoint(path, "teacher")
     try:
         net = UNet(**content["config"])
     except (KeyError, TypeError) as error:
         raise BadInput(f"{path} has no usable U-Net config ({error})") from None
-    return load_weights(net, content["weights"], path).to(device).eval().requires_grad_(False), content
-
-
-def new_folder(name):
-    """runs/name, or the next free runs/name-2, runs/name-3, ...: nothing overwrites an earlier run."""
-    for n in range(1, 10_000):
-        folder = Path("runs") / (name if n == 1 else f"{name}-{n}")
-        if not folder.exists() or not any(folder.iterdir()):
-            return folder
+    net = load_weights(net, content["weights"], path).to(device)
+    return net.eval().requires_grad_(False), content
 
 
 def output_folder(out, default, resume=False):
-    """The folder of a run: the next free one, or the one asked for, which must be new or empty.
+    """The folder of a run: the next free runs/default-N, or `out`, which must be new or empty.
 
-    Only looks: main makes the folder once all inputs have been read, so that a refused command leaves nothing.
+    Only looks: main makes it once all inputs are read, so that a refused command leaves nothing.
     """
     if out is None:
         if resume:
             raise BadInput("--resume needs --out DIR, the folder of the run to go on with")
-        return new_folder(default)
+        folders = (Path("runs", default + (f"-{n}" if n > 1 else "")) for n in itertools.count(1))
+        return next(f for f in folders if not f.exists() or not any(f.iterdir()))
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out} is a file; give a folder")
     if resume and not out.is_dir():
         raise BadInput(f"there is no run to resume in {out}; leave out --resume to start one")
     if not resume and out.is_dir() and any(out.iterdir()):
-        raise BadInput(f"--out {out} is not empty; add --resume to go on with it, or give a new folder")
+        raise BadInput(f"--out {out} is not empty; add --resume to go on, or give a new folder")
     return out
 
 
@@ -464,6 +491,38 @@ def log_line(folder, **row):
     """Append one JSON object to folder/log.jsonl, the file that plots are drawn from."""
     with open(Path(folder) / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def number(kind, low, high=math.inf):
+    """argparse type: an int or float within low..high, both included."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be between {low} and {high}, not {text}")
+        return value
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+def parser_for(doc, example):
+    """The argument parser every script starts from: defaults are shown, one example at the end."""
+    return argparse.ArgumentParser(description=doc.splitlines()[0], epilog=f"example: {example}",
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+def pyplot():
+    """matplotlib without a screen."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def save_figure(figure, path):
+    """Write a figure as PNG and free it."""
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot().close(figure)
 
 
 def run_main(main):
@@ -475,12 +534,12 @@ def run_main(main):
         sys.exit(2)
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ KNOWN ANSWERS: data whose optimal epsilon can be written down                                 │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# KNOWN ANSWERS: data whose optimal epsilon can be written down
+# ==============================================================================================
 
 def mixture_eps(x, t, means, std, alpha_bar):
-    """Optimal epsilon E[eps | x_t] for an equal mixture of N(mean_i, std^2 I); one mean: a Gaussian.
+    """Optimal epsilon E[eps | x_t] of an equal mixture of N(mean_i, std^2 I); one mean: Gaussian.
 
     x: (B, D); means: (M, D). x_t given i is N(sqrt(ab) mean_i, ab std^2 + 1 - ab), so that
     eps* = sqrt(1 - ab) sum_i p(i | x_t) (x_t - sqrt(ab) mean_i) / (ab std^2 + 1 - ab).
@@ -493,13 +552,13 @@ def mixture_eps(x, t, means, std, alpha_bar):
 
 
 def gaussian_flow(x_T, mean, std, alpha_bar):
-    """Where infinitely many DDIM steps take x_T if the data are N(mean, std^2 I): same quantile, new scale."""
+    """Where infinitely many DDIM steps take x_T if the data are N(mean, std^2 I): same quantile."""
     ab = alpha_bar[T]
     return mean + std * (x_T - ab.sqrt() * mean) / (ab * std ** 2 + 1 - ab).sqrt()
 
 
 def energy_distance(a, b):
-    """2 E|a - b| - E|a - a'| - E|b - b'|, zero for equal distributions. Szekely & Rizzo 2013. (N, D) twice."""
+    """2 E|a - b| - E|a - a'| - E|b - b'|, 0 for equal distributions. Szekely & Rizzo 2013."""
     def within(x):
         return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
     return (2 * torch.cdist(a, b).mean() - within(a) - within(b)).item()
@@ -507,66 +566,57 @@ def energy_distance(a, b):
 
 def demo(out, seed):
     """Run the sampler on a Gaussian and a mixture in the plane; print errors, draw ddpm.png."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     alpha_bar, generator, n = linear_alpha_bar(), torch.Generator().manual_seed(seed), DEMO_POINTS
-    x_T = torch.randn(n, 2, generator=generator)
-    mean, std = torch.tensor([[0.5, -0.3]]), 0.2
-    circle = torch.arange(6) * math.pi / 3
-    means, spread = 0.7 * torch.stack([circle.cos(), circle.sin()], 1), 0.07
-    exact = means[torch.randint(6, (n,), generator=generator)] + spread * torch.randn(n, 2, generator=generator)
+    x_T, circle = torch.randn(n, 2, generator=generator), torch.arange(6) * math.pi / 3
+    mean, std = torch.tensor([[0.5, -0.3]]), 0.2                               # the Gaussian
+    means, spread = 0.7 * torch.stack([circle.cos(), circle.sin()], 1), 0.07   # the mixture
+    noise = torch.randn(2, n, 2, generator=generator)
+    exact = means[torch.randint(6, (n,), generator=generator)] + spread * noise[0]
 
-    print(f"{'NFE':>5s} {'Gaussian, eta 0':>17s} {'Gaussian, eta 1':>17s} {'mixture, eta 0':>16s} {'mixture, eta 1':>16s}")
-    print(f"{'':5s} {'rms to exact end':>17s} {'std (true 0.2)':>17s} {'energy distance':>16s} {'energy distance':>16s}")
-    shown, errors = {}, []
+    def run(steps, eta, *data):
+        return sample(lambda x, t: mixture_eps(x, t, *data, alpha_bar), x_T,
+                      make_grid("uniform", steps), alpha_bar, eta, seeds=range(n), clip=False)
+
+    print("       --- one Gaussian ---------------   --- mixture of six: energy distance ---\n"
+          "  NFE  rms to exact end   std at eta 1         eta 0              eta 1")
+    ends, errors = {}, []
     for steps in (1, 2, 5, 10, 20, 50, 100, 1000):
-        row = [steps]
+        exact_end = gaussian_flow(x_T, mean, std, alpha_bar)
+        rms = (run(steps, 0.0, mean, std) - exact_end).square().mean().sqrt()
+        std_1 = run(steps, 1.0, mean, std).std(0).mean()                       # should become 0.2
         for eta in (0.0, 1.0):
-            end = sample(lambda x, t: mixture_eps(x, t, mean, std, alpha_bar), x_T, make_grid("uniform", steps),
-                         alpha_bar, eta, seeds=range(n), clip=False)
-            row.append((end - gaussian_flow(x_T, mean, std, alpha_bar)).square().mean().sqrt().item() if eta == 0
-                       else end.std(0).mean().item())
-        for eta in (0.0, 1.0):
-            shown[steps, eta] = sample(lambda x, t: mixture_eps(x, t, means, spread, alpha_bar), x_T,
-                                       make_grid("uniform", steps), alpha_bar, eta, seeds=range(n), clip=False)
-            row.append(energy_distance(shown[steps, eta], exact))
-        errors.append(row)
-        print(f"{row[0]:5d} {row[1]:17.5f} {row[2]:17.5f} {row[3]:16.5f} {row[4]:16.5f}")
-        log_line(out, nfe=steps, gaussian_rms=row[1], gaussian_std_eta1=row[2], mixture=row[3], mixture_eta1=row[4])
+            ends[steps, eta] = run(steps, eta, means, spread)
+        distances = [energy_distance(ends[steps, eta], exact) for eta in (0.0, 1.0)]
+        errors.append((steps, rms.item(), *distances))
+        print(f"{steps:5d}  {rms:16.5f} {std_1:14.5f} {distances[0]:13.5f} {distances[1]:18.5f}")
+        log_line(out, nfe=steps, rms=rms.item(), std=std_1.item(), mixture=distances)
 
-    figure, axes = plt.subplots(2, 5, figsize=(14, 5.8))
-    noise = torch.randn(n, 2, generator=generator)
-    for axis, t in zip(axes[0], (0, 50, 200, 500, 1000)):
-        points = q_sample(exact, torch.full((n,), t), noise, alpha_bar)
-        axis.scatter(*points.T, s=1)
-        axis.set_title(f"forward, t = {t}", fontsize=10)
-    for axis, (steps, eta) in zip(axes[1], ((5, 0.0), (20, 0.0), (1000, 0.0), (20, 1.0))):
-        axis.scatter(*shown[steps, eta].T, s=1, color="tab:orange")
-        axis.set_title(f"reverse, {steps} steps, eta {eta:.0f}", fontsize=10)
-    for axis in axes.flat[:-1]:
-        axis.set(xlim=(-2.5, 2.5) if axis in axes[0, 3:] else (-1.2, 1.2), ylim=(-2.5, 2.5) if axis in axes[0, 3:] else (-1.2, 1.2))
-        axis.set_aspect("equal")
-    for column, name in ((1, "Gaussian, rms error"), (3, "mixture, eta 0"), (4, "mixture, eta 1")):
-        axes[1, 4].loglog([r[0] for r in errors], [max(r[column], 1e-6) for r in errors], marker="o", markersize=3, label=name)
+    figure, axes = pyplot().subplots(2, 5, figsize=(14, 5.8))
+    panels = [(f"forward, t = {t}", q_sample(exact, torch.full((n,), t), noise[1], alpha_bar), t)
+              for t in (0, 50, 200, 500, 1000)]
+    panels += [(f"reverse, {steps} steps, eta {eta:.0f}", ends[steps, eta], 0)
+               for steps, eta in ((5, 0.0), (20, 0.0), (1000, 0.0), (20, 1.0))]
+    for axis, (title, points, t) in zip(axes.flat, panels):
+        limit = 1.2 if t <= 50 else 2.5
+        axis.scatter(*points.T, s=1, color="tab:blue" if "forward" in title else "tab:orange")
+        axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    for column, name in ((1, "Gaussian, rms, eta 0"), (2, "mixture, eta 0"), (3, "mixture, eta 1")):
+        axes[1, 4].loglog([e[0] for e in errors], [max(e[column], 1e-6) for e in errors],
+                          marker="o", markersize=3, label=name)
+    axes[1, 4].set(title="error against the known answer", xlabel="network evaluations")
     axes[1, 4].legend(fontsize=7)
-    axes[1, 4].set_title("error against the known answer", fontsize=10)
-    axes[1, 4].set_xlabel("network evaluations")
-    figure.tight_layout()
-    figure.savefig(out / "ddpm.png", dpi=110)
-    plt.close(figure)
+    save_figure(figure, out / "ddpm.png")
 
 
 def throughput(shape, batch, repeats, device):
     """(images/s of a forward pass, of a training step) of a U-Net of the given shape."""
-    net = UNet(**shape).to(device)
+    net, rates = UNet(**shape).to(device), []
     optimizer = torch.optim.AdamW(net.parameters())
-    x, t = torch.randn(batch, 3, 32, 32, device=device), torch.randint(1, T + 1, (batch,), device=device)
-    rates = []
+    x, t = torch.randn(batch, 3, 32, 32, device=device), torch.full((batch,), T, device=device)
     for training in (False, True):
         for i in range(repeats + 1):
-            if i == 1:                          # the first pass warms up
-                torch.cuda.synchronize() if device.type == "cuda" else None
+            if i <= 1:                          # the first pass warms up
+                wait_for(device)
                 start = time.time()
             with torch.set_grad_enabled(training), autocast(device):
                 loss = net(x, t).square().mean()
@@ -574,28 +624,23 @@ def throughput(shape, batch, repeats, device):
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-        torch.cuda.synchronize() if device.type == "cuda" else None
+        wait_for(device)
         rates.append(batch * repeats / (time.time() - start))
     return rates
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ COMMAND LINE                                                                                  │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# COMMAND LINE
+# ==============================================================================================
 
 def parse_args(argv=None):
     """Command line of ddpm.py."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                epilog="example: python ddpm.py --batch 64 --device cuda")
-    p.add_argument("--batch", type=int, default=8, help="images per pass of the throughput measurement")
+    p = parser_for(__doc__, "python ddpm.py --batch 64 --device cuda")
+    p.add_argument("--batch", type=number(int, 1), default=8, help="images per timed pass")
     p.add_argument("--out", help="folder of the result (default: next free runs/ddpm)")
     p.add_argument("--seed", type=int, default=0, help="seed of data and noise")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    args = p.parse_args(argv)
-    if args.batch < 1:
-        p.error("--batch must be at least 1")
-    return args
+    return p.parse_args(argv)
 
 
 def main(argv=None):
@@ -607,8 +652,8 @@ def main(argv=None):
     print(f"\nU-Net on {device}, batch {args.batch}")
     for name, shape in (("small", SMALL_UNET), ("paper", PAPER_UNET)):
         forward, training = throughput(shape, args.batch, 3, device)
-        print(f"{name:6s} {parameter_count(UNet(**shape)) / 1e6:6.2f} M parameters   forward {forward:8.1f} images/s"
-              f"   training {training:8.1f} images/s")
+        print(f"{name:6s} {parameter_count(UNet(**shape)) / 1e6:6.2f} M parameters   "
+              f"forward {forward:8.1f} images/s   training {training:8.1f} images/s")
     print(f"wrote {out}/ddpm.png, log.jsonl")
 
 

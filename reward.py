@@ -12,7 +12,6 @@ image with the teacher's from the same start noise.
 Reads --coach, --judge, --teacher, or --data with --train; writes rewards.png, or coach.pt and judge.pt,
 and log.jsonl to --out. Next file: rl_distill.py.
 """
-import argparse
 import time
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -23,18 +22,19 @@ from torch import nn
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (BadInput, autocast, half_weights, linear_alpha_bar, load_checkpoint, load_teacher, load_weights,
-                  log_line, make_grid, output_folder, parameter_count, pick_device, run_main, sample,
-                  save_checkpoint, seeded_noise, to_unit)
+from ddpm import (BadInput, autocast, half_weights, linear_alpha_bar, load_checkpoint, load_state,
+                  load_teacher, load_weights, log_line, make_grid, number, output_folder,
+                  parameter_count, parser_for, pick_device, pyplot, run_main, sample,
+                  save_checkpoint, save_figure, save_state, seeded_noise, to_unit)
 from teacher import device_name, draw_batch, load_images
 
 NEIGHBOURS = 5              # k of precision/recall/density/coverage, Naeem et al. 2020
 REFERENCE = 5000            # real images whose judge features are kept for precision/recall
 BINS = 32                   # of the intensity histogram, per colour channel
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ ENCODERS: images (B, 3, 32, 32) in [-1, 1] -> (list of feature maps, features (B, C), logits) │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# ENCODERS: images (B, 3, 32, 32) in [-1, 1] -> (list of feature maps, features (B, C), logits)
+# ==============================================================================================
 
 
 def conv_norm(c_in, c_out, stride=1):
@@ -109,10 +109,10 @@ def encode(net, images, batch=500):
     return torch.cat([net(x)[1].float() for x in images.split(batch)])
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ REWARD TERMS: (images, targets, coach) -> (B,), larger is better, `best` for images == targets│
-# │ None looks beyond its own pair of images, so a reward never depends on the batch              │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# REWARD TERMS: (images, targets, coach) -> (B,), larger is better, `best` for images == targets
+# None looks beyond its own pair of images, so a reward never depends on the batch
+# ==============================================================================================
 
 def feature_reward(images, targets, coach):
     """Cosine of the coach's pooled features, stands in for ReDiF's CLIP and DINO rewards."""
@@ -200,9 +200,9 @@ def parse_reward(spec):
     return weights
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ METRICS, in the judge's features                                                              │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# METRICS, in the judge's features
+# ==============================================================================================
 
 def moments(features):
     """Mean (C,) and covariance (C, C) in fp64 of features (N, C), N >= 2."""
@@ -241,9 +241,9 @@ def precision_recall(real, fake, k=NEIGHBOURS):
                 coverage=(distance.min(1).values <= radius_real).float().mean().item())
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ GRADED DISTORTIONS: for the scales of the terms, and for the figure                           │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# GRADED DISTORTIONS: for the scales of the terms, and for the figure
+# ==============================================================================================
 
 def distort(images, kind, level, generator):
     """images (B, 3, H, W) -> distorted copy; level in 0..1 (0 changes nothing).
@@ -286,11 +286,8 @@ def term_scales(coach, images):
 
 def plot_rewards(images, coach, scales, path):
     """Figure: standardised reward of each term against the level of each distortion, with examples."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     levels = [i / 8 for i in range(9)]
-    figure, axes = plt.subplots(2, len(DISTORTIONS), figsize=(12, 4.6), height_ratios=[1, 2.4])
+    figure, axes = pyplot().subplots(2, len(DISTORTIONS), figsize=(12, 4.6), height_ratios=[1, 2.4])
     table = {}
     for column, kind in enumerate(DISTORTIONS):
         generator = torch.Generator().manual_seed(0)
@@ -307,15 +304,13 @@ def plot_rewards(images, coach, scales, path):
         axes[1, column].grid(alpha=0.3)
     axes[1, 0].set_ylabel("standardised reward")
     axes[1, 0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
     return table
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ TRAINING THE ENCODERS                                                                         │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# TRAINING THE ENCODERS
+# ==============================================================================================
 
 def random_crop(x, generator, padding=4):
     """Shift every image by up to `padding` pixels each way, mirrored at the border. (B, 3, H, W) -> same."""
@@ -343,11 +338,9 @@ def train_encoder(role, images, labels, args, seed, out, device):
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, updates, pct_start=0.2)
     state_path, first, seconds_before = out / f"state-{role}.pt", 0, 0.0
+    parts = dict(net=net, optimizer=optimizer, schedule=schedule, generator=generator)
     if args.resume and state_path.exists():
-        state = load_checkpoint(state_path, f"{role}-state")
-        for part, saved in ((net, "net"), (optimizer, "optimizer"), (schedule, "schedule")):
-            part.load_state_dict(state[saved])
-        generator.set_state(state["generator"])
+        state = load_state(state_path, role, parts)
         first, seconds_before = state["update"], state["seconds"]
         print(f"resumed {role} at update {first}")
     start, net = time.time(), net.train()
@@ -365,9 +358,7 @@ def train_encoder(role, images, labels, args, seed, out, device):
         if done % 100 == 0 or done == updates:
             log_line(out, encoder=role, update=done, loss=loss.item(), seconds=seconds)
             progress.set_postfix(loss=f"{loss.item():.3f}")
-            save_checkpoint(state_path, f"{role}-state", net=net.state_dict(), optimizer=optimizer.state_dict(),
-                            schedule=schedule.state_dict(), generator=generator.get_state(), update=done,
-                            seconds=seconds)
+            save_state(state_path, role, parts, update=done, seconds=seconds)
     return net.eval().requires_grad_(False), seconds_before + time.time() - start
 
 
@@ -427,46 +418,39 @@ def show(args, out, device):
     print(f"wrote {out}/rewards.png, log.jsonl")
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ COMMAND LINE                                                                                  │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# COMMAND LINE
+# ==============================================================================================
 
 def parse_args(argv=None):
     """Command line of reward.py."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                epilog="example: python reward.py --train --data cifar10 --epochs 6")
-    p.add_argument("--train", action="store_true", help="train the encoders instead of showing the rewards")
-    p.add_argument("--data", default="cifar10", help="with --train: cifar10, shapes, or a folder of class subfolders")
-    p.add_argument("--epochs", type=int, default=6, help="passes over the images, 5..30")
-    p.add_argument("--batch-size", type=int, default=256, help="images per update, 64..1024")
-    p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate, 1e-3..5e-3")
-    p.add_argument("--coach", default="checkpoints/coach.pt", help="checkpoint of the coach to show")
-    p.add_argument("--judge", default="checkpoints/judge.pt", help="checkpoint of the judge to show")
-    p.add_argument("--teacher", default="checkpoints/teacher.pt", help="whose samples are distorted for the figure")
-    p.add_argument("--n", type=int, default=32, help="samples in the figure, at least 2")
+    p = parser_for(__doc__, "python reward.py --train --data cifar10 --epochs 6")
+    count = number(int, 1)
+    p.add_argument("--train", action="store_true", help="train both encoders, instead of the figure")
+    p.add_argument("--data", default="cifar10", help="with --train: cifar10, shapes, or a folder")
+    p.add_argument("--epochs", type=count, default=6, help="passes over the images, 5..30")
+    p.add_argument("--batch-size", type=count, default=256, help="images per update, 64..1024")
+    p.add_argument("--lr", type=number(float, 1e-7, 1), default=3e-3, help="peak rate, 1e-3..5e-3")
+    p.add_argument("--coach", default="checkpoints/coach.pt", help="the coach to show")
+    p.add_argument("--judge", default="checkpoints/judge.pt", help="the judge to show")
+    p.add_argument("--teacher", default="checkpoints/teacher.pt", help="whose samples are distorted")
+    p.add_argument("--n", type=number(int, 2), default=32, help="samples in the figure")
     p.add_argument("--out", help="folder of the run (default: next free runs/reward)")
     p.add_argument("--resume", action="store_true", help="go on with the training in --out")
     p.add_argument("--seed", type=int, default=0, help="seed of the coach; the judge's is 1000 more")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    p.add_argument("--smoke", action="store_true", help="tiny training on shapes, seconds; its numbers mean nothing")
+    p.add_argument("--smoke", action="store_true", help="tiny, seconds; its numbers mean nothing")
     args = p.parse_args(argv)
     if args.smoke:
         args.train, args.data, args.epochs, args.batch_size = True, "shapes", 1, 100
-    for flag in ("epochs", "batch_size"):
-        if getattr(args, flag) < 1:
-            p.error(f"--{flag.replace('_', '-')} must be at least 1")
-    if args.n < 2 or not args.lr > 0:
-        p.error("--n must be at least 2 and --lr positive")
+    if args.resume and not args.train:
+        p.error("--resume goes with --train")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    device = pick_device(args.device)
-    if not args.train and args.resume:
-        raise BadInput("--resume goes with --train")
-    out = output_folder(args.out, "reward", args.resume)
+    device, out = pick_device(args.device), output_folder(args.out, "reward", args.resume)
     print("config:", vars(args))
     print(f"device {device_name(device)}")
     train_both(args, out, device) if args.train else show(args, out, device)

@@ -10,7 +10,6 @@ and student, in any batch, on any device. --evaluate compares on held-out noise:
 the teacher's 50 steps), Frechet distance to the training images and precision/recall/density/coverage in
 the judge's features, time. Writes samples.png, path.png or frontier.png, and log.jsonl, to --out.
 """
-import argparse
 import math
 import time
 from pathlib import Path
@@ -20,16 +19,17 @@ import torch
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (T, BadInput, linear_alpha_bar, load_checkpoint, load_teacher, log_line, make_grid, output_folder,
-                  parameter_count, pick_device, run_main, sample, seeded_noise, strictly_decreasing, to_uint8)
+from ddpm import (T, BadInput, linear_alpha_bar, load_checkpoint, load_teacher, log_line, make_grid,
+                  number, output_folder, parameter_count, parser_for, pick_device, pyplot, run_main,
+                  save_figure, seeded_noise, strictly_decreasing, to_uint8, wait_for)
 from teacher import device_name, save_picture
 from student import HELD_OUT, TEACHER_STEPS, deploy, jump, load_student, student_from_teacher
 from reward import Reward, encode, frechet_distance, load_encoder, moments, precision_recall
 from rl_distill import noise_and_targets, standard_error
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ MODELS: a teacher is sampled through the student's functions, as a student that never learned │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# MODELS: a teacher is sampled through the student's functions, as a student that never learned
+# ==============================================================================================
 
 
 def load_model(path, device):
@@ -108,9 +108,9 @@ def write_pngs(folder, images, first_seed):
         Image.fromarray(image).save(folder / f"{first_seed + i:08d}.png")
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ EVALUATION                                                                                    │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# EVALUATION
+# ==============================================================================================
 
 @torch.no_grad()
 def search_grid(net, z, target, reward, steps, tries, alpha_bar, seed=0):
@@ -136,15 +136,13 @@ def search_grid(net, z, target, reward, steps, tries, alpha_bar, seed=0):
 @torch.no_grad()
 def evaluate_one(net, policy, steps, grid, may_stop, z, target, reward, judge, judge_file, alpha_bar, device):
     """One row of the table: reward and terms with standard errors, judge metrics, ms per image, NFE."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for(device)
     start, images, nfe = time.time(), [], []
     for x in z.split(64 if device.type == "cpu" else 1024):
         out, times = deploy(net, x, steps, alpha_bar, policy, grid, may_stop)
         images.append(out)
         nfe.append((times[:, :-1] > 0).sum(1))
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for(device)
     seconds, images = time.time() - start, torch.cat(images)
     score, raw = reward(images, target)
     features = encode(judge, images).cpu()
@@ -213,10 +211,7 @@ def spread_over_seeds(rows):
 
 def plot_frontier(rows, path):
     """Frechet distance and reward against NFE, a line per model and grid."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    figure, axes = pyplot().subplots(1, 2, figsize=(10, 4))
     for key in dict.fromkeys((r["model"], r["grid"]) for r in rows):
         line = sorted((r["nfe"], r["frechet"], r["reward"]) for r in rows if (r["model"], r["grid"]) == key)
         for axis, column in zip(axes, (1, 2)):
@@ -226,50 +221,42 @@ def plot_frontier(rows, path):
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
     axes[1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ COMMAND LINE                                                                                  │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# COMMAND LINE
+# ==============================================================================================
 
 def parse_args(argv=None):
     """Command line of sample.py."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                epilog="example: python sample.py --model checkpoints/teacher.pt --steps 20 --eta 1")
-    p.add_argument("--model", nargs="+", default=["checkpoints/rl_student.pt"], help="checkpoints of teacher or student")
-    p.add_argument("--steps", type=int, nargs="+", default=[4], help="network evaluations per image; several with --evaluate")
-    p.add_argument("--grid", choices=["auto", "policy", "uniform", "quadratic"], default="auto",
-                   help="times of the steps; auto: the model's own policy where it was trained for --steps")
-    p.add_argument("--eta", type=float, default=0.0, help="0 DDIM .. 1 DDPM, needs a fixed grid")
-    p.add_argument("--n", type=int, default=None, help="number of images (default 64; 512 with --evaluate)")
-    p.add_argument("--seed", type=int, default=0, help="seed of the first image, the next has the next")
-    p.add_argument("--npz", help="also write the images to this .npz")
-    p.add_argument("--png-dir", help="also write the images as PNGs into this folder")
-    p.add_argument("--evaluate", action="store_true", help="the table instead of pictures")
-    p.add_argument("--reward", default="feature+perceptual", help="with --evaluate: as in rl_distill.py")
-    p.add_argument("--search", type=int, default=0, help="with --evaluate: tries of the random grid search, 0 none, 30..300")
-    p.add_argument("--teacher", default="checkpoints/teacher.pt", help="with --evaluate: whose images are the targets")
-    p.add_argument("--coach", default="checkpoints/coach.pt", help="with --evaluate: encoder of the rewards")
-    p.add_argument("--judge", default="checkpoints/judge.pt", help="with --evaluate: encoder of the metrics")
-    p.add_argument("--out", help="folder of the result (default: next free runs/sample)")
-    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    p.add_argument("--smoke", action="store_true", help="few images, seconds; numbers mean nothing")
+    p = parser_for(__doc__, "python sample.py --model checkpoints/teacher.pt --steps 20 --eta 1")
+    a = p.add_argument
+    a("--model", nargs="+", default=["checkpoints/rl_student.pt"], help="teacher's or student's file")
+    a("--steps", type=number(int, 1, T), nargs="+", default=[4], help="network evaluations per image")
+    a("--grid", choices=["auto", "policy", "uniform", "quadratic"], default="auto",
+      help="times of the steps; auto: the model's own policy where it was trained for --steps")
+    a("--eta", type=number(float, 0, 1), default=0.0, help="0 DDIM .. 1 DDPM, with a fixed grid")
+    a("--n", type=number(int, 1), help="number of images (default: 64; 512 with --evaluate)")
+    a("--seed", type=number(int, 0, 10 ** 12), default=0, help="seed of the first image; then + 1")
+    a("--npz", help="also write the images to this .npz")
+    a("--png-dir", help="also write the images as PNGs into this folder")
+    a("--out", help="folder of the result (default: next free runs/sample)")
+    a("--device", default="auto", help="auto, cuda, mps or cpu")
+    a("--smoke", action="store_true", help="few images, seconds; numbers mean nothing")
+    a = p.add_argument_group("with --evaluate").add_argument
+    a("--evaluate", action="store_true", help="the table instead of pictures")
+    a("--reward", default="feature+perceptual", help="as in rl_distill.py")
+    a("--search", type=number(int, 0), default=0, help="tries of a random grid search, 30..300")
+    a("--teacher", default="checkpoints/teacher.pt", help="whose images are the targets")
+    a("--coach", default="checkpoints/coach.pt", help="encoder of the rewards")
+    a("--judge", default="checkpoints/judge.pt", help="encoder of the metrics")
     args = p.parse_args(argv)
-    args.n = args.n if args.n is not None else 512 if args.evaluate else 64
-    if args.smoke:
-        args.n = 8
-    if any(not 1 <= s <= T for s in args.steps):
-        p.error(f"--steps must be between 1 and {T}")
-    if args.n < (8 if args.evaluate else 1) or args.search < 0 or not 0 <= args.eta <= 1:
-        p.error("--n must be at least 1 (8 with --evaluate), --search not negative, --eta in 0..1")
+    args.n = 8 if args.smoke else args.n or (512 if args.evaluate else 64)
+    if args.evaluate and args.n < 8:
+        p.error("--evaluate needs --n of at least 8")
     if not args.evaluate and (len(args.model) > 1 or len(args.steps) > 1):
         p.error("several --model or --steps go with --evaluate")
-    if not 0 <= args.seed < 10 ** 12:
-        p.error("--seed must be in 0..10^12")
     return args
 
 

@@ -9,11 +9,9 @@ only training data. ReDiF calls this start behaviour cloning; reinforcement foll
     python student.py --smoke                  # seconds, numbers mean nothing
 
 Reads --teacher; writes to --out: student.pt (fp16), state.pt (for --resume), samples.png (rows: the
-teacher, then 1, 2, 4, 8 steps), clone.png, log.jsonl. Next file: reward.py.
+teacher, then 1, 2, 4, 8 steps), loss.png, log.jsonl. Next file: reward.py.
 """
-import argparse
 import copy
-import json
 import math
 import time
 
@@ -23,12 +21,13 @@ from torch import nn
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (T, BadInput, UNet, at, autocast, ddim_step, half_weights, linear_alpha_bar, load_checkpoint,
-                  load_teacher, load_weights, log_line, make_grid, output_folder, parameter_count,
-                  pick_device, predict_x0, run_main, sample, save_checkpoint, seeded_noise, time_embedding)
-from teacher import device_name, ema_update, learning_rate, save_picture
+from ddpm import (T, BadInput, UNet, at, autocast, ddim_step, half_weights, linear_alpha_bar,
+                  load_checkpoint, load_state, load_teacher, load_weights, log_line, make_grid, number,
+                  output_folder, parameter_count, parser_for, pick_device, predict_x0, run_main,
+                  sample, save_checkpoint, save_state, seeded_noise, time_embedding)
+from teacher import device_name, ema_update, learning_rate, plot_loss, save_picture
 
-STUDENT_UNET = dict(width=32, mults=[1, 2, 3], blocks=1, attention=[8], dropout=0.0)       # 2.1 M
+STUDENT_UNET = dict(width=32, mults=[1, 2, 3], blocks=1, attention=[8], dropout=0.0)   # 1.8 M
 TEACHER_STEPS = 50          # DDIM steps of the path that is cloned and of every target
 START_SHARE = 1 / 3         # share of pairs that start at t = T, where every deployment starts
 LAND_SHARE = 1 / 2          # share of pairs that land at t = 0, where every deployment ends
@@ -37,11 +36,10 @@ CONCENTRATION = 40.0        # of the initial Beta policy: std of rho about 0.07;
 STOP_LOGIT = -2.5           # initial logit of stopping early: 8 percent a step
 HELD_OUT = 10 ** 9          # seeds from here on are never trained on, in any file
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ A JUMP IS A ROTATION                                                                          │
-# │ With sqrt(ab_t) = cos(phi_t), DDIM's update (Eq. 12, Song et al. 2020, sigma = 0) turns x_t by│
-# │ d = phi_t - phi_next:   x_next = cos(d) x_t - sin(d) v,   v the velocity                      │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# A JUMP IS A ROTATION. With sqrt(ab_t) = cos(phi_t), DDIM's update (Eq. 12, Song et al. 2020, at
+# sigma = 0) turns x_t by d = phi_t - phi_next:   x_next = cos(d) x_t - sin(d) v,   v the velocity
+# ==============================================================================================
 
 
 def angle(t, alpha_bar, like):
@@ -65,9 +63,9 @@ def secant_velocity(x_t, x_next, t, t_next, alpha_bar):
     return (d.cos() * x_t - x_next) / d.sin()
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ NETWORK                                                                                       │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# NETWORK
+# ==============================================================================================
 
 class JumpUNet(UNet):
     """U-Net that is told where it comes from and where it is to land.
@@ -79,8 +77,8 @@ class JumpUNet(UNet):
         super().__init__(**unet)
         self.config["predicts"] = self.predicts = predicts
         c_time = 4 * self.config["width"]
-        self.jump_mlp = nn.Sequential(nn.Linear(self.config["width"], c_time), nn.SiLU(),
-                                      nn.Linear(c_time, c_time))
+        self.jump_mlp = nn.Sequential(
+            nn.Linear(self.config["width"], c_time), nn.SiLU(), nn.Linear(c_time, c_time))
 
     @property
     def features(self):
@@ -88,9 +86,9 @@ class JumpUNet(UNet):
         return self.config["width"] * self.config["mults"][-1]
 
     def forward(self, x, t, t_next, with_features=False):
-        """x (B, 3, H, W); t, t_next (B,) -> (B, 3, H, W), with the pooled bottleneck (B, C) if asked."""
-        width = self.config["width"]
-        emb = F.silu(self.time_mlp(time_embedding(t, width)) + self.jump_mlp(time_embedding(t_next, width)))
+        """x (B, 3, H, W); t, t_next (B,) -> (B, 3, H, W), and the pooled bottleneck (B, C) if asked."""
+        emb = self.time_mlp(time_embedding(t, self.config["width"]))
+        emb = F.silu(emb + self.jump_mlp(time_embedding(t_next, self.config["width"])))
         bottleneck, skips = self.encode(x, emb)
         out = self.decode(bottleneck, skips, emb)
         out = self.to_eps(out, x, t) if self.predicts == "eps" else out
@@ -98,7 +96,7 @@ class JumpUNet(UNet):
 
 
 def student_from_teacher(teacher):
-    """The paper's start: the teacher's weights, jump embedding zeroed, so that outputs are the teacher's."""
+    """The paper's start: the teacher's weights, jump embedding zeroed: outputs are the teacher's."""
     student = JumpUNet(predicts="eps", **teacher.config)
     student.load_state_dict(teacher.state_dict(), strict=False)
     nn.init.zeros_(student.jump_mlp[-1].weight)
@@ -117,26 +115,26 @@ def jump(net, x_t, t, t_next, alpha_bar, eta=0.0):
     return mean, sigma, features.float()
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ STEP-SIZE POLICY                                                                              │
-# │ DEVIATES: in the paper's code the grid is fixed and only the Gaussian transition is an action.│
-# │ Learning the step sizes is this project's extension; a Beta over the ratio t_next / t is also │
-# │ used by TPDM (arXiv 2412.01243), and ART-RL (arXiv 2601.18681) learns the clock by actor-critic│
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# STEP-SIZE POLICY. DEVIATES: in the paper's code the grid is fixed and only the Gaussian transition
+# is an action; learning the step sizes is this project's extension. TPDM (arXiv 2412.01243) too puts
+# a Beta on t_next / t; ART-RL (arXiv 2601.18681) learns the clock by an actor and a critic.
+# ==============================================================================================
 
 class StepPolicy(nn.Module):
     """Beta over rho = t_next / t, and a Bernoulli that stops early (jumps to 0) where steps cost.
 
     Reads t, the number n of steps left, and the pooled bottleneck of the *last* network call (zeros
-    before the first), so that deciding costs no evaluation. Its last layer starts at zero: the mean is
-    then the hand grid's, and the concentration CONCENTRATION.
+    before the first), so that deciding costs no evaluation. Its last layer starts at zero: the mean
+    is then the hand grid's, and the concentration CONCENTRATION.
     """
 
     def __init__(self, features, base="uniform", hidden=64):
         super().__init__()
         self.config = dict(features=features, base=base, hidden=hidden)
         self.normalise = nn.LayerNorm(features, elementwise_affine=False)
-        self.body = nn.Sequential(nn.Linear(features + 3, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU())
+        self.body = nn.Sequential(nn.Linear(features + 3, hidden), nn.SiLU(),
+                                  nn.Linear(hidden, hidden), nn.SiLU())
         self.head = nn.Linear(hidden, 3)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -147,10 +145,11 @@ class StepPolicy(nn.Module):
         return (ratio if self.config["base"] == "uniform" else ratio ** 2).clamp(0.01, 0.99)
 
     def forward(self, t, n, features):
-        """t, n (B,); features (B, C) -> (mean of rho (B,), concentration (B,), logit of stopping (B,))."""
+        """t, n (B,); features (B, C) -> mean of rho, concentration, logit of stopping, each (B,)."""
         t, n = t.float(), n.float()
-        inputs = torch.cat([torch.stack([t / T, 1 / n, torch.log(n)], 1), self.normalise(features.detach())], 1)
-        shift, log_spread, stop = self.head(self.body(inputs)).unbind(1)
+        clock = torch.stack([t / T, 1 / n, torch.log(n)], dim=1)               # (B, 3)
+        seen = self.normalise(features.detach())                               # (B, C)
+        shift, log_spread, stop = self.head(self.body(torch.cat([clock, seen], 1))).unbind(1)
         mean = torch.sigmoid(torch.logit(self.hand_ratio(t, n)) + shift)
         return mean, CONCENTRATION * log_spread.clamp(-2, 2).exp(), STOP_LOGIT + stop
 
@@ -162,8 +161,8 @@ class StepPolicy(nn.Module):
 
 
 def land(t, rho, n, stop):
-    """Next time of a jump: round(rho t), at most t - 1, at least n - 1 so that every later jump can still
-    go down; 0 on the last allowed step (n = 1) and where stop is set. All (B,), returns integers."""
+    """Next time of a jump: round(rho t), at most t - 1, at least n - 1 so that every later jump can
+    still go down; 0 on the last allowed step (n = 1) and where stop is set. All (B,) -> integers."""
     t_next = torch.minimum(torch.maximum((rho * t).round().long(), n - 1), t - 1)
     return torch.where((n == 1) | stop, torch.zeros_like(t), t_next)
 
@@ -172,7 +171,8 @@ def land(t, rho, n, stop):
 def deploy(net, x_T, steps, alpha_bar, policy=None, grid=None, may_stop=False):
     """Few-step sampling as it is used: eta = 0, the policy's mean step, or a fixed grid.
 
-    Returns (images (B, 3, H, W) in [-1, 1], times (B, steps + 1) visited; NFE = (times[:, :-1] > 0).sum(1)).
+    Returns (images (B, 3, H, W) in [-1, 1], times visited (B, steps + 1)); the NFE of an image is
+    its number of times above 0.
     """
     x, B = x_T, len(x_T)
     t = torch.full((B,), T, device=x.device)
@@ -196,9 +196,9 @@ def deploy(net, x_T, steps, alpha_bar, policy=None, grid=None, may_stop=False):
     return x.clamp(-1, 1), torch.stack(times, 1)
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ CLONING                                                                                       │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# CLONING
+# ==============================================================================================
 
 @torch.no_grad()
 def teacher_paths(teacher, x_T, alpha_bar, device, fp32=False):
@@ -212,7 +212,7 @@ def state_at(paths, t, alpha_bar):
     """The path's state at any integer t, grid point or not: (B, 51, 3, H, W), (B,) -> (B, 3, H, W).
 
     Between two grid points DDIM moves on a circle (x0_hat and eps_hat stay), so the state there is
-    x = (sin(phi - phi_b) x_a + sin(phi_a - phi) x_b) / sin(phi_a - phi_b), and no time is left untrained.
+    x = (sin(phi - phi_b) x_a + sin(phi_a - phi) x_b) / sin(phi_a - phi_b): no time goes untrained.
     """
     grid = torch.tensor(make_grid("uniform", TEACHER_STEPS), device=t.device)
     k = ((T - t) * TEACHER_STEPS // T).clamp(max=TEACHER_STEPS - 1)           # the segment t lies in
@@ -225,9 +225,9 @@ def state_at(paths, t, alpha_bar):
 def draw_jumps(n, generator):
     """Random jumps (t, t_next), each (n,): many from T, many to 0, none shorter than SHORTEST_JUMP."""
     u = torch.rand(4, n, generator=generator)
-    t = torch.where(u[0] < START_SHARE, T, SHORTEST_JUMP + (u[1] * (T + 1 - SHORTEST_JUMP)).long())
-    t_next = torch.where(u[2] < LAND_SHARE, 0, (u[3] * (t - SHORTEST_JUMP + 1)).long())
-    return t, t_next
+    anywhere = SHORTEST_JUMP + (u[1] * (T + 1 - SHORTEST_JUMP)).long()
+    t = torch.where(u[0] < START_SHARE, T, anywhere)
+    return t, torch.where(u[2] < LAND_SHARE, 0, (u[3] * (t - SHORTEST_JUMP + 1)).long())
 
 
 def clone_loss(net, paths, t, t_next, alpha_bar):
@@ -249,7 +249,8 @@ class PathPool:
     """The newest teacher paths; refilled while training goes on, so that no noise is used for long."""
 
     def __init__(self, teacher, size, seed, alpha_bar, device, fp32=False):
-        self.teacher, self.size, self.alpha_bar, self.device, self.fp32 = teacher, size, alpha_bar, device, fp32
+        self.teacher, self.size, self.alpha_bar = teacher, size, alpha_bar
+        self.device, self.fp32 = device, fp32
         self.generator = torch.Generator().manual_seed(seed)
         self.paths, self.made = None, 0
 
@@ -269,6 +270,15 @@ class PathPool:
         index = torch.randint(min(self.made, self.size), (n,), generator=generator)
         return self.paths[index.to(self.device)]
 
+    def state_dict(self):
+        """Paths, count and generator, for a checkpoint."""
+        return dict(paths=self.paths, made=self.made, generator=self.generator.get_state())
+
+    def load_state_dict(self, saved):
+        """Inverse of state_dict."""
+        self.paths, self.made = saved["paths"].to(self.device), saved["made"]
+        self.generator.set_state(saved["generator"])
+
 
 def clone(net, ema, teacher, args, out, device):
     """Regress the student on the teacher's paths. Returns (seconds, number of paths)."""
@@ -276,14 +286,17 @@ def clone(net, ema, teacher, args, out, device):
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0)
     pool = PathPool(teacher, args.pool, args.seed + 1, alpha_bar, device, args.fp32)
+    parts = dict(net=net, ema=ema, optimizer=optimizer, generator=generator, pool=pool)
     first, seconds_before = 0, 0.0
     if args.resume:
-        first, seconds_before = load_state(out / "state.pt", net, ema, optimizer, generator, pool)
+        state = load_state(out / "state.pt", "student", parts)
+        first, seconds_before = state["update"], state["seconds"]
         print(f"resumed at update {first}")
     start, running = time.time(), []
-    progress = tqdm(range(first, args.updates), initial=first, total=args.updates, mininterval=5, desc="clone")
+    progress = tqdm(range(first, args.updates), initial=first, total=args.updates, mininterval=5,
+                    desc="clone")
     for update in progress:
-        while pool.made < args.pool // 4 or pool.made * args.pairs_per_path < update * args.batch_size:
+        while pool.made < max(args.pool // 4, update * args.batch_size // args.pairs_per_path):
             pool.add(min(64, args.pool // 4))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, args.updates, args.lr)
@@ -303,36 +316,22 @@ def clone(net, ema, teacher, args, out, device):
             running.clear()
             if not math.isfinite(mean_loss):
                 raise BadInput(f"the loss is not finite at update {done}; lower --lr")
-            log_line(out, update=done, pairs=done * args.batch_size, paths=pool.made, loss=mean_loss, seconds=seconds)
+            log_line(out, update=done, pairs=done * args.batch_size, paths=pool.made,
+                     loss=mean_loss, seconds=seconds)
             progress.set_postfix(loss=f"{mean_loss:.4f}", paths=pool.made)
         if done % args.save_every == 0 or done == args.updates:
-            save_checkpoint(out / "state.pt", "student-state", config=net.config, net=net.state_dict(),
-                            ema=ema.state_dict(), optimizer=optimizer.state_dict(), update=done,
-                            seconds=seconds, generator=generator.get_state(), paths=pool.paths,
-                            made=pool.made, path_generator=pool.generator.get_state())
-            save_student(out / "student.pt", ema, None, provenance(args, done, pool.made, seconds, device))
+            save_state(out / "state.pt", "student", parts, update=done, seconds=seconds)
+            save_student(out / "student.pt", ema, None,
+                         provenance(args, done, pool.made, seconds, device))
     return seconds_before + time.time() - start, pool.made
-
-
-def load_state(path, net, ema, optimizer, generator, pool):
-    """Restore all that clone() saved. Returns (update, seconds)."""
-    state = load_checkpoint(path, "student-state")
-    if state["config"] != net.config:
-        raise BadInput(f"{path} is a run of another network; resume with the same --init and --clone")
-    net.load_state_dict(state["net"])
-    ema.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
-    generator.set_state(state["generator"])
-    pool.paths, pool.made = state["paths"].to(pool.device), state["made"]
-    pool.generator.set_state(state["path_generator"])
-    return state["update"], state["seconds"]
 
 
 def provenance(args, updates, paths, seconds, device):
     """What the model card says of a cloned student."""
-    return dict(script="student.py", teacher=str(args.teacher), init=args.init, clone=args.clone, seed=args.seed,
+    return dict(script="student.py", init=args.init, clone=args.clone, seed=args.seed,
                 updates=updates, batch_size=args.batch_size, teacher_paths=paths, lr=args.lr,
-                minutes=round(seconds / 60, 1), device=device_name(device), torch=str(torch.__version__))
+                minutes=round(seconds / 60, 1), device=device_name(device),
+                torch=str(torch.__version__))
 
 
 def save_student(path, net, policy, origin, **more):
@@ -343,31 +342,31 @@ def save_student(path, net, policy, origin, **more):
 
 
 def load_student(path, device="cpu"):
-    """Rebuild student and policy from a checkpoint, in eval mode. Returns (net, policy or None, checkpoint)."""
+    """Rebuild student and policy, in eval mode. Returns (net, policy or None, checkpoint)."""
     content = load_checkpoint(path, "student")
     try:
-        net = load_weights(JumpUNet(**content["config"]), content["weights"], path).to(device).eval()
-        policy = None
+        net, policy = JumpUNet(**content["config"]), None
+        load_weights(net, content["weights"], path).to(device).eval()
         if content["policy_config"]:
-            policy = load_weights(StepPolicy(**content["policy_config"]), content["policy_weights"], path)
-            policy = policy.to(device).eval()
+            policy = StepPolicy(**content["policy_config"])
+            load_weights(policy, content["policy_weights"], path).to(device).eval()
     except (KeyError, TypeError) as error:
         raise BadInput(f"{path} has no usable student config ({error})") from None
     return net, policy, content
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ EVALUATION on held-out noise                                                                  │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# EVALUATION on held-out noise
+# ==============================================================================================
 
 def held_out_noise(n, side, device):
-    """Start noise that no training ever sees: seeds HELD_OUT .. HELD_OUT + n - 1. (n, 3, side, side)."""
+    """Start noise no training ever sees: seeds HELD_OUT .. HELD_OUT + n - 1. (n, 3, side, side)."""
     return seeded_noise(range(HELD_OUT, HELD_OUT + n), (3, side, side), device=device)
 
 
 @torch.no_grad()
 def landing_error(net, paths, alpha_bar, jumps=((T, 0), (T, 500), (500, 0), (750, 250))):
-    """Mean squared distance of one jump's landing point from the teacher's own state, per jump (t, t_next)."""
+    """Mean squared distance of a jump's landing point from the teacher's state: {jump: float}."""
     errors = {}
     for a, b in jumps:
         t, t_next = (torch.full((len(paths),), s, device=paths.device) for s in (a, b))
@@ -377,81 +376,58 @@ def landing_error(net, paths, alpha_bar, jumps=((T, 0), (T, 500), (500, 0), (750
 
 
 def evaluate(net, teacher, n, alpha_bar, device):
-    """MSE to the teacher's 50-step result on n held-out noises, at 1, 2, 4, 8 steps: list of rows."""
-    side = net.config["image_size"]
-    x_T = held_out_noise(n, side, device)
+    """MSE to the teacher's 50-step result on n held-out noises, student and teacher, by steps.
+
+    Returns (rows of the table, landing errors, pictures: the teacher's, then 1, 2, 4, 8 steps).
+    """
+    x_T = held_out_noise(n, net.config["image_size"], device)
     paths = torch.cat([teacher_paths(teacher, x, alpha_bar, device, fp32=True) for x in x_T.split(64)])
     target, rows, pictures = paths[:, -1], [], [paths[:8, -1]]
     for steps in (1, 2, 4, 8):
         row = dict(steps=steps)
-        for name in ("uniform", "quadratic"):
+        for name in ("quadratic", "uniform"):
             grid = make_grid(name, steps)
             images = torch.cat([deploy(net, x, steps, alpha_bar, grid=grid)[0] for x in x_T.split(64)])
+            own = torch.cat([sample(teacher, x, grid, alpha_bar) for x in x_T.split(64)])
             row[f"student {name}"] = F.mse_loss(images, target).item()
-            row[f"teacher {name}"] = F.mse_loss(
-                torch.cat([sample(teacher, x, grid, alpha_bar) for x in x_T.split(64)]), target).item()
-            if name == "uniform":
-                pictures.append(images[:8])
+            row[f"teacher {name}"] = F.mse_loss(own, target).item()
         rows.append(row)
+        pictures.append(images[:8])                                            # uniform grid
     return rows, landing_error(net, paths[:64], alpha_bar), torch.cat(pictures)
 
 
-def plot_clone(folder):
-    """clone.png from log.jsonl: the curve of the cloning loss."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    rows = [json.loads(line) for line in open(folder / "log.jsonl", encoding="utf-8")]
-    rows = [r for r in rows if "loss" in r]
-    figure, axis = plt.subplots(figsize=(6, 3.5))
-    axis.plot([r["pairs"] / 1e3 for r in rows], [r["loss"] for r in rows], linewidth=1)
-    axis.set(xlabel="thousand cloned jumps", ylabel="cloning loss", yscale="log")
-    axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(folder / "clone.png", dpi=120)
-    plt.close(figure)
-
-
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ COMMAND LINE                                                                                  │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# COMMAND LINE
+# ==============================================================================================
 
 def parse_args(argv=None):
     """Command line of student.py."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                epilog="example: python student.py --clone eps --updates 1000")
+    p = parser_for(__doc__, "python student.py --clone eps --updates 1000")
+    count = number(int, 1)
     p.add_argument("--teacher", default="checkpoints/teacher.pt", help="checkpoint of teacher.py")
     p.add_argument("--init", choices=["scratch", "teacher"], default="scratch", help="first weights")
-    p.add_argument("--clone", choices=["secant", "eps"], default="secant",
-                   help="what is regressed: landing points of long jumps, or the teacher's epsilon")
-    p.add_argument("--updates", type=int, default=1600, help="optimizer updates; 0 with --init teacher: a plain copy")
-    p.add_argument("--batch-size", type=int, default=64, help="jumps per update, 32..512")
-    p.add_argument("--pairs-per-path", type=int, default=32, help="jumps trained per teacher path, 8..64")
-    p.add_argument("--pool", type=int, default=1024, help="paths kept, 0.63 MB each")
-    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate, 1e-4..2e-3")
-    p.add_argument("--evaluate", type=int, default=256, help="held-out noises of the final table")
+    p.add_argument("--clone", choices=["secant", "eps"], default="secant", help="what is regressed: "
+                   "landing points of long jumps, or (always with --init teacher) its epsilon")
+    p.add_argument("--updates", type=number(int, 0), default=1600, help="0 keeps the first weights")
+    p.add_argument("--batch-size", type=count, default=64, help="jumps per update, 32..512")
+    p.add_argument("--pairs-per-path", type=count, default=32, help="jumps per teacher path, 8..64")
+    p.add_argument("--pool", type=number(int, 4), default=1024, help="paths kept, 0.63 MB each")
+    p.add_argument("--lr", type=number(float, 1e-7, 1), default=1e-3, help="peak rate, 1e-4..2e-3")
+    p.add_argument("--evaluate", type=count, default=256, help="held-out noises of the final table")
     p.add_argument("--fp32", action="store_true", help="no bf16 autocast")
     p.add_argument("--out", help="folder of the run (default: next free runs/student)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     p.add_argument("--seed", type=int, default=0, help="seed of weights, noise and jumps")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    p.add_argument("--log-every", type=int, default=20, help="updates between log lines")
-    p.add_argument("--save-every", type=int, default=400, help="updates between checkpoints")
-    p.add_argument("--smoke", action="store_true", help="tiny sizes, seconds; its numbers mean nothing")
+    p.add_argument("--log-every", type=count, default=20, help="updates between log lines")
+    p.add_argument("--save-every", type=count, default=400, help="updates between checkpoints")
+    p.add_argument("--smoke", action="store_true", help="tiny, seconds; its numbers mean nothing")
     args = p.parse_args(argv)
     if args.smoke:
         args.updates, args.batch_size, args.pool, args.evaluate = 2, 4, 8, 8
         args.log_every = args.save_every = 1
-    if args.updates < (0 if args.init == "teacher" else 1):
-        p.error("--updates must be at least 1 (or 0 with --init teacher)")
-    for flag in ("batch_size", "pairs_per_path", "evaluate", "log_every", "save_every"):
-        if getattr(args, flag) < 1:
-            p.error(f"--{flag.replace('_', '-')} must be at least 1")
-    if args.pool < 4 or not args.lr > 0:
-        p.error("--pool must be at least 4 and --lr positive")
-    if args.init == "teacher" and args.clone == "secant" and args.updates > 0:
-        args.clone = "eps"                     # a copy predicts epsilon; the config line shows it
+    if args.init == "teacher":
+        args.clone = "eps"                     # a copy predicts epsilon
     return args
 
 
@@ -466,16 +442,16 @@ def main(argv=None):
     if args.init == "teacher":
         net = student_from_teacher(teacher)
     else:
-        net = JumpUNet(predicts="v" if args.clone == "secant" else "eps", **STUDENT_UNET,
-                       image_size=teacher.config["image_size"])
+        net = JumpUNet(predicts="v" if args.clone == "secant" else "eps",
+                       **{**STUDENT_UNET, "image_size": teacher.config["image_size"]})
     net = net.to(device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    print(f"device {device_name(device)} | student {parameter_count(net) / 1e6:.2f} M, "
-          f"teacher {parameter_count(teacher) / 1e6:.2f} M parameters | "
-          f"{args.updates * args.batch_size} jumps from {args.updates * args.batch_size // args.pairs_per_path} paths")
+    print(f"device {device_name(device)} | student {parameter_count(net) / 1e6:.2f} M, teacher "
+          f"{parameter_count(teacher) / 1e6:.2f} M parameters | {args.updates * args.batch_size} jumps")
     seconds, paths = clone(net, ema, teacher, args, out, device)
-    save_student(out / "student.pt", ema, None, provenance(args, args.updates, paths, seconds, device))
-    plot_clone(out) if args.updates else None
+    save_student(out / "student.pt", ema, None,
+                 provenance(args, args.updates, paths, seconds, device))
+    plot_loss(out, "pairs", "cloning loss") if args.updates else None
 
     rows, landing, pictures = evaluate(ema, teacher, args.evaluate, linear_alpha_bar(device), device)
     save_picture(out / "samples.png", pictures)
@@ -485,10 +461,10 @@ def main(argv=None):
     for row in rows:
         print(f"{row['steps']:5d}  " + "  ".join(f"{row[name]:17.4f}" for name in names))
         log_line(out, evaluation=row)
-    print("landing error of one jump: " + ", ".join(f"{k} {v:.4f}" for k, v in landing.items()))
+    print("landing error of a jump: " + ", ".join(f"{k} {v:.4f}" for k, v in landing.items()))
     log_line(out, landing=landing)
     print(f"cloned in {seconds / 60:.1f} min from {paths} teacher paths\n"
-          f"wrote {out}/student.pt, samples.png, log.jsonl")
+          f"wrote {out}/student.pt, state.pt, samples.png, loss.png, log.jsonl")
 
 
 if __name__ == "__main__":

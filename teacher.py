@@ -10,7 +10,6 @@ loop of Algorithm 1 (Ho et al. 2020). The result is the model that ReDiF distils
 Reads images; writes to --out: teacher.pt (EMA weights in fp16, for the other files), state.pt (all
 that --resume needs), samples.png, loss.png, log.jsonl. Next file: student.py.
 """
-import argparse
 import copy
 import json
 import math
@@ -23,18 +22,19 @@ import torch
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (PAPER_UNET, SMALL_UNET, T, BadInput, UNet, autocast, half_weights, linear_alpha_bar,
-                  load_checkpoint, log_line, make_grid, output_folder, parameter_count, pick_device,
-                  run_main, sample, save_checkpoint, seeded_noise, simple_loss, to_uint8)
+from ddpm import (PAPER_UNET, SMALL_UNET, T, BadInput, UNet, autocast, half_weights,
+                  linear_alpha_bar, load_state, log_line, make_grid, number, output_folder,
+                  parameter_count, parser_for, pick_device, pyplot, run_main, sample,
+                  save_checkpoint, save_figure, save_state, seeded_noise, simple_loss, to_uint8)
 
 EMA_DECAY = 0.999           # per update; Ho et al. use 0.9999 for runs a hundred times as long
 WARMUP = 200                # updates until the learning rate is full
 GRAD_CLIP = 1.0             # largest norm of the gradient, Ho et al. section 4 (code)
 SAMPLE_STEPS = 50           # DDIM steps of the sample grid: the teacher's own result, as distilled
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ IMAGES: one uint8 tensor (N, 3, 32, 32) that lives on the device                              │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# IMAGES: one uint8 tensor (N, 3, 32, 32) that lives on the device
+# ==============================================================================================
 
 
 def shapes_images(n=2000, size=32, seed=0):
@@ -47,7 +47,7 @@ def shapes_images(n=2000, size=32, seed=0):
     images, labels = np.empty((n, 3, size, size), np.uint8), rng.integers(0, 3, n)
     for i, label in enumerate(labels):
         ground, colour = rng.integers(0, 256, (2, 3, 1, 1))
-        cy, cx, radius = rng.uniform(0.3, 0.7) * size, rng.uniform(0.3, 0.7) * size, rng.uniform(5, 12)
+        (cy, cx), radius = rng.uniform(0.3, 0.7, 2) * size, rng.uniform(5, 12)
         mask = [(yy - cy) ** 2 + (xx - cx) ** 2 < radius ** 2,
                 np.maximum(abs(yy - cy), abs(xx - cx)) < radius,
                 (np.cos(yy / radius * 3 + cy) > 0) & (abs(xx - cx) < 12)][label]
@@ -64,7 +64,7 @@ def folder_images(root, size=32):
     from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset, pil_loader
     from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
     if not Path(root).is_dir():
-        raise BadInput(f"--data {root}: no such folder; give cifar10, shapes, or a folder of class subfolders")
+        raise BadInput(f"--data {root}: no such folder; give cifar10, shapes, or a folder")
     try:
         _, class_index = find_classes(root)
         files = make_dataset(root, class_index, extensions=IMG_EXTENSIONS, allow_empty=True)
@@ -82,7 +82,7 @@ def folder_images(root, size=32):
         images.append(pil_to_tensor(image))
         labels.append(label)
     if bad:
-        print(f"skipped {len(bad)} files that are not readable images: {', '.join(map(str, bad[:3]))}")
+        print(f"skipped {len(bad)} files that are no readable images: {', '.join(bad[:3])}")
     if not images:
         raise BadInput(f"--data {root} has no readable image below its class subfolders")
     return torch.stack(images), torch.tensor(labels)
@@ -97,14 +97,15 @@ def cifar10_images(root="data", train=True):
     try:
         data = CIFAR10(root, train=train)
     except RuntimeError:                       # not there, or not whole
-        print(f"downloading CIFAR-10 (170 MB) to {root}/; at the 50 kB/s its host has given of late "
-              f"this takes about an hour, and --data DIR takes an existing copy as an image folder")
+        print(f"downloading CIFAR-10 (170 MB) to {root}/; at the 50 kB/s its host gives of late "
+              f"this takes an hour, and --data DIR takes an existing copy as an image folder")
         try:
             data = CIFAR10(root, train=train, download=True)
         except (OSError, RuntimeError) as error:          # URLError is an OSError
             raise BadInput(f"CIFAR-10 could not be downloaded ({error}); check the network, give a "
                            f"folder of images with --data DIR, or use --data shapes") from None
-    return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return images, torch.tensor(data.targets)
 
 
 def load_images(data, train=True):
@@ -121,20 +122,21 @@ def load_images(data, train=True):
 
 
 def draw_batch(images, batch_size, generator, in_order=False):
-    """Random images (or, in_order, just these), half of them mirrored, scaled to [-1, 1]: (batch_size, 3, H, W).
+    """Random images (or, in_order, just these), half of them mirrored, in [-1, 1]: (B, 3, H, W).
 
-    Indices and flips are drawn on the CPU (so that all devices agree), the rest happens on the device.
+    Indices and flips are drawn on the CPU (so that all devices agree), the rest is the device's.
     """
     if not in_order:
-        images = images[torch.randint(len(images), (batch_size,), generator=generator).to(images.device)]
+        index = torch.randint(len(images), (batch_size,), generator=generator)
+        images = images[index.to(images.device)]
     mirror = (torch.rand(batch_size, generator=generator) < 0.5).to(images.device)
     x = images.float() / 127.5 - 1
     return torch.where(mirror[:, None, None, None], x.flip(-1), x)
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ TRAINING                                                                                      │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# TRAINING
+# ==============================================================================================
 
 def draw_times(n, generator):
     """Uniform t in 1..T, (n,). T itself is included: sampling starts there."""
@@ -154,14 +156,16 @@ def learning_rate(update, updates, peak):
 
 
 def train(net, ema, images, args, out, device):
-    """Algorithm 1, Ho et al. 2020. Goes on from out/state.pt with --resume. Returns seconds trained."""
+    """Algorithm 1, Ho et al. 2020; goes on from out/state.pt with --resume. Returns seconds."""
     alpha_bar = linear_alpha_bar(device)
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0,
                                   fused=device.type != "mps")
+    parts = dict(net=net, ema=ema, optimizer=optimizer, generator=generator)
     first, seconds_before = 0, 0.0
     if args.resume:
-        first, seconds_before = load_state(out / "state.pt", net, ema, optimizer, generator)
+        state = load_state(out / "state.pt", "teacher", parts)
+        first, seconds_before = state["update"], state["seconds"]
         print(f"resumed at update {first}")
 
     start, running = time.time(), []
@@ -181,7 +185,7 @@ def train(net, ema, images, args, out, device):
         optimizer.step()
         ema_update(ema, net, min(EMA_DECAY, (1 + update) / (10 + update)))
 
-        running.append(loss.detach())          # kept on the device: reading it would wait for the GPU
+        running.append(loss.detach())          # stays on the device: reading it would wait
         done = update + 1
         seconds = seconds_before + time.time() - start
         if done % args.log_every == 0 or done == args.updates:
@@ -190,33 +194,13 @@ def train(net, ema, images, args, out, device):
             if not math.isfinite(mean_loss):
                 raise BadInput(f"the loss is not finite at update {done}; lower --lr")
             log_line(out, update=done, images=done * args.batch_size, loss=mean_loss,
-                     grad_norm=grad_norm.item(), lr=optimizer.param_groups[0]["lr"], seconds=seconds)
+                     grad_norm=grad_norm.item(), lr=group["lr"], seconds=seconds)
             progress.set_postfix(loss=f"{mean_loss:.4f}")
         if done % args.save_every == 0 or done == args.updates:
-            save_state(out / "state.pt", net, ema, optimizer, generator, done, seconds)
+            save_state(out / "state.pt", "teacher", parts, update=done, seconds=seconds)
             save_teacher(out / "teacher.pt", ema, args, done, seconds, device)
             save_samples(out / "samples.png", ema, device, n=4 if args.smoke else 64)
     return seconds_before + time.time() - start
-
-
-def save_state(path, net, ema, optimizer, generator, update, seconds):
-    """Everything that --resume needs to go on as if nothing had happened."""
-    save_checkpoint(path, "teacher-state", net=net.state_dict(), ema=ema.state_dict(), config=net.config,
-                    optimizer=optimizer.state_dict(), update=update, seconds=seconds,
-                    generator=generator.get_state(), torch_rng=torch.get_rng_state())
-
-
-def load_state(path, net, ema, optimizer, generator):
-    """Inverse of save_state. Returns (update, seconds)."""
-    state = load_checkpoint(path, "teacher-state")
-    if state["config"] != net.config:
-        raise BadInput(f"{path} is a run of another network; resume with the same --width and --paper-shape")
-    net.load_state_dict(state["net"])
-    ema.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
-    generator.set_state(state["generator"])
-    torch.set_rng_state(state["torch_rng"])
-    return state["update"], state["seconds"]
 
 
 def save_teacher(path, ema, args, updates, seconds, device):
@@ -234,95 +218,86 @@ def device_name(device):
     return f"{device.type}, {torch.get_num_threads()} threads, {os.cpu_count()} cores"
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ PICTURES                                                                                      │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# PICTURES
+# ==============================================================================================
 
 def tile(images, columns=8):
     """(B, 3, H, W) in [-1, 1] -> one uint8 array (rows H, columns W, 3) with one-pixel gaps."""
-    from torchvision.utils import make_grid as tile_images
-    return tile_images(to_uint8(images.cpu()), nrow=columns, padding=1, pad_value=255).permute(1, 2, 0).numpy()
+    from torchvision.utils import make_grid as tiled
+    picture = tiled(to_uint8(images.cpu()), nrow=columns, padding=1, pad_value=255)
+    return picture.permute(1, 2, 0).numpy()
 
 
 def save_picture(path, images, columns=8, scale=3):
     """Write images as one PNG, each pixel scale x scale. Draws no random numbers."""
     from PIL import Image                       # comes with torchvision
     picture = Image.fromarray(tile(images, columns))
-    picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST).save(path)
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
+    picture.save(path)
 
 
 def save_samples(path, net, device, n=64):
-    """DDIM samples from the seeds 0..n-1, always the same start noise; leaves training's RNG alone."""
-    size = net.config["image_size"]
+    """DDIM samples from seeds 0..n-1: always the same noise; leaves training's RNG alone."""
+    size, grid = net.config["image_size"], make_grid("uniform", SAMPLE_STEPS)
     x_T = seeded_noise(range(n), (3, size, size), device=device)
-    save_picture(path, sample(net.eval(), x_T, make_grid("uniform", SAMPLE_STEPS), linear_alpha_bar(device)))
+    save_picture(path, sample(net.eval(), x_T, grid, linear_alpha_bar(device)))
 
 
-def plot_loss(folder):
-    """loss.png from log.jsonl: the curve of L_simple."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def plot_loss(folder, unit, label):
+    """loss.png from log.jsonl: the loss against thousands of `unit` ('images', 'pairs')."""
     rows = [json.loads(line) for line in open(folder / "log.jsonl", encoding="utf-8")]
-    figure, axis = plt.subplots(figsize=(6, 3.5))
-    axis.plot([r["images"] / 1e3 for r in rows], [r["loss"] for r in rows], linewidth=1)
-    axis.set(xlabel="thousand training images", ylabel="L_simple", yscale="log")
+    rows = [r for r in rows if "loss" in r]
+    figure, axis = pyplot().subplots(figsize=(6, 3.5))
+    axis.plot([r[unit] / 1e3 for r in rows], [r["loss"] for r in rows], linewidth=1)
+    axis.set(xlabel=f"thousand training {unit}", ylabel=label, yscale="log")
     axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(folder / "loss.png", dpi=120)
-    plt.close(figure)
+    save_figure(figure, folder / "loss.png")
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ COMMAND LINE                                                                                  │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# COMMAND LINE
+# ==============================================================================================
 
 def parse_args(argv=None):
     """Command line of teacher.py."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                epilog="example: python teacher.py --data shapes --updates 2000")
-    p.add_argument("--data", default="cifar10", help="cifar10, shapes, or a folder of class subfolders")
-    p.add_argument("--updates", type=int, default=6300, help="optimizer updates")
-    p.add_argument("--batch-size", type=int, default=64, help="images per update, 32..512")
-    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate, 1e-4..2e-3")
-    p.add_argument("--width", type=int, default=32, help="channels at full resolution, a multiple of 16")
+    p = parser_for(__doc__, "python teacher.py --data shapes --updates 2000")
+    count = number(int, 1)
+    p.add_argument("--data", default="cifar10", help="cifar10, shapes, or a folder of classes")
+    p.add_argument("--updates", type=count, default=6300, help="optimizer updates")
+    p.add_argument("--batch-size", type=count, default=64, help="images per update, 32..512")
+    p.add_argument("--lr", type=number(float, 1e-7, 1), default=1e-3, help="peak rate, 1e-4..2e-3")
+    p.add_argument("--width", type=int, choices=[16, 32, 48, 64, 96, 128], default=32,
+                   help="channels at full resolution")
     p.add_argument("--paper-shape", action="store_true", help="the paper's 35.7 M U-Net instead")
     p.add_argument("--fp32", action="store_true", help="no bf16 autocast")
     p.add_argument("--out", help="folder of the run (default: next free runs/teacher)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     p.add_argument("--seed", type=int, default=0, help="seed of weights, images and noise")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    p.add_argument("--log-every", type=int, default=50, help="updates between log lines")
-    p.add_argument("--save-every", type=int, default=900, help="updates between checkpoints")
-    p.add_argument("--smoke", action="store_true", help="tiny sizes, seconds; its numbers mean nothing")
+    p.add_argument("--log-every", type=count, default=50, help="updates between log lines")
+    p.add_argument("--save-every", type=count, default=900, help="updates between checkpoints")
+    p.add_argument("--smoke", action="store_true", help="tiny, seconds; its numbers mean nothing")
     args = p.parse_args(argv)
     if args.smoke:
         args.updates, args.batch_size, args.width, args.log_every, args.save_every = 4, 4, 16, 2, 4
-    for flag in ("updates", "batch_size", "log_every", "save_every", "width"):
-        if getattr(args, flag) < 1:
-            p.error(f"--{flag.replace('_', '-')} must be at least 1")
-    if args.width % 16 or not args.lr > 0:
-        p.error("--width must be a multiple of 16 and --lr positive")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    device = pick_device(args.device)
-    out = output_folder(args.out, "teacher", args.resume)
+    device, out = pick_device(args.device), output_folder(args.out, "teacher", args.resume)
     print("config:", vars(args))
     images, _ = load_images(args.data)
     out.mkdir(parents=True, exist_ok=True)
-    images = images.to(device)
     torch.manual_seed(args.seed)
     shape = PAPER_UNET if args.paper_shape else {**SMALL_UNET, "width": args.width}
     net = UNet(**shape).to(device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    print(f"device {device_name(device)} | {parameter_count(net) / 1e6:.2f} M parameters | {len(images)} images | "
-          f"{args.updates * args.batch_size / len(images):.1f} epochs")
-    seconds = train(net, ema, images, args, out, device)
-    plot_loss(out)
+    print(f"device {device_name(device)} | {parameter_count(net) / 1e6:.2f} M parameters | "
+          f"{len(images)} images, {args.updates * args.batch_size / len(images):.1f} epochs")
+    seconds = train(net, ema, images.to(device), args, out, device)
+    plot_loss(out, "images", "L_simple")
     print(f"trained {args.updates} updates in {seconds / 60:.1f} min\n"
           f"wrote {out}/teacher.pt, state.pt, samples.png, loss.png, log.jsonl")
 

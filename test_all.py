@@ -123,9 +123,9 @@ def inputs(*names):
     return [part for n in names for part in (f"--{n}", str(Workshop.get() / f"{n}.pt"))]
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ ddpm.py                                                                                       │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# ddpm.py
+# ==============================================================================================
 
 class Schedule(Case):
     ab = ddpm.linear_alpha_bar()
@@ -394,9 +394,9 @@ class Checkpoints(Case):
         self.bad_input("cannot be used here", ddpm.pick_device, "warp-drive")
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ teacher.py                                                                                    │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# teacher.py
+# ==============================================================================================
 
 class Images(Case):
     def setUp(self):
@@ -506,9 +506,9 @@ class TeacherTraining(Case):
         self.assertLess(np.mean(losses[-10:]), 0.6 * np.mean(losses[:10]))
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ student.py                                                                                    │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# student.py
+# ==============================================================================================
 
 class Jumps(Case):
     ab = ddpm.linear_alpha_bar()
@@ -664,9 +664,9 @@ class Policy(Case):
         self.assertGreaterEqual(min(draw.call_args[0][0]), student.HELD_OUT)
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ reward.py                                                                                     │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# reward.py
+# ==============================================================================================
 
 class Rewards(Case):
     def setUp(self):
@@ -776,9 +776,9 @@ class Metrics(Case):
             self.assertTrue(any(torch.equal(y[i], padded[:, a:a + 32, b:b + 32]) for a in range(9) for b in range(9)))
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ rl_distill.py                                                                                 │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# rl_distill.py
+# ==============================================================================================
 
 def rl_args(*words):
     return rl_distill.parse_args(["--noises", "8", "--noises-per-update", "4", "--group", "4", *words])
@@ -1028,9 +1028,9 @@ class Loop(Case):
                 self.assertFalse(drawn[i] & drawn[j])
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ sample.py                                                                                     │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# sample.py
+# ==============================================================================================
 
 class Samples(Case):
     ab = ddpm.linear_alpha_bar()
@@ -1090,9 +1090,9 @@ def net_as_eps(net):
     return lambda x, t: net(x, t, t)
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ COMMANDS: every script end to end, tiny; resume; bad input                                    │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# COMMANDS: every script end to end, tiny; resume; bad input
+# ==============================================================================================
 
 class Commands(Case):
     def setUp(self):
@@ -1137,7 +1137,7 @@ class Commands(Case):
         self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
         done = subprocess.run([sys.executable, HERE / "rl_distill.py", "--steps", "0"], capture_output=True, text=True)
         self.assertEqual(done.returncode, 2)
-        self.assertIn("--steps must be between", done.stderr)
+        self.assertIn("--steps: must be between", done.stderr)
 
     def test_the_teacher_trains_resumes_to_the_same_bits_and_keeps_what_is_there(self):
         words = ["--data", "shapes", "--smoke", "--device", "cpu"]
@@ -1145,8 +1145,9 @@ class Commands(Case):
         self.assertIn("wrote a/teacher.pt", text)
         self.assertEqual({p.name for p in Path("a").iterdir()}, {"teacher.pt", "state.pt", "samples.png", "loss.png", "log.jsonl"})
         real = teacher.save_state
-        def stop_after_two(path, *rest):
-            real(path, *rest)
+
+        def stop_after_two(*a, **k):
+            real(*a, **k)
             raise KeyboardInterrupt
         def every_two(argv):
             args = real_parse(argv)
@@ -1159,8 +1160,8 @@ class Commands(Case):
         self.run_main(teacher, *words, "--out", "b", "--resume")
         a, b = (ddpm.load_checkpoint(f"{f}/state.pt", "teacher-state") for f in "ab")
         for part in ("net", "ema"):
-            for key, value in a[part].items():
-                self.assertTrue(torch.equal(value, b[part][key]), key)
+            for key, value in a["parts"][part].items():
+                self.assertTrue(torch.equal(value, b["parts"][part][key]), key)
         self.assertIn("not empty", self.fails(teacher, *words, "--out", "a"))
         net, content = ddpm.load_teacher("a/teacher.pt")
         self.assertEqual(content["provenance"]["images"], 16)
@@ -1172,7 +1173,7 @@ class Commands(Case):
         self.addCleanup(shape.stop)
         text = self.run_main(student, *words, "--out", "a")
         self.assertIn("MSE to the teacher's 50-step result", text)
-        self.assertTrue(Path("a/samples.png").exists() and Path("a/clone.png").exists())
+        self.assertTrue(Path("a/samples.png").exists() and Path("a/loss.png").exists())
         real = student.save_student
         def stop(*_, **__):
             raise KeyboardInterrupt
@@ -1181,8 +1182,8 @@ class Commands(Case):
         self.assertEqual(ddpm.load_checkpoint("b/state.pt", "student-state")["update"], 1)
         self.run_main(student, *words, "--out", "b", "--resume")
         a, b = (ddpm.load_checkpoint(f"{f}/state.pt", "student-state") for f in "ab")
-        for key, value in a["net"].items():
-            self.assertTrue(torch.equal(value, b["net"][key]), key)
+        for key, value in a["parts"]["net"].items():
+            self.assertTrue(torch.equal(value, b["parts"]["net"][key]), key)
         self.run_main(student, *words, "--init", "teacher", "--out", "c")
         self.assertEqual(student.load_student("c/student.pt")[0].predicts, "eps")
         self.run_main(student, *words, "--clone", "eps", "--out", "d")
@@ -1203,20 +1204,21 @@ class Commands(Case):
         self.assertIn("gain over 'student before", text)
         for name in ("student.pt", "state.pt", "alignment.png", "grid.png", "curves.png", "result.json", "log.jsonl"):
             self.assertTrue(Path("a", name).exists(), name)
-        real, calls = rl_distill.save_checkpoint, []
+        real = rl_distill.save_state
+
         def stop(*a, **k):
             real(*a, **k)
             raise KeyboardInterrupt
-        with mock.patch.object(rl_distill, "save_checkpoint", stop), self.assertRaises(KeyboardInterrupt):
+        with mock.patch.object(rl_distill, "save_state", stop), self.assertRaises(KeyboardInterrupt):
             self.run_main(rl_distill, *words, "--learn", "both", "--save-every", "1", "--out", "b")
         self.run_main(rl_distill, *words, "--learn", "both", "--save-every", "1", "--out", "b", "--resume")
         a, b = (ddpm.load_checkpoint(f"{f}/state.pt", "rl-state") for f in "ab")
         for part in ("net", "policy"):
-            for key, value in a[part].items():
-                self.assertTrue(torch.equal(value, b[part][key]), key)
+            for key, value in a["parts"][part].items():
+                self.assertTrue(torch.equal(value, b["parts"][part][key]), key)
         for extra in (["--init", "teacher"], ["--learn", "pixels", "--estimator", "backprop"], ["--step-cost", "0.1"],
                       ["--estimator", "reinforce", "--baseline", "batch"], ["--reward", "histogram:2+mse", "--kl", "0.1", "--learn", "pixels"]):
-            with mock.patch.object(rl_distill, "plot_result"):
+            with mock.patch.object(rl_distill, "plot_curves"):
                 self.run_main(rl_distill, *words, *extra, "--steps", "2", "--out", "x" + "".join(extra).replace(":", ""))
         self.run_main(sample, "--model", "a/student.pt", "--n", "5", "--npz", "n/i.npz", "--png-dir", "p", "--out", "s")
         self.assertEqual(len(os.listdir("p")), 5)
@@ -1242,7 +1244,7 @@ class Commands(Case):
                 ("cannot be read", rl_distill, *good, "--student", "foreign.pt"),
                 ("cannot be read", rl_distill, *good, "--student", "cut.pt"),
                 ("a student is needed", rl_distill, *good, "--student", Workshop.get() / "coach.pt"),
-                ("--steps must be", rl_distill, *good, "--steps", "0"),
+                ("--steps: must be", rl_distill, *good, "--steps", "0"),
                 ("unknown reward", rl_distill, *good, "--reward", "clip+mse"),
                 ("differentiable reward", rl_distill, *good, "--learn", "pixels", "--estimator", "backprop", "--reward", "histogram"),
                 ("needs --learn pixels", rl_distill, *good, "--estimator", "backprop"),
@@ -1252,14 +1254,14 @@ class Commands(Case):
                 ("cannot be used", rl_distill, *good, "--device", "warp-drive"),
                 ("no checkpoint", student, "--teacher", "none.pt"),
                 ("no checkpoint", sample, "--model", "none.pt"),
-                ("--steps must be", sample, "--steps", "0"),
+                ("--steps: must be", sample, "--steps", "0"),
                 ("no step policy", sample, "--model", Workshop.get() / "student.pt", "--grid", "policy"),
                 ("go with --evaluate", sample, "--steps", "1", "2"),
                 ("no checkpoint", reward, "--coach", "none.pt"),
                 ("no class subfolders", teacher, "--data", "empty"),
                 ("no such folder", teacher, "--data", "nowhere"),
-                ("--updates must be", teacher, "--updates", "0"),
-                ("multiple of 16", teacher, "--width", "20")]:
+                ("--updates: must be", teacher, "--updates", "0"),
+                ("invalid choice", teacher, "--width", "20")]:
             with self.subTest(expected=expected, words=words[-2:]):
                 self.assertIn(expected, self.fails(module, *words))
 
@@ -1272,9 +1274,9 @@ class Commands(Case):
 real_shapes = teacher.shapes_images
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ PLANTED MISTAKES: each is put into the source, and a test must notice                         │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# PLANTED MISTAKES: each is put into the source, and a test must notice
+# ==============================================================================================
 
 PLANTED = [  # (module, what the source says, the mistake, the test that notices)
     (ddpm, "return ab.sqrt() * x0 + (1 - ab).sqrt() * eps", "return ab.sqrt() * x0 - (1 - ab).sqrt() * eps",
@@ -1364,9 +1366,9 @@ class PlantedMistakes(Case):
                 setattr(m, name, old)
 
 
-# ┌───────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ MAIN: the closing line counts                                                                 │
-# └───────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==============================================================================================
+# MAIN: the closing line counts
+# ==============================================================================================
 
 if __name__ == "__main__":
     outcome = unittest.main(exit=False, verbosity=2 if "-v" in sys.argv else 1).result
