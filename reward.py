@@ -1,16 +1,16 @@
 """Rewards and metrics: what "aligned with the teacher" means, and who judges it.
 
-Adds two small CIFAR-10 encoders. The *coach* serves the rewards (ReDiF uses CLIP, DINO, LPIPS, which do
-not fit a laptop); the *judge*, of another architecture and seed, serves the evaluation alone, so that
-a student that merely pleases its coach (reward hacking) is found out. All rewards compare a student's
-image with the teacher's from the same start noise.
+Adds two small CIFAR-10 encoders. The *coach* serves the rewards (ReDiF uses CLIP, DINO, LPIPS,
+which do not fit a laptop); the *judge*, of another architecture and seed, serves the evaluation
+alone, so that a student that merely pleases its coach (reward hacking) is found out. All rewards
+compare a student's image with the teacher's from the same start noise.
 
     python reward.py             # bundled encoders: what each reward says of graded distortions
     python reward.py --train     # trains both encoders, 10 minutes on two CPU cores
     python reward.py --smoke     # tiny training, seconds, numbers mean nothing
 
-Reads --coach, --judge, --teacher, or --data with --train; writes rewards.png, or coach.pt and judge.pt,
-and log.jsonl to --out. Next file: rl_distill.py.
+Reads --coach, --judge, --teacher, or --data with --train; writes rewards.png, or coach.pt and
+judge.pt, and log.jsonl to --out. Next file: rl_distill.py.
 """
 import time
 from pathlib import Path
@@ -50,7 +50,8 @@ class Coach(nn.Module):
         self.stem = conv_norm(3, 24)
         widths = [24, 48, 96, 192]
         self.shrink = nn.ModuleList(conv_norm(a, b, stride=2) for a, b in zip(widths, widths[1:]))
-        self.residual = nn.ModuleList(nn.Sequential(conv_norm(c, c), nn.ReLU(), conv_norm(c, c)) for c in widths[1:])
+        self.residual = nn.ModuleList(nn.Sequential(conv_norm(c, c), nn.ReLU(), conv_norm(c, c))
+                                      for c in widths[1:])
         self.classify = nn.Linear(widths[-1], classes)
 
     def forward(self, x):
@@ -90,13 +91,14 @@ ENCODERS = {"coach": Coach, "judge": Judge}
 def load_encoder(path, role, device="cpu"):
     """Frozen encoder in eval mode from a checkpoint of reward.py. Returns (net, checkpoint).
 
-    requires_grad_(False) freezes the weights alone: gradients still reach the *images*, which direct
-    reward backpropagation needs. (no_grad here would silently cut them off.)
+    requires_grad_(False) freezes the weights alone: gradients still reach the *images*, which
+    direct reward backpropagation needs. (no_grad here would silently cut them off.)
     """
     content = load_checkpoint(path, role)
     try:
         net = load_weights(ENCODERS[role](**content["config"]), content["weights"], path)
-        content["scales"] if role == "coach" else (content["mean"], content["covariance"], content["features"])
+        content["scales"] if role == "coach" else (content["mean"], content["covariance"],
+                                                   content["features"])
     except (KeyError, TypeError) as error:
         raise BadInput(f"{path} has no usable {role} ({error})") from None
     net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -120,10 +122,10 @@ def feature_reward(images, targets, coach):
 
 
 def perceptual_reward(images, targets, coach):
-    """-mean over layers of the squared distance of unit-length feature vectors (as LPIPS, unweighted)."""
+    """-mean over layers of the squared distance of unit feature vectors (as LPIPS, unweighted)."""
     layers = zip(coach(images)[0], coach(targets)[0])
-    return -torch.stack([(F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean((1, 2))
-                         for a, b in layers]).mean(0)
+    return -torch.stack([(F.normalize(a, dim=1) - F.normalize(b, dim=1)).square()
+                         .sum(1).mean((1, 2)) for a, b in layers]).mean(0)
 
 
 def mse_reward(images, targets, coach=None):
@@ -135,7 +137,8 @@ def histogram(images):
     """Smoothed intensity histogram per colour: (B, 3, H, W) -> (B, 3, BINS), each summing to 1."""
     B, C = images.shape[:2]
     bins = (to_unit(images) * BINS).long().clamp(max=BINS - 1).reshape(B, C, -1)
-    counts = torch.zeros(B, C, BINS, device=images.device).scatter_add_(2, bins, torch.ones_like(bins, dtype=torch.float))
+    counts = torch.zeros(B, C, BINS, device=images.device).scatter_add_(
+        2, bins, torch.ones_like(bins, dtype=torch.float))
     return (counts + 1) / (counts + 1).sum(2, keepdim=True)
 
 
@@ -146,7 +149,7 @@ def histogram_reward(images, targets, coach=None):
 
 
 class Term(NamedTuple):
-    """One entry of the registry: function, worst and best value, whether autograd can see through it."""
+    """One entry of the registry: function, worst and best value, whether autograd sees through."""
     function: Callable
     worst: float
     best: float
@@ -164,9 +167,9 @@ TERMS = {
 class Reward:
     """Weighted sum of standardised terms: sum_i w_i (r_i - best_i) / scale_i, at most 0.
 
-    spec: 'feature+perceptual' or with weights 'feature:2+mse:0.5'. scale_i is the term's standard deviation
-    over a fixed set of distorted real images (stored with the coach), so that weights mean something,
-    and -1 means "one typical distortion away from the teacher".
+    spec: 'feature+perceptual' or with weights 'feature:2+mse:0.5'. scale_i is the term's standard
+    deviation over a fixed set of distorted real images (stored with the coach), so that weights
+    mean something, and -1 means "one typical distortion away from the teacher".
     """
 
     def __init__(self, spec, coach, scales):
@@ -180,7 +183,8 @@ class Reward:
     def __call__(self, images, targets):
         """(B, 3, H, W) twice, in [-1, 1] -> (reward (B,), {term: raw value (B,)})."""
         raw = {name: TERMS[name].function(images, targets, self.coach) for name in self.weights}
-        total = sum(w * (raw[name] - TERMS[name].best) / self.scales[name] for name, w in self.weights.items())
+        total = sum(w * (raw[name] - TERMS[name].best) / self.scales[name]
+                    for name, w in self.weights.items())
         return total, raw
 
 
@@ -190,13 +194,16 @@ def parse_reward(spec):
     for part in spec.split("+"):
         name, _, weight = part.strip().partition(":")
         if name not in TERMS:
-            raise BadInput(f"unknown reward '{name}'; choose from {', '.join(TERMS)}, joined by + (feature:2+mse)")
+            raise BadInput(f"unknown reward '{name}'; choose from {', '.join(TERMS)}, "
+                           "joined by + (feature:2+mse)")
         try:
             weights[name] = float(weight or 1)
         except ValueError:
-            raise BadInput(f"the weight of reward '{name}' must be a number, not '{weight}'") from None
+            raise BadInput(f"the weight of reward '{name}' must be a number, "
+                           f"not '{weight}'") from None
         if not 0 < weights[name] < float("inf"):
-            raise BadInput(f"the weight of reward '{name}' must be positive and finite, not {weight}")
+            raise BadInput(f"the weight of reward '{name}' must be positive and finite, "
+                           f"not {weight}")
     return weights
 
 
@@ -212,10 +219,10 @@ def moments(features):
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). Heusel et al. 2017 (there in Inception features).
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). Heusel et al. 2017 (on Inception features).
 
-    tr (C1 C2)^(1/2) is the sum of the square roots of the eigenvalues of S C2 S with S = C1^(1/2), symmetric
-    and positive semi-definite; so rank-deficient covariances need no added epsilon. fp64, returns a float.
+    tr (C1 C2)^(1/2) is the sum of the square roots of the eigenvalues of S C2 S, S = C1^(1/2),
+    symmetric, positive semi-definite: rank-deficient covariances need no epsilon. fp64, a float.
     """
     mean1, cov1, mean2, cov2 = (x.double() for x in (mean1, cov1, mean2, cov2))
     values, vectors = torch.linalg.eigh(cov1)
@@ -227,11 +234,11 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 def precision_recall(real, fake, k=NEIGHBOURS):
     """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
-    real (N, C), fake (M, C), N, M > k. A fake is precise where it lies in *any* real's ball, whose radius is
-    the distance to that real's k-th neighbour (not just in the nearest one's). Returns a dict of floats.
+    real (N, C), fake (M, C), N, M > k. A fake is precise where it lies in *any* real's ball, whose
+    radius is the distance to its k-th neighbour (not just in the nearest one's). Dict of floats.
     """
     real, fake = real.float(), fake.float()
-    radius_real = torch.cdist(real, real).kthvalue(k + 1, dim=1).values       # k + 1: itself is the first
+    radius_real = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # k + 1: itself is first
     radius_fake = torch.cdist(fake, fake).kthvalue(k + 1, dim=1).values
     distance = torch.cdist(real, fake)                                        # (N, M)
     in_real = distance <= radius_real[:, None]
@@ -273,7 +280,7 @@ DISTORTIONS = ("noise", "blur", "shift", "wrong")
 
 @torch.no_grad()
 def term_scales(coach, images):
-    """Standard deviation of every term over all distortions at levels 1/4, 1/2, 3/4, 1: {term: float}."""
+    """Std of every term over all distortions at levels 1/4, 1/2, 3/4, 1: {term: float}."""
     generator = torch.Generator().manual_seed(0)
     values = {name: [] for name in TERMS}
     for kind in DISTORTIONS:
@@ -285,7 +292,7 @@ def term_scales(coach, images):
 
 
 def plot_rewards(images, coach, scales, path):
-    """Figure: standardised reward of each term against the level of each distortion, with examples."""
+    """Figure: standardised reward of each term against level of each distortion, with examples."""
     levels = [i / 8 for i in range(9)]
     figure, axes = pyplot().subplots(2, len(DISTORTIONS), figsize=(12, 4.6), height_ratios=[1, 2.4])
     table = {}
@@ -297,7 +304,8 @@ def plot_rewards(images, coach, scales, path):
         axes[0, column].set_title(kind)
         axes[0, column].axis("off")
         for name, term in TERMS.items():
-            curve = [((term.function(d, images, coach).mean() - term.best) / scales[name]).item() for d in distorted]
+            curve = [((term.function(d, images, coach).mean() - term.best) / scales[name]).item()
+                     for d in distorted]
             axes[1, column].plot(levels, curve, label=name, marker="o", markersize=3)
             table[f"{kind} {name}"] = curve
         axes[1, column].set_xlabel("level of the distortion")
@@ -313,11 +321,13 @@ def plot_rewards(images, coach, scales, path):
 # ==============================================================================================
 
 def random_crop(x, generator, padding=4):
-    """Shift every image by up to `padding` pixels each way, mirrored at the border. (B, 3, H, W) -> same."""
+    """Shift each image up to `padding` pixels each way, mirrored at the border: (B, 3, H, W)."""
     B, _, H, W = x.shape
     padded = F.pad(x, [padding] * 4, mode="reflect")
-    dy, dx = (torch.randint(2 * padding + 1, (B, 1), generator=generator).to(x.device) for _ in range(2))
-    rows, columns = dy + torch.arange(H, device=x.device), dx + torch.arange(W, device=x.device)     # (B, H), (B, W)
+    dy, dx = (torch.randint(2 * padding + 1, (B, 1), generator=generator).to(x.device)
+              for _ in range(2))
+    # (B, H) and (B, W):
+    rows, columns = dy + torch.arange(H, device=x.device), dx + torch.arange(W, device=x.device)
     batch = torch.arange(B, device=x.device)[:, None, None]
     return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
@@ -330,10 +340,11 @@ def draw_labelled(images, labels, batch_size, generator):
 
 
 def train_encoder(role, images, labels, args, seed, out, device):
-    """Cross-entropy with label smoothing, AdamW, one cycle of the learning rate. Returns (net, seconds)."""
+    """Cross-entropy, label smoothing, AdamW, one-cycle learning rate. Returns (net, seconds)."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    net = ENCODERS[role](classes=int(labels.max()) + 1).to(device, memory_format=torch.channels_last)
+    net = ENCODERS[role](classes=int(labels.max()) + 1).to(
+        device, memory_format=torch.channels_last)
     updates = max(2, args.epochs * len(images) // args.batch_size)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, updates, pct_start=0.2)
@@ -348,8 +359,8 @@ def train_encoder(role, images, labels, args, seed, out, device):
     for update in progress:
         x, y = draw_labelled(images, labels, args.batch_size, generator)
         with autocast(device):
-            loss = F.cross_entropy(net(x.contiguous(memory_format=torch.channels_last))[2].float(), y,
-                                   label_smoothing=0.1)
+            loss = F.cross_entropy(net(x.contiguous(memory_format=torch.channels_last))[2].float(),
+                                   y, label_smoothing=0.1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -375,25 +386,31 @@ def train_both(args, out, device):
     images, labels = (x.to(device) for x in load_images(args.data))
     held_images, held_labels = (x.to(device) for x in load_images(args.data, train=False))
     if args.smoke:
-        images, labels, held_images, held_labels = (x[:600] for x in (images, labels, held_images, held_labels))
+        images, labels, held_images, held_labels = (
+            x[:600] for x in (images, labels, held_images, held_labels))
     out.mkdir(parents=True, exist_ok=True)
     for role, seed in (("coach", args.seed), ("judge", args.seed + 1000)):
         net, seconds = train_encoder(role, images, labels, args, seed, out, device)
         share = accuracy(net, held_images, held_labels)
-        origin = dict(script="reward.py", data=Path(args.data).name, seed=seed, epochs=args.epochs, accuracy=share,
-                      minutes=round(seconds / 60, 1), device=device_name(device), torch=str(torch.__version__))
-        scaled = images.float() / 127.5 - 1 if role == "judge" else images[:128 if args.smoke else 512].float() / 127.5 - 1
+        origin = dict(script="reward.py", data=Path(args.data).name, seed=seed, epochs=args.epochs,
+                      accuracy=share, minutes=round(seconds / 60, 1), device=device_name(device),
+                      torch=str(torch.__version__))
+        scaled = (images.float() / 127.5 - 1 if role == "judge" else
+                  images[:128 if args.smoke else 512].float() / 127.5 - 1)
         if role == "coach":
             extra = dict(scales=term_scales(net, scaled))
         else:
             features = encode(net, scaled)
             mean, covariance = moments(features)
-            pick = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:REFERENCE]
-            extra = dict(mean=mean.cpu(), covariance=covariance.cpu(), features=features[pick.to(device)].half().cpu())
+            pick = torch.randperm(
+                len(features), generator=torch.Generator().manual_seed(0))[:REFERENCE]
+            extra = dict(mean=mean.cpu(), covariance=covariance.cpu(),
+                         features=features[pick.to(device)].half().cpu())
         save_checkpoint(out / f"{role}.pt", role, config=dict(classes=net.classify.out_features),
                         weights=half_weights(net), provenance=origin, **extra)
         log_line(out, encoder=role, accuracy=share, seconds=seconds)
-        print(f"{role}: {parameter_count(net) / 1e6:.2f} M parameters, test accuracy {share:.4f}, {seconds / 60:.1f} min")
+        print(f"{role}: {parameter_count(net) / 1e6:.2f} M parameters, "
+              f"test accuracy {share:.4f}, {seconds / 60:.1f} min")
     print(f"wrote {out}/coach.pt, judge.pt, log.jsonl")
 
 
@@ -413,7 +430,8 @@ def show(args, out, device):
     print(f"{'distortion':>10s} {'level':>6s} " + " ".join(f"{name:>11s}" for name in TERMS))
     for kind in DISTORTIONS:
         for i in (2, 4, 8):
-            print(f"{kind:>10s} {i / 8:6.2f} " + " ".join(f"{table[f'{kind} {name}'][i]:11.3f}" for name in TERMS))
+            print(f"{kind:>10s} {i / 8:6.2f} "
+                  + " ".join(f"{table[f'{kind} {name}'][i]:11.3f}" for name in TERMS))
     log_line(out, **table)
     print(f"wrote {out}/rewards.png, log.jsonl")
 
@@ -426,18 +444,21 @@ def parse_args(argv=None):
     """Command line of reward.py."""
     p = parser_for(__doc__, "python reward.py --train --data cifar10 --epochs 6")
     count = number(int, 1)
-    p.add_argument("--train", action="store_true", help="train both encoders, instead of the figure")
+    p.add_argument("--train", action="store_true",
+                   help="train both encoders, instead of the figure")
     p.add_argument("--data", default="cifar10", help="with --train: cifar10, shapes, or a folder")
     p.add_argument("--epochs", type=count, default=6, help="passes over the images, 5..30")
     p.add_argument("--batch-size", type=count, default=256, help="images per update, 64..1024")
     p.add_argument("--lr", type=number(float, 1e-7, 1), default=3e-3, help="peak rate, 1e-3..5e-3")
     p.add_argument("--coach", default="checkpoints/coach.pt", help="the coach to show")
     p.add_argument("--judge", default="checkpoints/judge.pt", help="the judge to show")
-    p.add_argument("--teacher", default="checkpoints/teacher.pt", help="whose samples are distorted")
+    p.add_argument("--teacher", default="checkpoints/teacher.pt",
+                   help="whose samples are distorted")
     p.add_argument("--n", type=number(int, 2), default=32, help="samples in the figure")
     p.add_argument("--out", help="folder of the run (default: next free runs/reward)")
     p.add_argument("--resume", action="store_true", help="go on with the training in --out")
-    p.add_argument("--seed", type=int, default=0, help="seed of the coach; the judge's is 1000 more")
+    p.add_argument("--seed", type=int, default=0,
+                   help="seed of the coach; the judge's is 1000 more")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--smoke", action="store_true", help="tiny, seconds; its numbers mean nothing")
     args = p.parse_args(argv)

@@ -10,8 +10,8 @@ Few-step sampling as a Markov decision process (ReDiF, arXiv 2512.22802), writte
     python rl_distill.py --init teacher --learn steps     # a better grid for the teacher itself
     python rl_distill.py --smoke                          # seconds, numbers mean nothing
 
-Reads --teacher, --student, --coach; writes to --out: student.pt, state.pt (for --resume), alignment.png,
-grid.png, curves.png, result.json, log.jsonl. Next file: sample.py.
+Reads --teacher, --student, --coach; writes to --out: student.pt, state.pt (for --resume),
+alignment.png, grid.png, curves.png, result.json, log.jsonl. Next file: sample.py.
 """
 import copy
 import json
@@ -23,17 +23,17 @@ import torch
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (T, BadInput, linear_alpha_bar, load_state, load_teacher, log_line, make_grid, number,
-                  output_folder, parameter_count, parser_for, pick_device, pyplot, run_main, sample,
-                  save_figure, save_state, seeded_noise)
+from ddpm import (T, BadInput, linear_alpha_bar, load_state, load_teacher, log_line, make_grid,
+                  number, output_folder, parameter_count, parser_for, pick_device, pyplot, run_main,
+                  sample, save_figure, save_state, seeded_noise)
 from teacher import device_name, tile
 from student import (HELD_OUT, TEACHER_STEPS, StepPolicy, deploy, jump, land, load_student,
                      save_student, student_from_teacher)
 from reward import TERMS, Reward, load_encoder
 
-SIGMA_FLOOR = 0.05          # training noise on the jump into t = 0, whose DDIM sigma is 0; deployment has none
-RHO_MARGIN = 1e-4           # rho is kept this far from 0 and 1, where a Beta's log-density is infinite
-MONITOR = 32                # noises of the reward printed after every update; not those of the final table
+SIGMA_FLOOR = 0.05          # noise on the jump to t = 0 (DDIM sigma 0); in training, not deployment
+RHO_MARGIN = 1e-4           # rho stays this far from 0 and 1, where a Beta log-density is infinite
+MONITOR = 32                # noises of the reward printed each update; not those of the final table
 
 # ==============================================================================================
 # START NOISE AND TARGETS. A noise is a seed: training counts up from 0, monitoring and the
@@ -50,7 +50,8 @@ def noise_and_targets(teacher, first_seed, n, alpha_bar, device, what):
     side, chunk = teacher.config["image_size"], 64 if device.type == "cpu" else 1024
     z = seeded_noise(range(first_seed, first_seed + n), (3, side, side), device=device)
     grid = make_grid("uniform", TEACHER_STEPS)
-    return z, torch.cat([sample(teacher, x, grid, alpha_bar) for x in tqdm(z.split(chunk), desc=what)])
+    return z, torch.cat([sample(teacher, x, grid, alpha_bar)
+                         for x in tqdm(z.split(chunk), desc=what)])
 
 
 # ==============================================================================================
@@ -58,7 +59,7 @@ def noise_and_targets(teacher, first_seed, n, alpha_bar, device, what):
 # ==============================================================================================
 
 def step_logp(policy, t, n, features, rho, stop, may_stop):
-    """log pi of a step: log Beta(rho), or with may_stop the stop-or-go Bernoulli first. (B,) -> (B,)."""
+    """log pi of a step: log Beta(rho), with may_stop a stop-or-go Bernoulli first. (B,) -> (B,)."""
     beta, bernoulli = policy.distribution(t, n, features)
     logp = beta.log_prob(rho)
     if may_stop:
@@ -69,19 +70,19 @@ def step_logp(policy, t, n, features, rho, stop, may_stop):
 def pixel_logp(mean, x_next, sigma):
     """log N(x_next; mean, sigma^2 I) without its constants, (B,).
 
-    DEVIATES from the density: the *mean* over the 3072 dimensions instead of their sum, as ReDiF's and DDPO's
-    code do. The summed ratio is e^(+-50) after the smallest weight change, and every sample is clipped.
+    DEVIATES from the density: *mean* over the 3072 dimensions, not their sum, as ReDiF's and DDPO's
+    code do. The summed ratio is e^(+-50) after the smallest weight change: every sample is clipped.
     """
     return -((x_next - mean).square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
 
 
 def gaussian_kl(mean, mean_ref, sigma):
-    """KL of two Gaussians of equal sigma: |mu - mu_ref|^2 / (2 sigma^2), per dimension. (B, ...) -> (B,)."""
+    """Gaussian KL at equal sigma: |mu - mu_ref|^2 / (2 sigma^2) per dimension. (B, ...) -> (B,)."""
     return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
 
 
 def draw_rho(alpha, beta, generator):
-    """rho ~ Beta(alpha, beta) as a ratio of gammas, drawn on the CPU from our own generator. (B,) -> (B,)."""
+    """rho ~ Beta(alpha, beta) as a ratio of gammas, on the CPU from our generator. (B,) -> (B,)."""
     a, b = (torch._standard_gamma(s.double().cpu(), generator=generator) for s in (alpha, beta))
     return (a / (a + b)).float().clamp(RHO_MARGIN, 1 - RHO_MARGIN).to(alpha.device)
 
@@ -91,7 +92,7 @@ def draw_rho(alpha, beta, generator):
 # ==============================================================================================
 
 def draw_groups(n, groups, size, generator):
-    """Indices of `groups` different noises out of n, each `size` times, side by side: (groups * size,)."""
+    """`groups` different indices out of n, each `size` times, side by side: (groups * size,)."""
     return torch.randperm(n, generator=generator)[:groups].repeat_interleave(size)
 
 
@@ -99,14 +100,15 @@ def draw_groups(n, groups, size, generator):
 def rollout(net, policy, z, args, alpha_bar, generator):
     """Play the policy from start noise z (B, 3, H, W); groups of equal z lie next to each other.
 
-    Returns (images (B, 3, H, W) in [-1, 1], NFE (B,), list of steps). A step is a dict of what was seen and
-    done, for the trajectories still running: rows (b,), x_t, t, n, features, rho, stop, t_next, x_next, sigma
-    and the log-probabilities of both channels at the time of acting.
+    Returns (images (B, 3, H, W) in [-1, 1], NFE (B,), list of steps). A step is a dict of what was
+    seen and done, for the trajectories still running: rows (b,), x_t, t, n, features, rho, stop,
+    t_next, x_next, sigma and the log-probabilities of both channels at the time of acting.
     """
     learn_steps, learn_pixels = args.learn in ("steps", "both"), args.learn in ("pixels", "both")
     may_stop = args.step_cost > 0
     x, t = z, torch.full((len(z),), T, device=z.device)
-    features, nfe, steps = torch.zeros(len(z), net.features, device=z.device), torch.zeros_like(t), []
+    features, nfe, steps = (torch.zeros(len(z), net.features, device=z.device),
+                            torch.zeros_like(t), [])
     for k in range(args.steps):
         rows = (t > 0).nonzero()[:, 0]
         if len(rows) == 0:
@@ -122,14 +124,15 @@ def rollout(net, policy, z, args, alpha_bar, generator):
             s["rho"], _, stop = policy(s["t"], s["n"], s["features"])
             s["stop"] = (stop > 0) & may_stop
         s["t_next"] = land(s["t"], s["rho"], s["n"], s["stop"])
-        s["logp_step"] = step_logp(policy, s["t"], s["n"], s["features"], s["rho"], s["stop"], may_stop)
+        s["logp_step"] = step_logp(policy, s["t"], s["n"], s["features"], s["rho"], s["stop"],
+                                   may_stop)
         eta = args.eta if learn_pixels else 0.0
         mean, sigma, seen = jump(net, s["x_t"], s["t"], s["t_next"], alpha_bar, eta)
         s["x_next"] = mean
         if learn_pixels:                                            # action 2: where
             s["sigma"] = torch.where(s["t_next"] == 0, sigma.clamp(min=SIGMA_FLOOR), sigma)
             noise = torch.randn(x.shape, generator=generator)
-            noise[1::2] = -noise[0::2]                              # antithetic pairs within a group
+            noise[1::2] = -noise[0::2]                              # antithetic pairs in a group
             s["x_next"] = mean + s["sigma"][:, None, None, None] * noise.to(z.device)[rows]
             s["logp_pixel"] = pixel_logp(mean, s["x_next"], s["sigma"])
         x, features, t = x.clone(), features.clone(), t.clone()
@@ -144,7 +147,7 @@ def rollout(net, policy, z, args, alpha_bar, generator):
 # ==============================================================================================
 
 def advantages(reward, group, baseline):
-    """Centred, scaled rewards: (M * group,) -> same. Members of a group share z and lie next to each other.
+    """Centred, scaled rewards: (M * group,) -> same. Members of a group share z, side by side.
 
     'global' (default): R - group mean, divided by the std of that over the whole batch;
     'group':  divided by each group's own std (GRPO, Shao et al. 2024), which blows up near-ties;
@@ -157,7 +160,8 @@ def advantages(reward, group, baseline):
         scale = centred.std(correction=0)
     else:
         centred = groups - groups.mean(1, keepdim=True)
-        scale = centred.square().mean(1, keepdim=True).sqrt() if baseline == "group" else centred.std(correction=0)
+        scale = (centred.square().mean(1, keepdim=True).sqrt() if baseline == "group" else
+                 centred.std(correction=0))
     noise_level = 1e-6 * (1 + groups.abs().max())                   # differences below are rounding
     return torch.where(scale > noise_level, centred / scale.clamp(min=noise_level), 0.0).reshape(-1)
 
@@ -188,7 +192,7 @@ def policy_update(net, net_ref, policy, optimizers, steps, adv, args, alpha_bar)
     may_stop, epochs = args.step_cost > 0, args.inner_epochs if args.estimator == "ppo" else 1
     diagnostics = dict(ratio_t0=None, clip_steps=0.0, clip_pixels=0.0, kl=0.0, grad_norm=0.0)
     mean_sigma = torch.cat([s["sigma"] for s in steps]).mean() if "sigma" in steps[0] else None
-    choices = sum((s["n"] > 1).sum().item() for s in steps)         # the last jump has no choice of rho
+    choices = sum((s["n"] > 1).sum().item() for s in steps)         # the last jump chooses no rho
     actions = sum(len(s["rows"]) for s in steps)
     for epoch in range(epochs):
         for optimizer in optimizers.values():
@@ -197,28 +201,34 @@ def policy_update(net, net_ref, policy, optimizers, steps, adv, args, alpha_bar)
         for s in steps:
             a = adv[s["rows"]]
             if "steps" in optimizers and s["n"][0] > 1:
-                logp = step_logp(policy, s["t"], s["n"], s["features"], s["rho"], s["stop"], may_stop)
+                logp = step_logp(policy, s["t"], s["n"], s["features"], s["rho"], s["stop"],
+                                 may_stop)
                 loss, ratio = channel_loss(logp, s["logp_step"], a, args.clip_steps, args.estimator)
                 (loss.sum() / choices).backward()
                 ratios.append(ratio)
-                diagnostics["clip_steps"] += ((ratio - 1).abs() > args.clip_steps).sum().item() / choices / epochs
+                diagnostics["clip_steps"] += (
+                    (ratio - 1).abs() > args.clip_steps).sum().item() / choices / epochs
             if "pixels" in optimizers:
                 for i in torch.arange(len(a), device=a.device).split(args.minibatch):
-                    mean, _, _ = jump(net, s["x_t"][i], s["t"][i], s["t_next"][i], alpha_bar, args.eta)
+                    mean, _, _ = jump(net, s["x_t"][i], s["t"][i], s["t_next"][i], alpha_bar,
+                                      args.eta)
                     sigma = s["sigma"][i]
                     logp = pixel_logp(mean, s["x_next"][i], sigma)
-                    loss, ratio = channel_loss(logp, s["logp_pixel"][i], a[i], args.clip_pixels, args.estimator)
-                    loss = loss * sigma / mean_sigma                # the score is of order 1 / sigma
-                    if args.kl > 0:                                 # at the same state, with gradient
+                    loss, ratio = channel_loss(logp, s["logp_pixel"][i], a[i], args.clip_pixels,
+                                               args.estimator)
+                    loss = loss * sigma / mean_sigma                # the score goes as 1 / sigma
+                    if args.kl > 0:                                 # same state, with gradient
                         with torch.no_grad():
-                            mean_ref, _, _ = jump(net_ref, s["x_t"][i], s["t"][i], s["t_next"][i], alpha_bar, args.eta)
+                            mean_ref, _, _ = jump(net_ref, s["x_t"][i], s["t"][i],
+                                                  s["t_next"][i], alpha_bar, args.eta)
                         kl = gaussian_kl(mean, mean_ref, sigma)
                         loss = loss + args.kl * kl
                         diagnostics["kl"] += kl.sum().item() / actions / epochs
                     (loss.sum() / actions).backward()
                     ratios.append(ratio)
-                    diagnostics["clip_pixels"] += ((ratio - 1).abs() > args.clip_pixels).sum().item() / actions / epochs
-        if diagnostics["ratio_t0"] is None:                         # before the first optimizer step
+                    diagnostics["clip_pixels"] += (
+                        (ratio - 1).abs() > args.clip_pixels).sum().item() / actions / epochs
+        if diagnostics["ratio_t0"] is None:                         # before any optimizer step
             diagnostics["ratio_t0"] = torch.cat(ratios).mean().item() if ratios else 1.0
         diagnostics["grad_norm"] += apply_gradients(net, policy, optimizers) / epochs
     return diagnostics
@@ -238,16 +248,19 @@ def backprop_update(net, policy, optimizers, z, target, reward, args, alpha_bar)
             x, _, features = jump(net, x, t, t_next, alpha_bar)
             t = t_next
         (-reward(x.clamp(-1, 1), target[i])[0].sum() / len(z)).backward()
-    return dict(ratio_t0=1.0, clip_steps=0.0, clip_pixels=0.0, kl=0.0, grad_norm=apply_gradients(net, policy, optimizers))
+    return dict(ratio_t0=1.0, clip_steps=0.0, clip_pixels=0.0, kl=0.0,
+                grad_norm=apply_gradients(net, policy, optimizers))
 
 
 def apply_gradients(net, policy, optimizers):
     """Clip each channel's gradient to norm 1 and step. Returns the norm before clipping."""
     total = 0.0
     for channel, optimizer in optimizers.items():
-        norm = torch.nn.utils.clip_grad_norm_((policy if channel == "steps" else net).parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(
+            (policy if channel == "steps" else net).parameters(), 1.0)
         if not torch.isfinite(norm):
-            raise BadInput(f"the gradient of the {channel} channel is not finite; lower its learning rate")
+            raise BadInput(f"the gradient of the {channel} channel is not finite; "
+                           "lower its learning rate")
         optimizer.step()
         total += norm.item() ** 2
     return math.sqrt(total)
@@ -263,17 +276,20 @@ def drift(net, net_ref):
 
 @torch.no_grad()
 def deployed(net, policy, z, target, reward, args, alpha_bar, grid=None, chunk=64):
-    """Deterministic deployment on noise z: dict of reward (B,), raw terms, NFE (B,), times (B, K + 1), images."""
-    outs = [deploy(net, x, args.steps, alpha_bar, policy, grid, may_stop=args.step_cost > 0) for x in z.split(chunk)]
+    """Deterministic deployment on z: dict of reward, nfe (B,), raw, times (B, K + 1), images."""
+    outs = [deploy(net, x, args.steps, alpha_bar, policy, grid, may_stop=args.step_cost > 0)
+            for x in z.split(chunk)]
     images, times = torch.cat([o[0] for o in outs]), torch.cat([o[1] for o in outs])
     nfe = (times[:, :-1] > 0).sum(1)
     score, raw = reward(images, target)
-    return dict(reward=score - args.step_cost * nfe, raw=raw, nfe=nfe.float(), times=times, images=images)
+    return dict(reward=score - args.step_cost * nfe, raw=raw, nfe=nfe.float(), times=times,
+                images=images)
 
 
 def better_base(net, z, target, reward, args, alpha_bar):
     """Hand grid with the larger reward on *training* noise: where the step policy starts."""
-    scores = {name: deployed(net, None, z, target, reward, args, alpha_bar, make_grid(name, args.steps))["reward"].mean()
+    scores = {name: deployed(net, None, z, target, reward, args, alpha_bar,
+                             make_grid(name, args.steps))["reward"].mean()
               for name in ("uniform", "quadratic")}
     return max(scores, key=scores.get)
 
@@ -282,12 +298,14 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
     """The loop: SAMPLING, ADVANTAGES, TRAINING, one printed line per update. Returns seconds."""
     alpha_bar, (z_all, target_all) = linear_alpha_bar(device), train_set
     generator = torch.Generator().manual_seed(args.seed)
-    parts, first, seconds_before = dict(net=net, policy=policy, generator=generator, **optimizers), 0, 0.0
+    parts, first, seconds_before = dict(net=net, policy=policy, generator=generator,
+                                        **optimizers), 0, 0.0
     if args.resume:
         state = load_state(out / "state.pt", "rl", parts)
         first, seconds_before = state["update"], state["seconds"]
         print(f"resumed at update {first}")
-    print("update  reward ± std    held-out  ratio_t0  clip s/p   kl       in-group entropy  drift    grad     NFE   grid")
+    print("update  reward ± std    held-out  ratio_t0  clip s/p   kl       in-group entropy  "
+          "drift    grad     NFE   grid")
     start = time.time()
     for update in range(first, args.updates):
         # SAMPLING: each noise is repeated `group` times, side by side
@@ -299,26 +317,34 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
             score, raw = reward(images, target)
         score = score - args.step_cost * nfe
         if not torch.isfinite(score).all():
-            raise BadInput(f"the reward is not finite at update {update + 1}; lower the learning rates")
+            raise BadInput(f"the reward is not finite at update {update + 1}; "
+                           "lower the learning rates")
         adv = advantages(score, args.group, args.baseline)
         # TRAINING
         if args.estimator == "backprop":
-            diagnostics = backprop_update(net, policy, optimizers, z, target, reward, args, alpha_bar)
+            diagnostics = backprop_update(net, policy, optimizers, z, target, reward, args,
+                                          alpha_bar)
         else:
-            diagnostics = policy_update(net, net_ref, policy, optimizers, steps, adv, args, alpha_bar)
+            diagnostics = policy_update(net, net_ref, policy, optimizers, steps, adv, args,
+                                        alpha_bar)
 
         held = deployed(net, policy, *monitor_set, reward, args, alpha_bar)
         with torch.no_grad():
-            entropy = torch.cat([policy.distribution(s["t"], s["n"], s["features"])[0].entropy() for s in steps]).mean()
-        row = dict(update=update + 1, rollouts=(update + 1) * len(z), reward=score.mean().item(), reward_std=score.std().item(),
-                   held_out=held["reward"].mean().item(), **diagnostics, entropy=entropy.item(),
+            entropy = torch.cat([policy.distribution(s["t"], s["n"], s["features"])[0].entropy()
+                                 for s in steps]).mean()
+        row = dict(update=update + 1, rollouts=(update + 1) * len(z), reward=score.mean().item(),
+                   reward_std=score.std().item(), held_out=held["reward"].mean().item(),
+                   **diagnostics, entropy=entropy.item(),
                    within_group_std=score.reshape(-1, args.group).std(1).mean().item(),
                    drift=drift(net, net_ref), nfe=held["nfe"].mean().item(),
-                   grid=held["times"].float().mean(0).tolist(), grid_std=held["times"].float().std(0).tolist(),
-                   terms={k: v.mean().item() for k, v in raw.items()}, seconds=seconds_before + time.time() - start)
+                   grid=held["times"].float().mean(0).tolist(),
+                   grid_std=held["times"].float().std(0).tolist(),
+                   terms={k: v.mean().item() for k, v in raw.items()},
+                   seconds=seconds_before + time.time() - start)
         log_line(out, **row)
-        print("{update:6d} {reward:7.4f} ±{reward_std:6.4f} {held_out:9.4f}  {ratio_t0:.6f}  {clip_steps:.2f}/{clip_pixels:.2f}  "
-              "{kl:.1e}  {within_group_std:.4f} {entropy:8.3f}  {drift:.1e}  {grad_norm:.1e}  {nfe:.2f}  ".format(**row)
+        print("{update:6d} {reward:7.4f} ±{reward_std:6.4f} {held_out:9.4f}  {ratio_t0:.6f}  "
+              "{clip_steps:.2f}/{clip_pixels:.2f}  {kl:.1e}  {within_group_std:.4f} "
+              "{entropy:8.3f}  {drift:.1e}  {grad_norm:.1e}  {nfe:.2f}  ".format(**row)
               + " ".join(f"{g:.0f}" for g in row["grid"]), flush=True)
         if (update + 1) % args.save_every == 0 or update + 1 == args.updates:
             save_state(out / "state.pt", "rl", parts, update=update + 1, seconds=row["seconds"])
@@ -331,13 +357,14 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
 
 @torch.no_grad()
 def final_table(net, net_before, teacher, policy, held_set, reward, args, alpha_bar):
-    """Rows of the before/after table: {row name: deployed(...)}, all at args.steps evaluations or fewer."""
+    """The before/after table: {row name: deployed(...)}, all at args.steps evaluations or fewer."""
     z, target = held_set
     grids = {name: make_grid(name, args.steps) for name in ("uniform", "quadratic")}
     teacher_as_student = student_from_teacher(teacher).to(z.device).eval()
-    rows = {f"teacher DDIM {name}": deployed(teacher_as_student, None, z, target, reward, args, alpha_bar, grid)
-            for name, grid in grids.items()}
-    rows.update({f"student before, {name}": deployed(net_before, None, z, target, reward, args, alpha_bar, grid)
+    rows = {f"teacher DDIM {name}": deployed(teacher_as_student, None, z, target, reward, args,
+                                             alpha_bar, grid) for name, grid in grids.items()}
+    rows.update({f"student before, {name}": deployed(net_before, None, z, target, reward, args,
+                                                     alpha_bar, grid)
                  for name, grid in grids.items()})
     rows["student after"] = deployed(net, policy, z, target, reward, args, alpha_bar)
     return rows
@@ -349,26 +376,31 @@ def standard_error(x):
 
 
 def print_result(rows, args):
-    """Print the table and the paired comparison with the best hand grid; returns it all as plain values."""
+    """Print the table and the paired comparison with the best hand grid; returns plain values."""
     terms = list(rows["student after"]["raw"])
-    print(f"\nheld-out noise, n = {args.held_out}, at most {args.steps} evaluations, eta = 0; mean ± standard error")
+    print(f"\nheld-out noise, n = {args.held_out}, at most {args.steps} evaluations, eta = 0; "
+          "mean ± standard error")
     print(f"{'':26s} {'reward':>17s} {'NFE':>5s}  " + "  ".join(f"{t:>17s}" for t in terms))
     result = dict(steps=args.steps, n=args.held_out, rows={})
     for name, row in rows.items():
         cells = {"reward": row["reward"], **row["raw"]}
         values = {k: (v.mean().item(), standard_error(v)) for k, v in cells.items()}
-        print(f"{name:26s} {values['reward'][0]:8.4f} ± {values['reward'][1]:6.4f} {row['nfe'].mean():5.2f}  "
+        print(f"{name:26s} {values['reward'][0]:8.4f} ± {values['reward'][1]:6.4f} "
+              f"{row['nfe'].mean():5.2f}  "
               + "  ".join(f"{values[t][0]:8.4f} ± {values[t][1]:6.4f}" for t in terms))
-        result["rows"][name] = dict(nfe=row["nfe"].mean().item(), **{k: list(v) for k, v in values.items()})
+        result["rows"][name] = dict(nfe=row["nfe"].mean().item(),
+                                    **{k: list(v) for k, v in values.items()})
     best = max((n for n in rows if "before" in n), key=lambda n: rows[n]["reward"].mean())
     gain = rows["student after"]["reward"] - rows[best]["reward"]
     error = standard_error(gain)
     gap = gain.mean().item() / -rows[best]["reward"].mean().item()
-    print(f"gain over '{best}', same noises: {gain.mean():.4f} ± {error:.4f} ({gain.mean() / max(error, 1e-12):+.1f} standard "
-          f"errors); {100 * gap:.0f} % of the gap to the teacher's {TEACHER_STEPS}-step result")
+    print(f"gain over '{best}', same noises: {gain.mean():.4f} ± {error:.4f} "
+          f"({gain.mean() / max(error, 1e-12):+.1f} standard errors); "
+          f"{100 * gap:.0f} % of the gap to the teacher's {TEACHER_STEPS}-step result")
     result.update(best_before=best, gain=gain.mean().item(), gain_error=error, gap_closed=gap)
     times = rows["student after"]["times"].float()
-    print("learned grid: " + " ".join(f"{m:.0f}±{s:.0f}" for m, s in zip(times.mean(0), times.std(0))))
+    print("learned grid: "
+          + " ".join(f"{m:.0f}±{s:.0f}" for m, s in zip(times.mean(0), times.std(0))))
     return result
 
 
@@ -386,7 +418,7 @@ def plot_alignment(rows, target, path):
 
 
 def plot_grid(times, path):
-    """Learned times, mean and spread over held-out noises (times: (B, K + 1)), and the hand grids."""
+    """Learned times, mean and spread over held-out noises (times: (B, K + 1)), and hand grids."""
     figure, axis = pyplot().subplots(figsize=(5, 3.6))
     evaluations = range(times.shape[1])
     for name, style in (("uniform", "--"), ("quadratic", ":")):
@@ -403,7 +435,8 @@ def plot_curves(log_path, path):
     """Rewards, grid and spread over training, from log.jsonl."""
     log = [json.loads(line) for line in open(log_path, encoding="utf-8")]
     panels = [("reward", {"training rollouts": "reward", "held-out, eta 0": "held_out"}),
-              ("spread", {"entropy of the steps": "entropy", "reward std in a group": "within_group_std"})]
+              ("spread", {"entropy of the steps": "entropy",
+                          "reward std in a group": "within_group_std"})]
     figure, axes = pyplot().subplots(1, 3, figsize=(12, 3.4))
     for axis, (label, curves) in zip(axes[::2], panels):
         for name, key in curves.items():
@@ -437,7 +470,8 @@ def parse_args(argv=None):
     a("--smoke", action="store_true", help="tiny sizes, seconds; its numbers mean nothing")
     a = p.add_argument_group("what is learned").add_argument
     a("--init", choices=["student", "teacher"], default="student", help="cloned, or teacher's copy")
-    a("--learn", choices=["steps", "pixels", "both"], default="steps", help="channels of the action")
+    a("--learn", choices=["steps", "pixels", "both"], default="steps",
+      help="channels of the action")
     a("--steps", type=number(int, 1, 64), default=4, help="K, most evaluations per image, 1..16")
     a("--reward", default="feature+perceptual", help=f"sum of {', '.join(TERMS)}; term:weight")
     a("--step-cost", type=share, default=0.0, help="c, reward paid per evaluation; above 0 the "
@@ -494,18 +528,22 @@ def main(argv=None):
     coach, coach_file = load_encoder(args.coach, "coach", device)
     reward = Reward(args.reward, coach, coach_file["scales"])
     if args.estimator == "backprop" and not reward.differentiable:
-        raise BadInput(f"--estimator backprop needs a differentiable reward, and one term of '{args.reward}' is not")
+        raise BadInput("--estimator backprop needs a differentiable reward, "
+                       f"and one term of '{args.reward}' is not")
     out = output_folder(args.out, "rl_distill", args.resume)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     print("config:", vars(args))
-    print(f"device {device_name(device)}, fp32 | student {parameter_count(net) / 1e6:.2f} M, teacher "
-          f"{parameter_count(teacher) / 1e6:.2f} M parameters | {args.noises_per_update * args.group} rollouts an update, "
+    print(f"device {device_name(device)}, fp32 | student {parameter_count(net) / 1e6:.2f} M, "
+          f"teacher {parameter_count(teacher) / 1e6:.2f} M parameters | "
+          f"{args.noises_per_update * args.group} rollouts an update, "
           f"{args.steps} evaluations each")
 
     train_set = noise_and_targets(teacher, 0, args.noises, alpha_bar, device, "training targets")
-    held_set = noise_and_targets(teacher, HELD_OUT, args.held_out, alpha_bar, device, "held-out targets")
-    monitor_set = noise_and_targets(teacher, HELD_OUT + 10 ** 6, min(MONITOR, args.held_out), alpha_bar, device, "monitor targets")
+    held_set = noise_and_targets(teacher, HELD_OUT, args.held_out, alpha_bar, device,
+                                 "held-out targets")
+    monitor_set = noise_and_targets(teacher, HELD_OUT + 10 ** 6, min(MONITOR, args.held_out),
+                                    alpha_bar, device, "monitor targets")
     base = args.base
     if base == "auto":
         base = better_base(net, *(x[:64] for x in train_set), reward, args, alpha_bar)
@@ -516,8 +554,10 @@ def main(argv=None):
     if args.learn in ("steps", "both"):
         optimizers["steps"] = torch.optim.Adam(policy.parameters(), lr=args.lr_steps)
     if args.learn in ("pixels", "both"):
-        optimizers["pixels"] = torch.optim.AdamW(net.parameters(), lr=args.lr_pixels, weight_decay=0.0)
-    seconds = train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args, out, device)
+        optimizers["pixels"] = torch.optim.AdamW(net.parameters(), lr=args.lr_pixels,
+                                                 weight_decay=0.0)
+    seconds = train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args, out,
+                    device)
 
     rows = final_table(net, net_ref, teacher, policy, held_set, reward, args, alpha_bar)
     result = print_result(rows, args)
@@ -526,13 +566,17 @@ def main(argv=None):
     plot_alignment(rows, held_set[1], out / "alignment.png")
     plot_grid(rows["student after"]["times"].float().cpu(), out / "grid.png")
     plot_curves(out / "log.jsonl", out / "curves.png")
-    origin = dict(script="rl_distill.py", start=args.init, learn=args.learn, estimator=args.estimator, reward=args.reward,
-                  steps=args.steps, step_cost=args.step_cost, seed=args.seed, updates=args.updates,
-                  rollouts=args.updates * args.noises_per_update * args.group, minutes=round(seconds / 60, 1),
-                  device=device_name(device), torch=str(torch.__version__))
-    save_student(out / "student.pt", net, policy, origin, steps=args.steps, may_stop=args.step_cost > 0)
+    origin = dict(script="rl_distill.py", start=args.init, learn=args.learn,
+                  estimator=args.estimator, reward=args.reward, steps=args.steps,
+                  step_cost=args.step_cost, seed=args.seed, updates=args.updates,
+                  rollouts=args.updates * args.noises_per_update * args.group,
+                  minutes=round(seconds / 60, 1), device=device_name(device),
+                  torch=str(torch.__version__))
+    save_student(out / "student.pt", net, policy, origin, steps=args.steps,
+                 may_stop=args.step_cost > 0)
     print(f"reinforced in {seconds / 60:.1f} min, {(time.time() - began) / 60:.1f} min in all\n"
-          f"wrote {out}/student.pt, state.pt, alignment.png, grid.png, curves.png, result.json, log.jsonl")
+          f"wrote {out}/student.pt, state.pt, alignment.png, grid.png, curves.png, "
+          "result.json, log.jsonl")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Pictures and numbers from any of the checkpoints.
 
-    python sample.py                                        # the bundled student: a grid of pictures
+    python sample.py                                        # the bundled student: a picture grid
     python sample.py --model checkpoints/teacher.pt --steps 20 --n 16
-    python sample.py --npz images.npz --n 10000             # uint8 (N, 32, 32, 3), as FID tools read it
+    python sample.py --npz images.npz --n 10000             # uint8 (N, 32, 32, 3), for FID tools
     python sample.py --evaluate --model checkpoints/teacher.pt checkpoints/rl_student.pt --steps 2 4
 
-Every image has its own seed (--seed, --seed + 1, ...): the same seed is the same start noise for teacher
+Each image has its own seed (--seed, --seed + 1, ...): same seed, same start noise for teacher
 and student, in any batch, on any device. --evaluate compares on held-out noise: reward (likeness to
-the teacher's 50 steps), Frechet distance to the training images and precision/recall/density/coverage in
+the teacher's 50 steps), Frechet distance to training images, precision/recall/density/coverage in
 the judge's features, time. Writes samples.png, path.png or frontier.png, and log.jsonl, to --out.
 """
 import math
@@ -42,7 +42,7 @@ def load_model(path, device):
 
 
 def pick_grid(name, policy, content, steps):
-    """'policy' -> None (the step policy decides), another name -> its fixed grid; 'auto': policy if there is one."""
+    """'policy' -> None (the step policy decides), others -> a fixed grid; 'auto': policy if any."""
     if name == "auto":
         name = "policy" if policy is not None and content.get("steps") == steps else "uniform"
     if name == "policy" and policy is None:
@@ -52,13 +52,13 @@ def pick_grid(name, policy, content, steps):
 
 @torch.no_grad()
 def stochastic(net, x_T, grid, alpha_bar, eta, seeds):
-    """Sampling with noise along a fixed grid (eta 1: DDPM's ancestral sampling), per-image seeds."""
+    """Sampling with noise on a fixed grid (eta 1: DDPM's ancestral sampling), per-image seeds."""
     x = x_T
     for k, (now, then) in enumerate(zip(grid, grid[1:]), start=1):
         t, t_next = (torch.full((len(x),), s, device=x.device) for s in (now, then))
         mean, sigma, _ = jump(net, x, t, t_next, alpha_bar, eta)
         noise = seeded_noise(seeds, x.shape[1:], stream=k, device=x.device)
-        x = mean + sigma[:, None, None, None] * noise               # sigma is 0 on the jump into t = 0
+        x = mean + sigma[:, None, None, None] * noise               # sigma is 0 where t_next = 0
     return x.clamp(-1, 1)
 
 
@@ -89,7 +89,7 @@ def denoising_path(net, policy, x_T, steps, grid, alpha_bar):
 
 
 def write_npz(path, images):
-    """uint8 (N, H, W, 3) under the name arr_0, the layout of the usual FID tools; never over another file."""
+    """uint8 (N, H, W, 3) under the name arr_0, as usual FID tools read; never over another file."""
     path = Path(path)
     if path.exists():
         raise BadInput(f"--npz {path} exists already; give another name")
@@ -116,17 +116,19 @@ def write_pngs(folder, images, first_seed):
 def search_grid(net, z, target, reward, steps, tries, alpha_bar, seed=0):
     """Gradient-free baseline: random search around the best grid so far, on *training* noise.
 
-    Starts from the better hand grid; each try moves all inner times by Gaussian steps that shrink from
-    12 to 3 percent of T and keeps what scores higher. Returns the grid.
+    Starts from the better hand grid; each try moves all inner times by Gaussian steps that shrink
+    from 12 to 3 percent of T and keeps what scores higher. Returns the grid.
     """
     def score(grid):
         return torch.cat([reward(deploy(net, x, steps, alpha_bar, grid=grid)[0], y)[0]
                           for x, y in zip(z.split(64), target.split(64))]).mean().item()
     rng = np.random.default_rng(seed)
-    best_score, best = max((score(g), g) for g in (make_grid("uniform", steps), make_grid("quadratic", steps)))
+    best_score, best = max((score(g), g) for g in (make_grid("uniform", steps),
+                                                   make_grid("quadratic", steps)))
     for i in range(tries if steps > 1 else 0):
         width = T * 0.12 * 0.25 ** (i / tries)
-        inner = sorted((np.array(best[1:-1]) + rng.normal(0, width, steps - 1)).round().clip(1, T - 1).astype(int), reverse=True)
+        inner = sorted((np.array(best[1:-1]) + rng.normal(0, width, steps - 1))
+                       .round().clip(1, T - 1).astype(int), reverse=True)
         grid = strictly_decreasing([T, *map(int, inner), 0])
         if grid[0] == T and (new := score(grid)) > best_score:
             best_score, best = new, grid
@@ -134,8 +136,9 @@ def search_grid(net, z, target, reward, steps, tries, alpha_bar, seed=0):
 
 
 @torch.no_grad()
-def evaluate_one(net, policy, steps, grid, may_stop, z, target, reward, judge, judge_file, alpha_bar, device):
-    """One row of the table: reward and terms with standard errors, judge metrics, ms per image, NFE."""
+def evaluate_one(net, policy, steps, grid, may_stop, z, target, reward, judge, judge_file,
+                 alpha_bar, device):
+    """One table row: reward and terms with standard errors, judge metrics, ms per image, NFE."""
     wait_for(device)
     start, images, nfe = time.time(), [], []
     for x in z.split(64 if device.type == "cpu" else 1024):
@@ -146,8 +149,9 @@ def evaluate_one(net, policy, steps, grid, may_stop, z, target, reward, judge, j
     seconds, images = time.time() - start, torch.cat(images)
     score, raw = reward(images, target)
     features = encode(judge, images).cpu()
-    row = dict(nfe=torch.cat(nfe).float().mean().item(), reward=score.mean().item(), reward_error=standard_error(score),
-               frechet=frechet_distance(*moments(features), judge_file["mean"], judge_file["covariance"]),
+    row = dict(nfe=torch.cat(nfe).float().mean().item(), reward=score.mean().item(),
+               reward_error=standard_error(score), frechet=frechet_distance(
+                   *moments(features), judge_file["mean"], judge_file["covariance"]),
                ms=1000 * seconds / len(z), **{k: v.mean().item() for k, v in raw.items()})
     row.update(precision_recall(judge_file["features"].float(), features))
     return row
@@ -163,10 +167,13 @@ def evaluate(args, out, device):
     reward = Reward(args.reward, coach, coach_file["scales"])
     out.mkdir(parents=True, exist_ok=True)
     z, target = noise_and_targets(teacher, HELD_OUT, args.n, alpha_bar, device, "held-out targets")
-    train_set = noise_and_targets(teacher, 0, 64, alpha_bar, device, "search targets") if args.search else None
-    print(f"\n{args.n} held-out noises, reward {args.reward} (0: the teacher's {TEACHER_STEPS} steps); judge features: "
-          f"Frechet distance to all training images, precision/recall/density/coverage to {len(judge_file['features'])}")
-    header = f"{'model':24s} {'grid':10s} {'NFE':>5s} {'reward':>17s} {'Frechet':>8s} {'prec':>6s} {'recall':>6s} {'dens':>6s} {'cover':>6s} {'ms':>7s}"
+    train_set = (noise_and_targets(teacher, 0, 64, alpha_bar, device, "search targets")
+                 if args.search else None)
+    print(f"\n{args.n} held-out noises, reward {args.reward} (0: the teacher's {TEACHER_STEPS} "
+          "steps); judge features: Frechet distance to all training images, "
+          f"precision/recall/density/coverage to {len(judge_file['features'])}")
+    header = (f"{'model':24s} {'grid':10s} {'NFE':>5s} {'reward':>17s} {'Frechet':>8s} "
+              f"{'prec':>6s} {'recall':>6s} {'dens':>6s} {'cover':>6s} {'ms':>7s}")
     print(header)
     rows = []
 
@@ -175,31 +182,36 @@ def evaluate(args, out, device):
         row = dict(model=name, grid=grid_name, **row, provenance=content["provenance"])
         rows.append(row)
         log_line(out, **row)
-        print("{model:24s} {grid:10s} {nfe:5.2f} {reward:8.4f} ± {reward_error:6.4f} {frechet:8.4f} {precision:6.3f} {recall:6.3f} "
+        print("{model:24s} {grid:10s} {nfe:5.2f} {reward:8.4f} ± {reward_error:6.4f} "
+              "{frechet:8.4f} {precision:6.3f} {recall:6.3f} "
               "{density:6.3f} {coverage:6.3f} {ms:7.2f}".format(**row), flush=True)
 
     for name, net, policy, content in models:
         for steps in args.steps:
             for grid_name in ("uniform", "quadratic"):
-                report(name, grid_name, content, net, None, steps, make_grid(grid_name, steps), False)
+                report(name, grid_name, content, net, None, steps, make_grid(grid_name, steps),
+                       False)
             if args.search and steps > 1:
                 grid = search_grid(net, *train_set, reward, steps, args.search, alpha_bar)
                 report(name, "searched", content, net, None, steps, grid, False)
             if policy is not None and steps == content.get("steps"):
-                report(name, "learned", content, net, policy, steps, None, content.get("may_stop", False))
+                report(name, "learned", content, net, policy, steps, None,
+                       content.get("may_stop", False))
         if content["kind"] == "teacher":
-            report(name, "uniform", content, net, None, TEACHER_STEPS, make_grid("uniform", TEACHER_STEPS), False)
+            report(name, "uniform", content, net, None, TEACHER_STEPS,
+                   make_grid("uniform", TEACHER_STEPS), False)
     spread_over_seeds(rows)
     plot_frontier(rows, out / "frontier.png")
     return rows
 
 
 def spread_over_seeds(rows):
-    """Checkpoints that differ in nothing but their seed: mean ± standard deviation of each figure."""
+    """Checkpoints that differ in their seed alone: mean ± standard deviation of each figure."""
     groups = {}
     for row in rows:
         same = {k: v for k, v in row["provenance"].items() if k not in ("seed", "minutes")}
-        groups.setdefault((row["grid"], round(row["nfe"]), str(sorted(same.items()))), []).append(row)
+        groups.setdefault((row["grid"], round(row["nfe"]), str(sorted(same.items()))),
+                          []).append(row)
     for (grid, nfe, _), group in groups.items():
         if len(group) > 1:
             cells = []
@@ -213,10 +225,13 @@ def plot_frontier(rows, path):
     """Frechet distance and reward against NFE, a line per model and grid."""
     figure, axes = pyplot().subplots(1, 2, figsize=(10, 4))
     for key in dict.fromkeys((r["model"], r["grid"]) for r in rows):
-        line = sorted((r["nfe"], r["frechet"], r["reward"]) for r in rows if (r["model"], r["grid"]) == key)
+        line = sorted((r["nfe"], r["frechet"], r["reward"]) for r in rows
+                      if (r["model"], r["grid"]) == key)
         for axis, column in zip(axes, (1, 2)):
-            axis.plot([p[0] for p in line], [p[column] for p in line], marker="o", label=" ".join(key))
-    for axis, label in zip(axes, ("Fréchet distance, judge features", "reward (likeness to the teacher)")):
+            axis.plot([p[0] for p in line], [p[column] for p in line], marker="o",
+                      label=" ".join(key))
+    for axis, label in zip(axes, ("Fréchet distance, judge features",
+                                  "reward (likeness to the teacher)")):
         axis.set(xlabel="network evaluations", ylabel=label, xscale="log")
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
@@ -232,8 +247,10 @@ def parse_args(argv=None):
     """Command line of sample.py."""
     p = parser_for(__doc__, "python sample.py --model checkpoints/teacher.pt --steps 20 --eta 1")
     a = p.add_argument
-    a("--model", nargs="+", default=["checkpoints/rl_student.pt"], help="teacher's or student's file")
-    a("--steps", type=number(int, 1, T), nargs="+", default=[4], help="network evaluations per image")
+    a("--model", nargs="+", default=["checkpoints/rl_student.pt"],
+      help="teacher's or student's file")
+    a("--steps", type=number(int, 1, T), nargs="+", default=[4],
+      help="network evaluations per image")
     a("--grid", choices=["auto", "policy", "uniform", "quadratic"], default="auto",
       help="times of the steps; auto: the model's own policy where it was trained for --steps")
     a("--eta", type=number(float, 0, 1), default=0.0, help="0 DDIM .. 1 DDPM, with a fixed grid")
@@ -273,19 +290,24 @@ def main(argv=None):
         return
     net, policy, content = load_model(args.model[0], device)
     steps = args.steps[0]
-    name, grid = pick_grid("uniform" if args.grid == "auto" and args.eta > 0 else args.grid, policy, content, steps)
+    name, grid = pick_grid("uniform" if args.grid == "auto" and args.eta > 0 else args.grid,
+                           policy, content, steps)
     if args.eta > 0 and grid is None:
-        raise BadInput("--eta above 0 needs --grid uniform or quadratic: the policy is deployed at eta 0")
+        raise BadInput("--eta above 0 needs --grid uniform or quadratic: "
+                       "the policy is deployed at eta 0")
     out = output_folder(args.out, "sample")
     out.mkdir(parents=True, exist_ok=True)
     print("config:", vars(args))
-    print(f"device {device_name(device)} | {content['kind']} {parameter_count(net) / 1e6:.2f} M parameters | {name} grid, "
-          f"{steps} evaluations an image | {content['provenance']}")
-    alpha_bar, may_stop = linear_alpha_bar(device), content.get("may_stop", False) and name == "policy"
-    images = generate(net, policy, range(args.seed, args.seed + args.n), steps, grid, args.eta, may_stop, alpha_bar, device)
+    print(f"device {device_name(device)} | {content['kind']} {parameter_count(net) / 1e6:.2f} M "
+          f"parameters | {name} grid, {steps} evaluations an image | {content['provenance']}")
+    alpha_bar, may_stop = (linear_alpha_bar(device),
+                           content.get("may_stop", False) and name == "policy")
+    images = generate(net, policy, range(args.seed, args.seed + args.n), steps, grid, args.eta,
+                      may_stop, alpha_bar, device)
     save_picture(out / "samples.png", images[:256], columns=math.ceil(math.sqrt(min(args.n, 256))))
     side, rows = net.config["image_size"], min(8, args.n)
-    path = denoising_path(net, policy, seeded_noise(range(args.seed, args.seed + rows), (3, side, side), device=device),
+    path = denoising_path(net, policy, seeded_noise(range(args.seed, args.seed + rows),
+                                                    (3, side, side), device=device),
                           steps, grid, alpha_bar)
     shown = path[:, torch.linspace(0, steps, min(steps + 1, 11)).round().long()]
     save_picture(out / "path.png", shown.flatten(0, 1), columns=shown.shape[1])

@@ -1,8 +1,8 @@
 """The student: a smaller U-Net that jumps, cloned from the teacher's trajectories; the step policy.
 
 Adds to teacher.py a network that sees *both* times of a jump, net(x_t, t, t_next), a small policy
-that decides how far to jump, and data-free cloning: the teacher's DDIM paths from fresh noise are the
-only training data. ReDiF calls this start behaviour cloning; reinforcement follows in rl_distill.py.
+that decides how far to jump, and data-free cloning: the teacher's DDIM paths from new noise are the
+only training data. ReDiF calls this start behaviour cloning; reinforcement comes in rl_distill.py.
 
     python student.py                          # clones the bundled teacher from random weights
     python student.py --init teacher           # the paper's own start: a copy of the teacher
@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 # From earlier files:
 from ddpm import (T, BadInput, UNet, at, autocast, ddim_step, half_weights, linear_alpha_bar,
-                  load_checkpoint, load_state, load_teacher, load_weights, log_line, make_grid, number,
-                  output_folder, parameter_count, parser_for, pick_device, predict_x0, run_main,
-                  sample, save_checkpoint, save_state, seeded_noise, time_embedding)
+                  load_checkpoint, load_state, load_teacher, load_weights, log_line, make_grid,
+                  number, output_folder, parameter_count, parser_for, pick_device, predict_x0,
+                  run_main, sample, save_checkpoint, save_state, seeded_noise, time_embedding)
 from teacher import device_name, ema_update, learning_rate, plot_loss, save_picture
 
 STUDENT_UNET = dict(width=32, mults=[1, 2, 3], blocks=1, attention=[8], dropout=0.0)   # 1.8 M
@@ -86,7 +86,7 @@ class JumpUNet(UNet):
         return self.config["width"] * self.config["mults"][-1]
 
     def forward(self, x, t, t_next, with_features=False):
-        """x (B, 3, H, W); t, t_next (B,) -> (B, 3, H, W), and the pooled bottleneck (B, C) if asked."""
+        """x (B, 3, H, W); t, t_next (B,) -> (B, 3, H, W), and pooled bottleneck (B, C) if asked."""
         emb = self.time_mlp(time_embedding(t, self.config["width"]))
         emb = F.silu(emb + self.jump_mlp(time_embedding(t_next, self.config["width"])))
         bottleneck, skips = self.encode(x, emb)
@@ -96,7 +96,7 @@ class JumpUNet(UNet):
 
 
 def student_from_teacher(teacher):
-    """The paper's start: the teacher's weights, jump embedding zeroed: outputs are the teacher's."""
+    """The paper's start: teacher's weights, jump embedding zeroed: outputs are the teacher's."""
     student = JumpUNet(predicts="eps", **teacher.config)
     student.load_state_dict(teacher.state_dict(), strict=False)
     nn.init.zeros_(student.jump_mlp[-1].weight)
@@ -117,8 +117,8 @@ def jump(net, x_t, t, t_next, alpha_bar, eta=0.0):
 
 # ==============================================================================================
 # STEP-SIZE POLICY. DEVIATES: in the paper's code the grid is fixed and only the Gaussian transition
-# is an action; learning the step sizes is this project's extension. TPDM (arXiv 2412.01243) too puts
-# a Beta on t_next / t; ART-RL (arXiv 2601.18681) learns the clock by an actor and a critic.
+# is an action; learning the step sizes is this project's extension. TPDM (arXiv 2412.01243) too
+# puts a Beta on t_next / t; ART-RL (arXiv 2601.18681) learns the clock by an actor and a critic.
 # ==============================================================================================
 
 class StepPolicy(nn.Module):
@@ -145,7 +145,7 @@ class StepPolicy(nn.Module):
         return (ratio if self.config["base"] == "uniform" else ratio ** 2).clamp(0.01, 0.99)
 
     def forward(self, t, n, features):
-        """t, n (B,); features (B, C) -> mean of rho, concentration, logit of stopping, each (B,)."""
+        """t, n (B,); features (B, C) -> mean of rho, concentration, stopping logit, each (B,)."""
         t, n = t.float(), n.float()
         clock = torch.stack([t / T, 1 / n, torch.log(n)], dim=1)               # (B, 3)
         seen = self.normalise(features.detach())                               # (B, C)
@@ -162,7 +162,7 @@ class StepPolicy(nn.Module):
 
 def land(t, rho, n, stop):
     """Next time of a jump: round(rho t), at most t - 1, at least n - 1 so that every later jump can
-    still go down; 0 on the last allowed step (n = 1) and where stop is set. All (B,) -> integers."""
+    still fall; 0 on the last allowed step (n = 1) and where stop is set. All (B,) -> integers."""
     t_next = torch.minimum(torch.maximum((rho * t).round().long(), n - 1), t - 1)
     return torch.where((n == 1) | stop, torch.zeros_like(t), t_next)
 
@@ -202,7 +202,7 @@ def deploy(net, x_T, steps, alpha_bar, policy=None, grid=None, may_stop=False):
 
 @torch.no_grad()
 def teacher_paths(teacher, x_T, alpha_bar, device, fp32=False):
-    """All states of the teacher's deterministic DDIM: (B, TEACHER_STEPS + 1, 3, H, W), from T to 0."""
+    """All states of the teacher's deterministic DDIM, T to 0: (B, TEACHER_STEPS + 1, 3, H, W)."""
     with autocast(device, not fp32):
         path = sample(teacher, x_T, make_grid("uniform", TEACHER_STEPS), alpha_bar, keep_path=True)
     return torch.stack(path, dim=1)
@@ -215,7 +215,7 @@ def state_at(paths, t, alpha_bar):
     x = (sin(phi - phi_b) x_a + sin(phi_a - phi) x_b) / sin(phi_a - phi_b): no time goes untrained.
     """
     grid = torch.tensor(make_grid("uniform", TEACHER_STEPS), device=t.device)
-    k = ((T - t) * TEACHER_STEPS // T).clamp(max=TEACHER_STEPS - 1)           # the segment t lies in
+    k = ((T - t) * TEACHER_STEPS // T).clamp(max=TEACHER_STEPS - 1)  # the segment t lies in
     rows = torch.arange(len(t), device=t.device)
     x_a, x_b = paths[rows, k], paths[rows, k + 1]
     phi, phi_a, phi_b = (angle(s, alpha_bar, x_a) for s in (t, grid[k], grid[k + 1]))
@@ -223,7 +223,7 @@ def state_at(paths, t, alpha_bar):
 
 
 def draw_jumps(n, generator):
-    """Random jumps (t, t_next), each (n,): many from T, many to 0, none shorter than SHORTEST_JUMP."""
+    """Random jumps (t, t_next), each (n,): many from T, many to 0, none below SHORTEST_JUMP."""
     u = torch.rand(4, n, generator=generator)
     anywhere = SHORTEST_JUMP + (u[1] * (T + 1 - SHORTEST_JUMP)).long()
     t = torch.where(u[0] < START_SHARE, T, anywhere)
@@ -234,7 +234,7 @@ def clone_loss(net, paths, t, t_next, alpha_bar):
     """Mean squared error to the teacher's own path, in v-space ('v') or in epsilon ('eps').
 
     'v', secant: the landing point x_next of a jump of any length, weighted back by 1 / sin(d)^2.
-    'eps': the teacher's epsilon at x_t, as in behaviour cloning; t_next plays no part in the target.
+    'eps': the teacher's epsilon at x_t, as in behaviour cloning; the target ignores t_next.
     """
     x_t = state_at(paths, t, alpha_bar)
     if net.predicts == "eps":
@@ -246,7 +246,7 @@ def clone_loss(net, paths, t, t_next, alpha_bar):
 
 
 class PathPool:
-    """The newest teacher paths; refilled while training goes on, so that no noise is used for long."""
+    """The newest teacher paths; refilled during training, so that no noise is used for long."""
 
     def __init__(self, teacher, size, seed, alpha_bar, device, fp32=False):
         self.teacher, self.size, self.alpha_bar = teacher, size, alpha_bar
@@ -336,8 +336,8 @@ def provenance(args, updates, paths, seconds, device):
 
 def save_student(path, net, policy, origin, **more):
     """fp16 weights of student and policy (None before reinforcement), configs, provenance."""
-    save_checkpoint(path, "student", config=net.config, weights=half_weights(net), provenance=origin,
-                    policy_config=policy.config if policy else None,
+    save_checkpoint(path, "student", config=net.config, weights=half_weights(net),
+                    provenance=origin, policy_config=policy.config if policy else None,
                     policy_weights=half_weights(policy) if policy else None, **more)
 
 
@@ -381,13 +381,15 @@ def evaluate(net, teacher, n, alpha_bar, device):
     Returns (rows of the table, landing errors, pictures: the teacher's, then 1, 2, 4, 8 steps).
     """
     x_T = held_out_noise(n, net.config["image_size"], device)
-    paths = torch.cat([teacher_paths(teacher, x, alpha_bar, device, fp32=True) for x in x_T.split(64)])
+    paths = torch.cat([teacher_paths(teacher, x, alpha_bar, device, fp32=True)
+                       for x in x_T.split(64)])
     target, rows, pictures = paths[:, -1], [], [paths[:8, -1]]
     for steps in (1, 2, 4, 8):
         row = dict(steps=steps)
         for name in ("quadratic", "uniform"):
             grid = make_grid(name, steps)
-            images = torch.cat([deploy(net, x, steps, alpha_bar, grid=grid)[0] for x in x_T.split(64)])
+            images = torch.cat([deploy(net, x, steps, alpha_bar, grid=grid)[0]
+                                for x in x_T.split(64)])
             own = torch.cat([sample(teacher, x, grid, alpha_bar) for x in x_T.split(64)])
             row[f"student {name}"] = F.mse_loss(images, target).item()
             row[f"teacher {name}"] = F.mse_loss(own, target).item()
@@ -405,9 +407,10 @@ def parse_args(argv=None):
     p = parser_for(__doc__, "python student.py --clone eps --updates 1000")
     count = number(int, 1)
     p.add_argument("--teacher", default="checkpoints/teacher.pt", help="checkpoint of teacher.py")
-    p.add_argument("--init", choices=["scratch", "teacher"], default="scratch", help="first weights")
-    p.add_argument("--clone", choices=["secant", "eps"], default="secant", help="what is regressed: "
-                   "landing points of long jumps, or (always with --init teacher) its epsilon")
+    p.add_argument("--init", choices=["scratch", "teacher"], default="scratch",
+                   help="first weights")
+    p.add_argument("--clone", choices=["secant", "eps"], default="secant", help="what is regressed:"
+                   " landing points of long jumps, or (always with --init teacher) its epsilon")
     p.add_argument("--updates", type=number(int, 0), default=1600, help="0 keeps the first weights")
     p.add_argument("--batch-size", type=count, default=64, help="jumps per update, 32..512")
     p.add_argument("--pairs-per-path", type=count, default=32, help="jumps per teacher path, 8..64")
@@ -447,13 +450,15 @@ def main(argv=None):
     net = net.to(device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     print(f"device {device_name(device)} | student {parameter_count(net) / 1e6:.2f} M, teacher "
-          f"{parameter_count(teacher) / 1e6:.2f} M parameters | {args.updates * args.batch_size} jumps")
+          f"{parameter_count(teacher) / 1e6:.2f} M parameters | "
+          f"{args.updates * args.batch_size} jumps")
     seconds, paths = clone(net, ema, teacher, args, out, device)
     save_student(out / "student.pt", ema, None,
                  provenance(args, args.updates, paths, seconds, device))
     plot_loss(out, "pairs", "cloning loss") if args.updates else None
 
-    rows, landing, pictures = evaluate(ema, teacher, args.evaluate, linear_alpha_bar(device), device)
+    rows, landing, pictures = evaluate(ema, teacher, args.evaluate, linear_alpha_bar(device),
+                                       device)
     save_picture(out / "samples.png", pictures)
     print(f"\nMSE to the teacher's {TEACHER_STEPS}-step result, {args.evaluate} held-out noises")
     names = ["student uniform", "student quadratic", "teacher uniform", "teacher quadratic"]

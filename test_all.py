@@ -1,4 +1,5 @@
-"""The specification, in the order of the files. Plain unittest; no network, GPU, data set or checkpoint needed.
+"""The specification, in the order of the files. Plain unittest; no network, GPU, data set or
+checkpoint needed.
 
     python test_all.py            # under 90 seconds on two CPU cores; the last line counts
 
@@ -75,7 +76,8 @@ class Case(unittest.TestCase):
         """Same shape, same dtype kind, no NaN, every difference below tol."""
         a, b = torch.as_tensor(a), torch.as_tensor(b)
         self.assertEqual(a.shape, b.shape, msg)
-        self.assertFalse(torch.isnan(a.double()).any() or torch.isnan(b.double()).any(), "NaN never passes")
+        self.assertFalse(torch.isnan(a.double()).any() or torch.isnan(b.double()).any(),
+                         "NaN never passes")
         worst = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
         self.assertLessEqual(worst, tol, msg)
 
@@ -110,11 +112,13 @@ class Workshop:
             student.save_student(cls.folder / "student.pt", s, None, dict(seed=0))
             c, j = reward.Coach().eval(), reward.Judge().eval()
             x = images(64)
-            ddpm.save_checkpoint(cls.folder / "coach.pt", "coach", config=dict(classes=10), weights=ddpm.half_weights(c),
-                                 provenance=dict(accuracy=0.1), scales=reward.term_scales(c, x))
+            ddpm.save_checkpoint(cls.folder / "coach.pt", "coach", config=dict(classes=10),
+                                 weights=ddpm.half_weights(c), provenance=dict(accuracy=0.1),
+                                 scales=reward.term_scales(c, x))
             mean, cov = reward.moments(reward.encode(j, x))
-            ddpm.save_checkpoint(cls.folder / "judge.pt", "judge", config=dict(classes=10), weights=ddpm.half_weights(j),
-                                 provenance=dict(accuracy=0.1), mean=mean, covariance=cov, features=reward.encode(j, x))
+            ddpm.save_checkpoint(cls.folder / "judge.pt", "judge", config=dict(classes=10),
+                                 weights=ddpm.half_weights(j), provenance=dict(accuracy=0.1),
+                                 mean=mean, covariance=cov, features=reward.encode(j, x))
         return cls.folder
 
 
@@ -140,7 +144,8 @@ class Schedule(Case):
         self.close(ab, torch.tensor(expected), 1e-6)
 
     def test_q_sample_is_eq_4_for_every_element(self):
-        x0, eps, t = images(4), torch.randn(4, 3, 8, 8, generator=rng(1)), torch.tensor([0, 1, 500, 1000])
+        x0, eps, t = (images(4), torch.randn(4, 3, 8, 8, generator=rng(1)),
+                      torch.tensor([0, 1, 500, 1000]))
         out = ddpm.q_sample(x0, t, eps, self.ab)
         for b in range(4):
             a = self.ab[t[b]].item()
@@ -151,7 +156,9 @@ class Schedule(Case):
         w = torch.tensor(0.3, requires_grad=True)
         loss = ddpm.simple_loss(lambda x, t: w * x, x0, t, eps, self.ab)
         x = ddpm.q_sample(x0, t, eps, self.ab)
-        self.close(loss.detach(), torch.tensor([(0.3 * a - b) ** 2 for a, b in zip(x.flatten().tolist(), eps.flatten().tolist())]).mean())
+        self.close(loss.detach(), torch.tensor([(0.3 * a - b) ** 2 for a, b in
+                                                zip(x.flatten().tolist(),
+                                                    eps.flatten().tolist())]).mean())
         loss.backward()
         self.assertGreater(w.grad.abs().item(), 1e-3)
 
@@ -172,7 +179,8 @@ class ReverseStep(Case):
             mean, sigma = ddpm.ddim_step(x0, eps, tt, tt - 1, 1.0, self.ab.double())
             a, a1 = self.ab.double()[t].item(), self.ab.double()[t - 1].item()
             alpha, beta = a / a1, 1 - a / a1
-            posterior = math.sqrt(a1) * beta / (1 - a) * x0 + math.sqrt(alpha) * (1 - a1) / (1 - a) * x_t
+            posterior = (math.sqrt(a1) * beta / (1 - a) * x0
+                         + math.sqrt(alpha) * (1 - a1) / (1 - a) * x_t)
             self.close(mean.float(), posterior, 2e-5)
             self.close(sigma ** 2, torch.full((3,), (1 - a1) / (1 - a) * beta).double(), 1e-8)
 
@@ -190,7 +198,8 @@ class ReverseStep(Case):
                    [0.5 * math.sqrt((1 - b) / (1 - a)) * math.sqrt(1 - a / b), 0], 1e-6)
 
     def test_the_estimate_and_its_epsilon_explain_x_t(self):
-        x_t, t, eps = torch.randn(3, 3, 8, 8, generator=rng(4)), torch.tensor([1, 400, 1000]), torch.randn(3, 3, 8, 8, generator=rng(5))
+        x_t, t, eps = (torch.randn(3, 3, 8, 8, generator=rng(4)), torch.tensor([1, 400, 1000]),
+                       torch.randn(3, 3, 8, 8, generator=rng(5)))
         for clip in (False, True):
             x0_hat, eps_hat = ddpm.predict_x0(x_t, t, eps, self.ab, clip)
             self.close(ddpm.q_sample(x0_hat, t, eps_hat, self.ab), x_t, 2e-4)
@@ -219,21 +228,24 @@ class Sampler(Case):
     def test_ddim_on_a_gaussian_follows_the_exact_recursion_and_converges_to_the_flow(self):
         x_T, mean = torch.randn(200, 2, generator=rng()), torch.tensor([[0.4, -0.2]])
         exact = ddpm.gaussian_flow(x_T, mean, 0.3, self.ab)
-        errors = [(ddpm.sample(self.gaussian, x_T, ddpm.make_grid("uniform", k), self.ab, clip=False) - exact).abs().max().item()
-                  for k in (10, 100, 1000)]
+        errors = [(ddpm.sample(self.gaussian, x_T, ddpm.make_grid("uniform", k), self.ab,
+                               clip=False) - exact).abs().max().item() for k in (10, 100, 1000)]
         self.assertLess(errors[2], 0.02)
         self.assertTrue(errors[0] > 5 * errors[1] > 25 * errors[2], errors)
 
     def test_ddpm_on_a_gaussian_gives_its_mean_and_spread(self):
         x_T = torch.randn(300, 2, generator=rng())
-        end = ddpm.sample(self.gaussian, x_T, ddpm.make_grid("uniform", 200), self.ab, 1.0, seeds=range(300), clip=False)
-        variance = 1.0                                    # exact recursion of the variance, same grid
+        end = ddpm.sample(self.gaussian, x_T, ddpm.make_grid("uniform", 200), self.ab, 1.0,
+                          seeds=range(300), clip=False)
+        variance = 1.0                                  # exact recursion of the variance, same grid
         grid = ddpm.make_grid("uniform", 200)
         for t, t_next in zip(grid, grid[1:]):
             a, b = self.ab[t].item(), self.ab[t_next].item()
-            sigma2 = ddpm.ddim_sigma(torch.tensor([t]), torch.tensor([t_next]), 1.0, self.ab).item() ** 2
-            gain = (1 - a) ** 0.5 / (a * 0.09 + 1 - a)    # d eps* / d x
-            slope = b ** 0.5 * (1 - (1 - a) ** 0.5 * gain) / a ** 0.5 + max(1 - b - sigma2, 0) ** 0.5 * gain
+            sigma2 = ddpm.ddim_sigma(torch.tensor([t]), torch.tensor([t_next]),
+                                     1.0, self.ab).item() ** 2
+            gain = (1 - a) ** 0.5 / (a * 0.09 + 1 - a)  # d eps* / d x
+            slope = (b ** 0.5 * (1 - (1 - a) ** 0.5 * gain) / a ** 0.5
+                     + max(1 - b - sigma2, 0) ** 0.5 * gain)
             variance = slope ** 2 * variance + sigma2
         self.close(end.mean(0), [0.4, -0.2], 4 * 0.3 / math.sqrt(300))
         self.close(end.std(0) / math.sqrt(variance), [1.0, 1.0], 4 / math.sqrt(600))
@@ -253,12 +265,14 @@ class Sampler(Case):
         self.close(a[2], b[0], 0)
         self.assertGreater((a[0] - a[1]).abs().max(), 0.5)
         for seed in (5, 6):
-            self.assertGreater((ddpm.seeded_noise([seed], (3, 8, 8)) - ddpm.seeded_noise([5], (3, 8, 8), stream=1)).abs().max(), 0.5)
+            self.assertGreater((ddpm.seeded_noise([seed], (3, 8, 8))
+                                - ddpm.seeded_noise([5], (3, 8, 8), stream=1)).abs().max(), 0.5)
 
     def test_samples_do_not_depend_on_the_batch_even_with_noise(self):
         x_T, grid = ddpm.seeded_noise(range(4), (2,)), ddpm.make_grid("uniform", 20)
         together = ddpm.sample(self.gaussian, x_T, grid, self.ab, 1.0, seeds=range(4))
-        alone = torch.cat([ddpm.sample(self.gaussian, x_T[i:i + 1], grid, self.ab, 1.0, seeds=[i]) for i in range(4)])
+        alone = torch.cat([ddpm.sample(self.gaussian, x_T[i:i + 1], grid, self.ab, 1.0, seeds=[i])
+                           for i in range(4)])
         self.close(together, alone, 1e-5)
 
     def test_nothing_adds_noise_at_the_last_step(self):
@@ -291,10 +305,12 @@ class Network(Case):
     def test_every_time_gives_another_output_and_every_parameter_a_gradient(self):
         net = randomised(ddpm.UNet(**TINY))
         x = images(1).expand(3, 3, 8, 8)
-        out = net(x, torch.tensor([499, 500, 501])).detach() - (1 - net.alpha_bar[[499, 500, 501]]).sqrt()[:, None, None, None] * x
+        out = (net(x, torch.tensor([499, 500, 501])).detach()
+               - (1 - net.alpha_bar[[499, 500, 501]]).sqrt()[:, None, None, None] * x)
         self.assertGreater((out[0] - out[1]).abs().max(), 1e-5)
         self.assertGreater((out[1] - out[2]).abs().max(), 1e-5)
-        net(torch.randn(2, 3, 8, 8, generator=rng()), torch.tensor([10, 900])).square().sum().backward()
+        net(torch.randn(2, 3, 8, 8, generator=rng()),
+            torch.tensor([10, 900])).square().sum().backward()
         for name, p in net.named_parameters():
             self.assertGreater(p.grad.abs().max().item(), 0, name)
 
@@ -314,9 +330,11 @@ class Network(Case):
         for channels in (16, 128):
             layer = ddpm.Upsample(channels, channels, 3, padding=1)
             x = torch.randn(2, channels, 3, 4, generator=rng())
-            plain = F.conv2d(F.interpolate(x, scale_factor=2.0), layer.weight, layer.bias, padding=1)
+            plain = F.conv2d(F.interpolate(x, scale_factor=2.0), layer.weight, layer.bias,
+                             padding=1)
             self.close(layer(x).detach(), plain.detach(), 1e-5)
-            gradients = [torch.autograd.grad(y.square().sum(), layer.weight)[0] for y in (layer(x), plain)]
+            gradients = [torch.autograd.grad(y.square().sum(), layer.weight)[0]
+                         for y in (layer(x), plain)]
             self.close(gradients[0], gradients[1], 1e-3)
 
     def test_the_schedule_is_no_parameter_and_in_no_checkpoint(self):
@@ -334,7 +352,8 @@ class Checkpoints(Case):
         with torch.no_grad():                          # what fp16 can hold is held exactly
             for p in net.parameters():
                 p.copy_(p.half().float())
-        ddpm.save_checkpoint(self.folder / "a.pt", "teacher", config=net.config, weights=ddpm.half_weights(net), provenance={})
+        ddpm.save_checkpoint(self.folder / "a.pt", "teacher", config=net.config,
+                             weights=ddpm.half_weights(net), provenance={})
         again, _ = ddpm.load_teacher(self.folder / "a.pt")
         x, t = torch.randn(2, 3, 8, 8, generator=rng()), torch.tensor([5, 900])
         self.close(again(x, t), net(x, t).detach(), 0)
@@ -361,9 +380,11 @@ class Checkpoints(Case):
             self.bad_input("cannot be read", ddpm.load_teacher, self.folder / "cut.pt")
 
     def test_kinds_configs_and_shapes_must_fit(self):
-        self.bad_input("a student is needed", ddpm.load_checkpoint, Workshop.get() / "teacher.pt", "student")
+        self.bad_input("a student is needed", ddpm.load_checkpoint, Workshop.get() / "teacher.pt",
+                       "student")
         net = ddpm.UNet(**TINY)
-        ddpm.save_checkpoint(self.folder / "b.pt", "teacher", config={**TINY, "width": 32}, weights=ddpm.half_weights(net))
+        ddpm.save_checkpoint(self.folder / "b.pt", "teacher", config={**TINY, "width": 32},
+                             weights=ddpm.half_weights(net))
         self.bad_input("does not fit", ddpm.load_teacher, self.folder / "b.pt")
         ddpm.save_checkpoint(self.folder / "c.pt", "teacher", config=dict(depth=3), weights={})
         self.bad_input("no usable U-Net config", ddpm.load_teacher, self.folder / "c.pt")
@@ -428,7 +449,8 @@ class Images(Case):
         (self.folder / "b" / "3.png").write_bytes(b"no image")
         (self.folder / "b" / "notes.txt").write_text("not an image either")
         (data, labels), text = quiet(teacher.load_images, str(self.folder))
-        self.assertEqual((data.shape, data.dtype, labels.tolist()), ((2, 3, 32, 32), torch.uint8, [0, 1]))
+        self.assertEqual((data.shape, data.dtype, labels.tolist()),
+                         ((2, 3, 32, 32), torch.uint8, [0, 1]))
         self.assertEqual(data[0, :, 5, 5].tolist(), [200, 0, 0])
         self.assertEqual(data[1, :, 5, 5].tolist(), [50, 50, 50])
         self.assertIn("skipped 1", text)
@@ -454,15 +476,17 @@ class Images(Case):
         names = pickle.dumps({"label_names": list("abcd")})
         (base / "batch").write_bytes(blob)
         (base / "meta").write_bytes(names)
-        with mock.patch.multiple(CIFAR10, train_list=[["batch", hashlib.md5(blob).hexdigest()]], test_list=[],
-                                 meta=dict(filename="meta", key="label_names", md5=hashlib.md5(names).hexdigest())):
+        with mock.patch.multiple(CIFAR10, train_list=[["batch", hashlib.md5(blob).hexdigest()]],
+                                 test_list=[], meta=dict(filename="meta", key="label_names",
+                                                         md5=hashlib.md5(names).hexdigest())):
             data, labels = teacher.cifar10_images(str(self.folder / "data"))
         self.assertTrue(torch.equal(data, torch.from_numpy(pixels.reshape(4, 3, 32, 32))))
         self.assertEqual(labels.tolist(), [3, 1, 0, 2])
 
     def test_no_network_for_the_download_is_one_sentence(self):
         from torchvision.datasets import CIFAR10
-        with mock.patch.object(CIFAR10, "download", side_effect=OSError("unreachable")), inside(self.folder):
+        with mock.patch.object(CIFAR10, "download", side_effect=OSError("unreachable")), \
+                inside(self.folder):
             self.bad_input("could not be downloaded", quiet, teacher.load_images, "cifar10")
 
 
@@ -470,7 +494,8 @@ class TeacherTraining(Case):
     def test_times_are_uniform_from_1_to_T_and_both_ends_are_drawn(self):
         t = teacher.draw_times(200_000, rng())
         self.assertEqual((t.min().item(), t.max().item()), (1, ddpm.T))
-        self.close(torch.bincount(t, minlength=1001)[1:].reshape(10, 100).sum(1) / 200_000, torch.full((10,), 0.1), 0.005)
+        self.close(torch.bincount(t, minlength=1001)[1:].reshape(10, 100).sum(1) / 200_000,
+                   torch.full((10,), 0.1), 0.005)
 
     def test_ema_averages_parameters(self):
         net, ema = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
@@ -498,7 +523,8 @@ class TeacherTraining(Case):
         optimizer, losses = torch.optim.AdamW(net.parameters(), 2e-3), []
         for _ in range(60):
             x0 = images(1).expand(16, 3, 8, 8)
-            loss = ddpm.simple_loss(net, x0, teacher.draw_times(16, g), torch.randn(x0.shape, generator=g), ab)
+            loss = ddpm.simple_loss(net, x0, teacher.draw_times(16, g),
+                                    torch.randn(x0.shape, generator=g), ab)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -533,16 +559,20 @@ class Jumps(Case):
         self.close(e, eps, 1e-4)
 
     def test_the_path_ends_where_the_sampler_ends_and_starts_at_the_noise(self):
-        end = ddpm.sample(self.teacher, self.z, ddpm.make_grid("uniform", student.TEACHER_STEPS), self.ab)
+        end = ddpm.sample(self.teacher, self.z, ddpm.make_grid("uniform", student.TEACHER_STEPS),
+                          self.ab)
         self.close(self.paths[:, -1], end, 0)
         self.close(self.paths[:, 0], self.z, 0)
 
     def test_states_on_the_grid_are_the_paths_own_and_between_them_ddims(self):
         for k in (0, 1, 25, 49, 50):
-            self.close(student.state_at(self.paths, full(4, 1000 - 20 * k), self.ab), self.paths[:, k], 1e-5)
+            self.close(student.state_at(self.paths, full(4, 1000 - 20 * k), self.ab),
+                       self.paths[:, k], 1e-5)
         t, t_mid = full(4, 600), full(4, 587)
-        x0_hat, eps_hat = ddpm.predict_x0(self.paths[:, 20], t, self.teacher(self.paths[:, 20], t), self.ab)
-        self.close(student.state_at(self.paths, t_mid, self.ab), ddpm.ddim_step(x0_hat, eps_hat, t, t_mid, 0.0, self.ab)[0], 2e-4)
+        x0_hat, eps_hat = ddpm.predict_x0(self.paths[:, 20], t, self.teacher(self.paths[:, 20], t),
+                                          self.ab)
+        self.close(student.state_at(self.paths, t_mid, self.ab),
+                   ddpm.ddim_step(x0_hat, eps_hat, t, t_mid, 0.0, self.ab)[0], 2e-4)
 
     def test_drawn_jumps_go_down_far_enough_and_reach_both_ends(self):
         t, t_next = student.draw_jumps(20_000, rng())
@@ -553,17 +583,20 @@ class Jumps(Case):
         self.assertEqual(set(range(10, 1001)) - set(t.tolist()), set())
 
     def test_the_secant_target_is_the_landing_point_in_v_space(self):
-        class Cheat(student.JumpUNet):                                     # knows the paths by heart
+        class Cheat(student.JumpUNet):                         # knows the paths by heart
             def forward(net, x, t, t_next, with_features=False):
                 target = student.state_at(self.paths, t_next, self.ab)
                 return student.secant_velocity(x, target, t, t_next, self.ab)
         t, t_next = torch.tensor([1000, 1000, 700, 333]), torch.tensor([0, 400, 13, 0])
-        self.assertLess(student.clone_loss(Cheat(**TINY), self.paths, t, t_next, self.ab).item(), 1e-8)
-        zero = student.JumpUNet(**TINY)                                    # conv_out is zero: predicts v = 0
-        x, y = student.state_at(self.paths, t, self.ab), student.state_at(self.paths, t_next, self.ab)
+        self.assertLess(student.clone_loss(Cheat(**TINY), self.paths, t, t_next, self.ab).item(),
+                        1e-8)
+        zero = student.JumpUNet(**TINY)                        # conv_out is zero: predicts v = 0
+        x, y = (student.state_at(self.paths, t, self.ab),
+                student.state_at(self.paths, t_next, self.ab))
         d = student.angle(t, self.ab, x) - student.angle(t_next, self.ab, x)
         landing = ((d.cos() * x - y) ** 2 / d.sin() ** 2).mean()
-        self.close(student.clone_loss(zero, self.paths, t, t_next, self.ab).detach(), landing, 1e-4 * landing.item())
+        self.close(student.clone_loss(zero, self.paths, t, t_next, self.ab).detach(), landing,
+                   1e-4 * landing.item())
 
     def test_the_eps_target_is_the_teachers_own_epsilon(self):
         copy_of_teacher = student.student_from_teacher(self.teacher)
@@ -587,7 +620,8 @@ class Jumps(Case):
 
     def test_a_scratch_student_sees_both_times(self):
         net = randomised(student.JumpUNet(**TINY))
-        a, b, c = (net(self.z[:1], torch.tensor([t]), torch.tensor([s])).detach() for t, s in ((900, 100), (900, 101), (901, 100)))
+        a, b, c = (net(self.z[:1], torch.tensor([t]), torch.tensor([s])).detach()
+                   for t, s in ((900, 100), (900, 101), (901, 100)))
         self.assertGreater((a - b).abs().max(), 1e-6)
         self.assertGreater((a - c).abs().max(), 1e-6)
 
@@ -595,7 +629,8 @@ class Jumps(Case):
         pool = student.PathPool(self.teacher, 4, 0, self.ab, CPU, fp32=True)
         pool.add(2)
         first = pool.paths[0].clone()
-        self.assertTrue(all(torch.equal(p, pool.paths[0]) or torch.equal(p, pool.paths[1]) for p in pool.draw(10, rng())))
+        self.assertTrue(all(torch.equal(p, pool.paths[0]) or torch.equal(p, pool.paths[1])
+                            for p in pool.draw(10, rng())))
         pool.add(3)
         self.assertEqual(pool.made, 5)
         self.assertFalse(torch.equal(pool.paths[0], first))
@@ -608,7 +643,8 @@ class Policy(Case):
         net = student.JumpUNet(**TINY)
         for base in ("uniform", "quadratic"):
             policy = student.StepPolicy(net.features, base)
-            _, times = student.deploy(net, torch.randn(3, 3, 8, 8, generator=rng()), 4, self.ab, policy)
+            _, times = student.deploy(net, torch.randn(3, 3, 8, 8, generator=rng()), 4, self.ab,
+                                      policy)
             self.close(times[0].float(), torch.tensor(ddpm.make_grid(base, 4)).float(), 1)
             _, concentration, _ = policy(full(2, 500), full(2, 3), torch.zeros(2, net.features))
             self.close(concentration.detach(), torch.full((2,), student.CONCENTRATION), 1e-4)
@@ -623,8 +659,10 @@ class Policy(Case):
                 self.assertTrue((t_next < t).all() and (t_next >= n - 1).all())
                 t, n = t_next, n - 1
             self.assertTrue((t == 0).all())
-        self.assertEqual(student.land(full(1, 500), torch.tensor([0.0]), full(1, 3), torch.tensor([False])).item(), 2)
-        self.assertEqual(student.land(full(1, 500), torch.tensor([0.9]), full(1, 3), torch.tensor([True])).item(), 0)
+        self.assertEqual(student.land(full(1, 500), torch.tensor([0.0]), full(1, 3),
+                                      torch.tensor([False])).item(), 2)
+        self.assertEqual(student.land(full(1, 500), torch.tensor([0.9]), full(1, 3),
+                                      torch.tensor([True])).item(), 0)
 
     def test_deciding_sends_no_gradient_into_the_features(self):
         policy = student.StepPolicy(8)
@@ -655,7 +693,8 @@ class Policy(Case):
             student.save_student(Path(folder) / "s.pt", net, policy, dict(seed=1), steps=3)
             net2, policy2, content = student.load_student(Path(folder) / "s.pt")
             z = torch.randn(2, 3, 8, 8, generator=rng())
-            self.close(student.deploy(net2, z, 3, self.ab, policy2)[0], student.deploy(net, z, 3, self.ab, policy)[0], 0)
+            self.close(student.deploy(net2, z, 3, self.ab, policy2)[0],
+                       student.deploy(net, z, 3, self.ab, policy)[0], 0)
             self.assertEqual(content["steps"], 3)
 
     def test_held_out_noise_is_disjoint_from_training_noise(self):
@@ -676,7 +715,8 @@ class Rewards(Case):
     def test_the_teachers_own_image_gets_the_best_value_and_others_stay_in_range(self):
         x, y = images(6), images(6, seed=1)
         for name, term in reward.TERMS.items():
-            self.close(term.function(x, x, self.coach), torch.full((6,), float(term.best)), 1e-5, name)
+            self.close(term.function(x, x, self.coach), torch.full((6,), float(term.best)), 1e-5,
+                       name)
             other = term.function(y, x, self.coach)
             self.assertTrue((other < term.best).all() and (other >= term.worst).all(), name)
 
@@ -698,11 +738,13 @@ class Rewards(Case):
 
     def test_mse_and_histogram_agree_with_loops(self):
         x, y = images(2), images(2, seed=1)
-        self.close(reward.mse_reward(x, y), -torch.stack([((a - b) ** 2).mean() for a, b in zip(x, y)]))
+        self.close(reward.mse_reward(x, y),
+                   -torch.stack([((a - b) ** 2).mean() for a, b in zip(x, y)]))
         for b in range(2):
             kl = 0.0
             for c in range(3):
-                p, q = (np.histogram(s[b, c].numpy(), bins=reward.BINS, range=(-1, 1))[0] + 1.0 for s in (y, x))
+                p, q = (np.histogram(s[b, c].numpy(), bins=reward.BINS, range=(-1, 1))[0] + 1.0
+                        for s in (y, x))
                 p, q = p / p.sum(), q / q.sum()
                 kl += (p * np.log(p / q)).sum() / 3
             self.close(reward.histogram_reward(x, y)[b], -kl, 1e-4)
@@ -710,7 +752,8 @@ class Rewards(Case):
     def test_weights_and_scales_enter_as_written(self):
         x, y = images(3), images(3, seed=1)
         total, raw = reward.Reward("feature:2+mse", self.coach, self.scales)(x, y)
-        expected = 2 * (raw["feature"] - 1) / self.scales["feature"] + raw["mse"] / self.scales["mse"]
+        expected = (2 * (raw["feature"] - 1) / self.scales["feature"]
+                    + raw["mse"] / self.scales["mse"])
         self.close(total, expected, 1e-4)
         self.assertEqual(list(raw), ["feature", "mse"])
         self.close(reward.Reward("mse", self.coach, self.scales)(x, x)[0], torch.zeros(3), 1e-6)
@@ -724,7 +767,8 @@ class Rewards(Case):
     def test_more_distortion_means_less_reward(self):
         x = images(16, size=32)
         for kind in ("noise", "wrong", "blur"):
-            values = [reward.mse_reward(reward.distort(x, kind, level, rng()), x).mean().item() for level in (0, 0.25, 0.5, 1)]
+            values = [reward.mse_reward(reward.distort(x, kind, level, rng()), x).mean().item()
+                      for level in (0, 0.25, 0.5, 1)]
             self.assertTrue(all(a > b for a, b in zip(values, values[1:])), (kind, values))
         self.close(reward.distort(x, "shift", 0.5, rng())[..., 4:], x[..., :-4], 0)
 
@@ -733,10 +777,12 @@ class Metrics(Case):
     def test_frechet_distance_of_known_gaussians(self):
         m1, m2 = torch.tensor([0.0, 1.0]), torch.tensor([2.0, 1.0])
         c1, c2 = torch.diag(torch.tensor([1.0, 4.0])), torch.diag(torch.tensor([9.0, 1.0]))
-        self.assertAlmostEqual(reward.frechet_distance(m1, c1, m2, c2), 4 + (1 - 3) ** 2 + (2 - 1) ** 2, places=6)
+        self.assertAlmostEqual(reward.frechet_distance(m1, c1, m2, c2),
+                               4 + (1 - 3) ** 2 + (2 - 1) ** 2, places=6)
 
     def test_frechet_distance_agrees_with_the_eigenvalues_of_the_product(self):
-        a, b = torch.randn(200, 5, generator=rng(1)).double(), 0.5 * torch.randn(300, 5, generator=rng(2)).double() + 1
+        a, b = (torch.randn(200, 5, generator=rng(1)).double(),
+                0.5 * torch.randn(300, 5, generator=rng(2)).double() + 1)
         (m1, c1), (m2, c2) = reward.moments(a), reward.moments(b)
         cross = torch.linalg.eigvals(c1 @ c2).real.clamp(min=0).sqrt().sum()
         expected = ((m1 - m2) ** 2).sum() + c1.trace() + c2.trace() - 2 * cross
@@ -750,22 +796,29 @@ class Metrics(Case):
         self.assertAlmostEqual(reward.frechet_distance(m, c, m + 1, c), 20, places=4)
 
     def test_precision_and_recall_agree_with_loops(self):
-        real, fake, k = torch.randn(30, 2, generator=rng(1)), torch.randn(25, 2, generator=rng(2)) + 0.7, 3
+        real, fake, k = (torch.randn(30, 2, generator=rng(1)),
+                         torch.randn(25, 2, generator=rng(2)) + 0.7, 3)
         def radius(points, i):
             return sorted((points[i] - p).norm().item() for p in points)[k]
         r_real, r_fake = [radius(real, i) for i in range(30)], [radius(fake, j) for j in range(25)]
-        inside_real = [[(real[i] - fake[j]).norm().item() <= r_real[i] for i in range(30)] for j in range(25)]
-        expected = dict(precision=np.mean([any(row) for row in inside_real]), density=np.sum(inside_real) / (k * 25),
-                        recall=np.mean([any((real[i] - fake[j]).norm().item() <= r_fake[j] for j in range(25)) for i in range(30)]),
-                        coverage=np.mean([min((real[i] - fake[j]).norm().item() for j in range(25)) <= r_real[i] for i in range(30)]))
+        inside_real = [[(real[i] - fake[j]).norm().item() <= r_real[i] for i in range(30)]
+                       for j in range(25)]
+        expected = dict(precision=np.mean([any(row) for row in inside_real]),
+                        density=np.sum(inside_real) / (k * 25),
+                        recall=np.mean([any((real[i] - fake[j]).norm().item() <= r_fake[j]
+                                            for j in range(25)) for i in range(30)]),
+                        coverage=np.mean([min((real[i] - fake[j]).norm().item() for j in range(25))
+                                          <= r_real[i] for i in range(30)]))
         for name, value in reward.precision_recall(real, fake, k).items():
             self.assertAlmostEqual(value, expected[name], places=5, msg=name)
 
     def test_precision_takes_any_ball_not_the_nearest_neighbours(self):
         tight = torch.tensor([[0.0, 0], [0.01, 0], [0, 0.01]])
         wide = torch.tensor([[3.0, 0], [6, 0], [3, 3.0]])
-        fake = torch.cat([torch.tensor([[0.5, 0.0]]), torch.full((3, 2), 99.0) + torch.arange(3)[:, None]])
-        self.assertEqual(reward.precision_recall(torch.cat([tight, wide]), fake, k=1)["precision"], 0.25)
+        fake = torch.cat([torch.tensor([[0.5, 0.0]]),
+                          torch.full((3, 2), 99.0) + torch.arange(3)[:, None]])
+        self.assertEqual(reward.precision_recall(torch.cat([tight, wide]), fake, k=1)["precision"],
+                         0.25)
 
     def test_the_crop_shifts_images_and_nothing_else(self):
         x = images(50, size=32)
@@ -773,7 +826,8 @@ class Metrics(Case):
         self.assertEqual(y.shape, x.shape)
         for i in range(5):
             padded = F.pad(x[i:i + 1], [4] * 4, mode="reflect")[0]
-            self.assertTrue(any(torch.equal(y[i], padded[:, a:a + 32, b:b + 32]) for a in range(9) for b in range(9)))
+            self.assertTrue(any(torch.equal(y[i], padded[:, a:a + 32, b:b + 32])
+                                for a in range(9) for b in range(9)))
 
 
 # ==============================================================================================
@@ -781,7 +835,8 @@ class Metrics(Case):
 # ==============================================================================================
 
 def rl_args(*words):
-    return rl_distill.parse_args(["--noises", "8", "--noises-per-update", "4", "--group", "4", *words])
+    return rl_distill.parse_args(["--noises", "8", "--noises-per-update", "4", "--group", "4",
+                                  *words])
 
 
 class Toy(torch.nn.Module):
@@ -790,7 +845,8 @@ class Toy(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.w, self.b = torch.nn.Parameter(torch.tensor(0.2)), torch.nn.Parameter(torch.tensor(-0.1))
+        self.w, self.b = (torch.nn.Parameter(torch.tensor(0.2)),
+                          torch.nn.Parameter(torch.tensor(-0.1)))
 
     def forward(self, x, t, t_next, with_features=False):
         return self.w * x + self.b, torch.zeros(len(x), 1)
@@ -804,22 +860,27 @@ class LogProbabilities(Case):
         rho, stop = torch.tensor([0.3, 0.8, 0.99]), torch.tensor([False, True, False])
         mean, concentration, logit = policy(t, n, features)
         a, b = mean * concentration, (1 - mean) * concentration
-        beta = (a - 1) * rho.log() + (b - 1) * (1 - rho).log() - (a.lgamma() + b.lgamma() - (a + b).lgamma())
-        self.close(rl_distill.step_logp(policy, t, n, features, rho, stop, False).detach(), beta.detach(), 1e-3)
+        beta = ((a - 1) * rho.log() + (b - 1) * (1 - rho).log()
+                - (a.lgamma() + b.lgamma() - (a + b).lgamma()))
+        self.close(rl_distill.step_logp(policy, t, n, features, rho, stop, False).detach(),
+                   beta.detach(), 1e-3)
         p = torch.sigmoid(logit)
         with_stop = torch.where(stop, p.log(), (1 - p).log() + beta)
-        self.close(rl_distill.step_logp(policy, t, n, features, rho, stop, True).detach(), with_stop.detach(), 1e-3)
+        self.close(rl_distill.step_logp(policy, t, n, features, rho, stop, True).detach(),
+                   with_stop.detach(), 1e-3)
 
     def test_a_landing_is_a_gaussian_averaged_over_dimensions(self):
         mean, x, sigma = images(3), images(3, seed=1), torch.tensor([0.1, 0.5, 1.0])
         normal = torch.distributions.Normal(mean, sigma[:, None, None, None])
         constant = -(sigma.log() + 0.5 * math.log(2 * math.pi))
-        self.close(rl_distill.pixel_logp(mean, x, sigma), normal.log_prob(x).mean((1, 2, 3)) - constant, 1e-4)
+        self.close(rl_distill.pixel_logp(mean, x, sigma),
+                   normal.log_prob(x).mean((1, 2, 3)) - constant, 1e-4)
 
     def test_the_closed_form_kl_is_torchs(self):
         a, b, sigma = images(3), images(3, seed=1), torch.tensor([0.1, 0.5, 1.0])
         s = sigma[:, None, None, None]
-        kl = torch.distributions.kl_divergence(torch.distributions.Normal(a, s), torch.distributions.Normal(b, s))
+        kl = torch.distributions.kl_divergence(torch.distributions.Normal(a, s),
+                                               torch.distributions.Normal(b, s))
         self.close(rl_distill.gaussian_kl(a, b, sigma), kl.mean((1, 2, 3)), 1e-4)
 
     def test_drawn_ratios_have_the_mean_and_spread_of_their_beta(self):
@@ -841,13 +902,17 @@ class Advantages(Case):
         r = self.reward.tolist()
         groups = [r[i:i + 4] for i in range(0, 24, 4)]
         centred = [x - np.mean(g) for g in groups for x in g]
-        self.close(rl_distill.advantages(self.reward, 4, "global"), np.array(centred) / np.std(centred), 1e-4)
-        self.close(rl_distill.advantages(self.reward, 4, "group"), np.array([(x - np.mean(g)) / np.std(g) for g in groups for x in g]), 1e-4)
-        self.close(rl_distill.advantages(self.reward, 4, "batch"), (np.array(r) - np.mean(r)) / np.std(r), 1e-4)
+        self.close(rl_distill.advantages(self.reward, 4, "global"),
+                   np.array(centred) / np.std(centred), 1e-4)
+        self.close(rl_distill.advantages(self.reward, 4, "group"),
+                   np.array([(x - np.mean(g)) / np.std(g) for g in groups for x in g]), 1e-4)
+        self.close(rl_distill.advantages(self.reward, 4, "batch"),
+                   (np.array(r) - np.mean(r)) / np.std(r), 1e-4)
 
     def test_a_shift_of_the_reward_changes_nothing(self):
         for how in ("global", "group", "batch"):
-            self.close(rl_distill.advantages(self.reward + 5, 4, how), rl_distill.advantages(self.reward, 4, how), 1e-4)
+            self.close(rl_distill.advantages(self.reward + 5, 4, how),
+                       rl_distill.advantages(self.reward, 4, how), 1e-4)
 
     def test_equal_rewards_give_zero_and_never_scaled_noise(self):
         flat = torch.full((8,), -0.7) + 2e-7 * torch.randn(8, generator=rng())
@@ -881,7 +946,8 @@ class Surrogate(Case):
         self.close(a.grad, -self.adv, 1e-6)
 
     def test_the_score_function_gradient_agrees_with_the_pathwise_one(self):
-        """Linear-Gaussian toy with a quadratic reward: both estimate the same number, within 4 standard errors."""
+        """Linear-Gaussian toy with a quadratic reward: both estimate the same number, within 4
+        standard errors."""
         net, n, ab = Toy(), 40_000, ddpm.linear_alpha_bar()
         x = torch.randn(1, 3, 2, 2, generator=rng(1)).expand(n, 3, 2, 2)
         goal, sigma = torch.full((3, 2, 2), 0.3), torch.full((n,), 0.4)
@@ -889,11 +955,14 @@ class Surrogate(Case):
         x_next = (mean + 0.4 * torch.randn(mean.shape, generator=rng(2))).detach()
         score = -((x_next - goal) ** 2).sum((1, 2, 3))
         logp = rl_distill.pixel_logp(mean, x_next, sigma)
-        loss, _ = rl_distill.channel_loss(logp, logp.detach(), score - score.mean(), math.inf, "ppo")
+        loss, _ = rl_distill.channel_loss(logp, logp.detach(), score - score.mean(), math.inf,
+                                          "ppo")
         estimate, = torch.autograd.grad(loss.mean(), net.b, retain_graph=True)
-        slope, = torch.autograd.grad(mean[0].sum(), net.b)                          # d mean / d b, summed over 12
-        pathwise = (2 * (mean[0] - goal)).sum().detach() * slope / 12               # exact dR/db = -2 (mu - goal) slope/12
-        per_sample = -(score - score.mean()) * ((x_next - mean) / 0.16 * slope / 12).sum((1, 2, 3)).detach() / 12
+        slope, = torch.autograd.grad(mean[0].sum(), net.b)  # d mean / d b, summed over 12
+        # exact dR/db = -2 (mu - goal) slope/12
+        pathwise = (2 * (mean[0] - goal)).sum().detach() * slope / 12
+        per_sample = (-(score - score.mean())
+                      * ((x_next - mean) / 0.16 * slope / 12).sum((1, 2, 3)).detach() / 12)
         error = per_sample.std().item() / math.sqrt(n)
         self.assertLess(abs(estimate.item() - pathwise.item() / 12), 4 * error)
         self.assertGreater(abs(pathwise.item() / 12), 25 * error)
@@ -920,7 +989,8 @@ class Loop(Case):
             args = rl_args("--learn", learn)
             net, ref, policy, optimizers, z = self.parts(args)
             _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
-            d = rl_distill.policy_update(net, ref, policy, optimizers, steps, torch.randn(16, generator=rng()), args, self.ab)
+            d = rl_distill.policy_update(net, ref, policy, optimizers, steps,
+                                         torch.randn(16, generator=rng()), args, self.ab)
             self.assertAlmostEqual(d["ratio_t0"], 1.0, places=5)
             self.assertGreater(d["grad_norm"], 0)
 
@@ -930,21 +1000,27 @@ class Loop(Case):
             net, ref, policy, optimizers, z = self.parts(args)
             before = copy.deepcopy(policy)
             _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
-            rl_distill.policy_update(net, ref, policy, optimizers, steps, torch.randn(16, generator=rng()), args, self.ab)
+            rl_distill.policy_update(net, ref, policy, optimizers, steps,
+                                     torch.randn(16, generator=rng()), args, self.ab)
             self.assertEqual(rl_distill.drift(net, ref) > 0, learn == "pixels")
-            self.assertEqual(any(not torch.equal(p, q) for p, q in zip(policy.parameters(), before.parameters())), learn == "steps")
+            self.assertEqual(any(not torch.equal(p, q) for p, q in zip(policy.parameters(),
+                                                                       before.parameters())),
+                             learn == "steps")
 
     def test_zero_advantage_gives_zero_gradient_and_the_kl_alone_pulls_back(self):
         args = rl_args("--learn", "both")
         net, ref, policy, optimizers, z = self.parts(args)
         _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
-        d = rl_distill.policy_update(net, ref, policy, optimizers, steps, torch.zeros(16), args, self.ab)
+        d = rl_distill.policy_update(net, ref, policy, optimizers, steps, torch.zeros(16), args,
+                                     self.ab)
         self.assertEqual(d["grad_norm"], 0)
-        args = rl_args("--learn", "pixels", "--kl", "1", "--inner-epochs", "1", "--lr-pixels", "1e-3")
+        args = rl_args("--learn", "pixels", "--kl", "1", "--inner-epochs", "1",
+                       "--lr-pixels", "1e-3")
         net, ref, policy, optimizers, z = self.parts(args)
         randomised(net, 9, 0.01)
         _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
-        kl = [rl_distill.policy_update(net, ref, policy, optimizers, steps, torch.zeros(16), args, self.ab)["kl"] for _ in range(5)]
+        kl = [rl_distill.policy_update(net, ref, policy, optimizers, steps, torch.zeros(16), args,
+                                       self.ab)["kl"] for _ in range(5)]
         self.assertTrue(all(a > b > 0 for a, b in zip(kl, kl[1:])), kl)
 
     def test_ppos_first_gradient_is_reinforces(self):
@@ -953,7 +1029,8 @@ class Loop(Case):
             args = rl_args("--learn", "both", "--inner-epochs", "1", "--estimator", estimator)
             net, ref, policy, optimizers, z = self.parts(args)
             _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
-            rl_distill.policy_update(net, ref, policy, optimizers, steps, torch.randn(16, generator=rng()), args, self.ab)
+            rl_distill.policy_update(net, ref, policy, optimizers, steps,
+                                     torch.randn(16, generator=rng()), args, self.ab)
             grads.append([p.grad for p in [*policy.parameters(), *net.parameters()]])
         for a, b in zip(*grads):
             self.close(a, b, 1e-5 * (1 + b.abs().max().item()))
@@ -966,7 +1043,8 @@ class Loop(Case):
         deployed, times = student.deploy(net, z, args.steps, self.ab, policy)
         self.close(played, deployed, 1e-5)
         self.assertEqual(nfe.tolist(), [4] * 16)
-        self.assertEqual(torch.stack([s["t_next"] for s in steps], 1).tolist(), times[:, 1:].tolist())
+        self.assertEqual(torch.stack([s["t_next"] for s in steps], 1).tolist(),
+                         times[:, 1:].tolist())
 
     def test_training_explores_the_last_jump_too_and_in_antithetic_pairs(self):
         args = rl_args("--learn", "pixels")
@@ -1004,7 +1082,8 @@ class Loop(Case):
         self.assertLess(abs(times[0, 1].item() - 300), 60)
 
     def test_direct_backpropagation_raises_a_differentiable_reward(self):
-        args = rl_args("--learn", "pixels", "--estimator", "backprop", "--steps", "2", "--lr-pixels", "1e-3")
+        args = rl_args("--learn", "pixels", "--estimator", "backprop", "--steps", "2",
+                       "--lr-pixels", "1e-3")
         net, _, policy, _, z = self.parts(args)
         optimizers = {"pixels": torch.optim.Adam(net.parameters(), 1e-3)}
         coach, content = reward.load_encoder(Workshop.get() / "coach.pt", "coach")
@@ -1019,9 +1098,11 @@ class Loop(Case):
     def test_noise_for_training_monitoring_and_the_table_is_disjoint(self):
         drawn = []
         real = rl_distill.seeded_noise
-        with mock.patch("rl_distill.seeded_noise", side_effect=lambda seeds, *a, **k: (drawn.append(set(seeds)), real(seeds, *a, **k))[1]), \
+        with mock.patch("rl_distill.seeded_noise", side_effect=lambda seeds, *a, **k:
+                        (drawn.append(set(seeds)), real(seeds, *a, **k))[1]), \
                 tempfile.TemporaryDirectory() as folder:
-            quiet(rl_distill.main, [*inputs("teacher", "student", "coach"), "--smoke", "--out", folder + "/o"])
+            quiet(rl_distill.main,
+                  [*inputs("teacher", "student", "coach"), "--smoke", "--out", folder + "/o"])
         self.assertEqual(len(drawn), 3)
         for i in range(3):
             for j in range(i):
@@ -1071,7 +1152,8 @@ class Samples(Case):
         self.assertEqual(array[1, 2, 3].tolist(), ddpm.to_uint8(x)[1, :, 2, 3].tolist())
         self.bad_input("exists already", sample.write_npz, self.folder / "a.npz", x)
         sample.write_pngs(self.folder / "png", x, 40)
-        self.assertEqual(sorted(os.listdir(self.folder / "png")), ["00000040.png", "00000041.png", "00000042.png"])
+        self.assertEqual(sorted(os.listdir(self.folder / "png")),
+                         ["00000040.png", "00000041.png", "00000042.png"])
         self.bad_input("not an empty folder", sample.write_pngs, self.folder / "png", x, 40)
 
     def test_the_search_never_returns_less_than_the_better_hand_grid(self):
@@ -1082,8 +1164,10 @@ class Samples(Case):
         grid = sample.search_grid(net, z, target, score, 3, 15, self.ab)
         def value(g):
             return score(student.deploy(net, z, 3, self.ab, grid=g)[0], target)[0].mean().item()
-        self.assertTrue(grid[0] == 1000 and grid[-1] == 0 and all(a > b for a, b in zip(grid, grid[1:])))
-        self.assertGreater(value(grid), max(value(ddpm.make_grid(n, 3)) for n in ("uniform", "quadratic")))
+        self.assertTrue(grid[0] == 1000 and grid[-1] == 0
+                        and all(a > b for a, b in zip(grid, grid[1:])))
+        self.assertGreater(value(grid),
+                           max(value(ddpm.make_grid(n, 3)) for n in ("uniform", "quadratic")))
 
 
 def net_as_eps(net):
@@ -1107,10 +1191,12 @@ class Commands(Case):
         return quiet(module.main, [str(w) for w in words])[1]
 
     def fails(self, module, *words):
-        """The command must end with code 2 and one sentence, and write nothing. Returns the sentence."""
+        """The command must end with code 2 and one sentence, and write nothing. Returns the
+        sentence."""
         before = sorted(self.folder.rglob("*"))
         text = io.StringIO()
-        with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(text), contextlib.redirect_stdout(text):
+        with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(text), \
+                contextlib.redirect_stdout(text):
             ddpm.run_main(lambda: module.main([str(w) for w in words]))
         self.assertEqual(caught.exception.code, 2)
         self.assertNotIn("Traceback", text.getvalue())
@@ -1133,9 +1219,11 @@ class Commands(Case):
                 self.assertRegex(source, rf"args\.{name}\b", f"{module.__name__} --{name}")
 
     def test_importing_prints_nothing_and_a_script_runs_as_a_process(self):
-        done = subprocess.run([sys.executable, "-c", "import sample, sys; sys.stdout.flush()"], cwd=HERE, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", "import sample, sys; sys.stdout.flush()"],
+                              cwd=HERE, capture_output=True, text=True)
         self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
-        done = subprocess.run([sys.executable, HERE / "rl_distill.py", "--steps", "0"], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, HERE / "rl_distill.py", "--steps", "0"],
+                              capture_output=True, text=True)
         self.assertEqual(done.returncode, 2)
         self.assertIn("--steps: must be between", done.stderr)
 
@@ -1143,7 +1231,8 @@ class Commands(Case):
         words = ["--data", "shapes", "--smoke", "--device", "cpu"]
         text = self.run_main(teacher, *words, "--out", "a")
         self.assertIn("wrote a/teacher.pt", text)
-        self.assertEqual({p.name for p in Path("a").iterdir()}, {"teacher.pt", "state.pt", "samples.png", "loss.png", "log.jsonl"})
+        self.assertEqual({p.name for p in Path("a").iterdir()},
+                         {"teacher.pt", "state.pt", "samples.png", "loss.png", "log.jsonl"})
         real = teacher.save_state
 
         def stop_after_two(*a, **k):
@@ -1154,7 +1243,8 @@ class Commands(Case):
             args.save_every = 2
             return args
         real_parse = teacher.parse_args
-        with mock.patch.object(teacher, "save_state", stop_after_two), mock.patch.object(teacher, "parse_args", every_two), \
+        with mock.patch.object(teacher, "save_state", stop_after_two), \
+                mock.patch.object(teacher, "parse_args", every_two), \
                 self.assertRaises(KeyboardInterrupt):
             self.run_main(teacher, *words, "--out", "b")
         self.run_main(teacher, *words, "--out", "b", "--resume")
@@ -1168,7 +1258,8 @@ class Commands(Case):
 
     def test_the_student_clones_and_resumes_to_the_same_bits(self):
         words = [*inputs("teacher"), "--smoke", "--device", "cpu"]
-        shape = mock.patch.object(student, "STUDENT_UNET", {k: v for k, v in TINY.items() if k != "image_size"})
+        shape = mock.patch.object(student, "STUDENT_UNET",
+                                  {k: v for k, v in TINY.items() if k != "image_size"})
         shape.start()
         self.addCleanup(shape.stop)
         text = self.run_main(student, *words, "--out", "a")
@@ -1178,7 +1269,7 @@ class Commands(Case):
         def stop(*_, **__):
             raise KeyboardInterrupt
         with mock.patch.object(student, "save_student", stop), self.assertRaises(KeyboardInterrupt):
-            self.run_main(student, *words, "--out", "b")                        # killed after its first checkpoint
+            self.run_main(student, *words, "--out", "b")  # killed after its first checkpoint
         self.assertEqual(ddpm.load_checkpoint("b/state.pt", "student-state")["update"], 1)
         self.run_main(student, *words, "--out", "b", "--resume")
         a, b = (ddpm.load_checkpoint(f"{f}/state.pt", "student-state") for f in "ab")
@@ -1189,7 +1280,8 @@ class Commands(Case):
         self.run_main(student, *words, "--clone", "eps", "--out", "d")
 
     def test_the_encoders_train_and_the_rewards_are_shown(self):
-        with mock.patch.object(teacher, "shapes_images", lambda n=2000, size=32, seed=0: real_shapes(200, 32, seed)):
+        with mock.patch.object(teacher, "shapes_images",
+                               lambda n=2000, size=32, seed=0: real_shapes(200, 32, seed)):
             text = self.run_main(reward, "--smoke", "--out", "a")
         self.assertIn("judge: ", text)
         self.assertEqual(ddpm.load_checkpoint("a/coach.pt", "coach")["config"], dict(classes=3))
@@ -1199,37 +1291,46 @@ class Commands(Case):
 
     def test_the_main_job_runs_resumes_and_its_student_can_be_sampled_and_evaluated(self):
         words = [*inputs("teacher", "student", "coach"), "--smoke", "--device", "cpu"]
-        text = self.run_main(rl_distill, *words, "--learn", "both", "--save-every", "1", "--out", "a")
+        text = self.run_main(rl_distill, *words, "--learn", "both", "--save-every", "1",
+                             "--out", "a")
         self.assertIn("1.000000", text)
         self.assertIn("gain over 'student before", text)
-        for name in ("student.pt", "state.pt", "alignment.png", "grid.png", "curves.png", "result.json", "log.jsonl"):
+        for name in ("student.pt", "state.pt", "alignment.png", "grid.png", "curves.png",
+                     "result.json", "log.jsonl"):
             self.assertTrue(Path("a", name).exists(), name)
         real = rl_distill.save_state
 
         def stop(*a, **k):
             real(*a, **k)
             raise KeyboardInterrupt
-        with mock.patch.object(rl_distill, "save_state", stop), self.assertRaises(KeyboardInterrupt):
+        with mock.patch.object(rl_distill, "save_state", stop), \
+                self.assertRaises(KeyboardInterrupt):
             self.run_main(rl_distill, *words, "--learn", "both", "--save-every", "1", "--out", "b")
-        self.run_main(rl_distill, *words, "--learn", "both", "--save-every", "1", "--out", "b", "--resume")
+        self.run_main(rl_distill, *words, "--learn", "both", "--save-every", "1", "--out", "b",
+                      "--resume")
         a, b = (ddpm.load_checkpoint(f"{f}/state.pt", "rl-state") for f in "ab")
         for part in ("net", "policy"):
             for key, value in a["parts"][part].items():
                 self.assertTrue(torch.equal(value, b["parts"][part][key]), key)
-        for extra in (["--init", "teacher"], ["--learn", "pixels", "--estimator", "backprop"], ["--step-cost", "0.1"],
-                      ["--estimator", "reinforce", "--baseline", "batch"], ["--reward", "histogram:2+mse", "--kl", "0.1", "--learn", "pixels"]):
+        for extra in (["--init", "teacher"], ["--learn", "pixels", "--estimator", "backprop"],
+                      ["--step-cost", "0.1"], ["--estimator", "reinforce", "--baseline", "batch"],
+                      ["--reward", "histogram:2+mse", "--kl", "0.1", "--learn", "pixels"]):
             with mock.patch.object(rl_distill, "plot_curves"):
-                self.run_main(rl_distill, *words, *extra, "--steps", "2", "--out", "x" + "".join(extra).replace(":", ""))
-        self.run_main(sample, "--model", "a/student.pt", "--n", "5", "--npz", "n/i.npz", "--png-dir", "p", "--out", "s")
+                self.run_main(rl_distill, *words, *extra, "--steps", "2",
+                              "--out", "x" + "".join(extra).replace(":", ""))
+        self.run_main(sample, "--model", "a/student.pt", "--n", "5", "--npz", "n/i.npz",
+                      "--png-dir", "p", "--out", "s")
         self.assertEqual(len(os.listdir("p")), 5)
-        text = self.run_main(sample, "--evaluate", "--model", "a/student.pt", Workshop.get() / "teacher.pt", "--steps", "2", "4",
-                             "--search", "2", *inputs("teacher", "coach", "judge"), "--smoke", "--out", "e")
+        text = self.run_main(sample, "--evaluate", "--model", "a/student.pt",
+                             Workshop.get() / "teacher.pt", "--steps", "2", "4", "--search", "2",
+                             *inputs("teacher", "coach", "judge"), "--smoke", "--out", "e")
         self.assertIn("learned", text)
         self.assertIn("searched", text)
         self.assertTrue(Path("e/frontier.png").exists())
 
     def test_the_closed_form_demonstration_runs(self):
-        with mock.patch.object(ddpm, "PAPER_UNET", ddpm.SMALL_UNET), mock.patch.object(ddpm, "DEMO_POINTS", 20):
+        with mock.patch.object(ddpm, "PAPER_UNET", ddpm.SMALL_UNET), \
+                mock.patch.object(ddpm, "DEMO_POINTS", 20):
             text = self.run_main(ddpm, "--batch", "1", "--out", "d", "--device", "cpu")
         self.assertIn("energy distance", text)
         self.assertTrue(Path("d/ddpm.png").exists())
@@ -1243,10 +1344,12 @@ class Commands(Case):
                 ("no checkpoint", rl_distill, *good, "--student", "none.pt"),
                 ("cannot be read", rl_distill, *good, "--student", "foreign.pt"),
                 ("cannot be read", rl_distill, *good, "--student", "cut.pt"),
-                ("a student is needed", rl_distill, *good, "--student", Workshop.get() / "coach.pt"),
+                ("a student is needed", rl_distill, *good,
+                 "--student", Workshop.get() / "coach.pt"),
                 ("--steps: must be", rl_distill, *good, "--steps", "0"),
                 ("unknown reward", rl_distill, *good, "--reward", "clip+mse"),
-                ("differentiable reward", rl_distill, *good, "--learn", "pixels", "--estimator", "backprop", "--reward", "histogram"),
+                ("differentiable reward", rl_distill, *good, "--learn", "pixels",
+                 "--estimator", "backprop", "--reward", "histogram"),
                 ("needs --learn pixels", rl_distill, *good, "--estimator", "backprop"),
                 ("must be even", rl_distill, *good, "--group", "3"),
                 ("--resume needs", rl_distill, *good, "--resume"),
@@ -1255,7 +1358,8 @@ class Commands(Case):
                 ("no checkpoint", student, "--teacher", "none.pt"),
                 ("no checkpoint", sample, "--model", "none.pt"),
                 ("--steps: must be", sample, "--steps", "0"),
-                ("no step policy", sample, "--model", Workshop.get() / "student.pt", "--grid", "policy"),
+                ("no step policy", sample, "--model", Workshop.get() / "student.pt",
+                 "--grid", "policy"),
                 ("go with --evaluate", sample, "--steps", "1", "2"),
                 ("no checkpoint", reward, "--coach", "none.pt"),
                 ("no class subfolders", teacher, "--data", "empty"),
@@ -1279,60 +1383,91 @@ real_shapes = teacher.shapes_images
 # ==============================================================================================
 
 PLANTED = [  # (module, what the source says, the mistake, the test that notices)
-    (ddpm, "return ab.sqrt() * x0 + (1 - ab).sqrt() * eps", "return ab.sqrt() * x0 - (1 - ab).sqrt() * eps",
+    (ddpm, "return ab.sqrt() * x0 + (1 - ab).sqrt() * eps",
+     "return ab.sqrt() * x0 - (1 - ab).sqrt() * eps",
      "Schedule.test_q_sample_is_eq_4_for_every_element"),
-    (ddpm, "alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)])",
-     "alpha_bar = torch.cumprod(1 - torch.cat([beta, beta[-1:]]), 0)", "Schedule.test_alpha_bar_starts_at_one_and_equals_the_loop"),
-    (ddpm, "return F.mse_loss(eps_hat.float(), eps)", "return F.mse_loss(eps_hat.float(), eps, reduction='sum')",
+    (ddpm,
+     "alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)])",
+     "alpha_bar = torch.cumprod(1 - torch.cat([beta, beta[-1:]]), 0)",
+     "Schedule.test_alpha_bar_starts_at_one_and_equals_the_loop"),
+    (ddpm, "return F.mse_loss(eps_hat.float(), eps)",
+     "return F.mse_loss(eps_hat.float(), eps, reduction='sum')",
      "Schedule.test_simple_loss_is_the_mean_over_every_element_and_reaches_the_network"),
-    (ddpm, "return F.mse_loss(eps_hat.float(), eps)", "return F.mse_loss(eps_hat.float().detach(), eps)",
+    (ddpm, "return F.mse_loss(eps_hat.float(), eps)",
+     "return F.mse_loss(eps_hat.float().detach(), eps)",
      "Schedule.test_simple_loss_is_the_mean_over_every_element_and_reaches_the_network"),
     (ddpm, "return eta * ((1 - ab_next) / (1 - ab)).sqrt() * (1 - ab / ab_next).sqrt()",
-     "return eta * ((1 - ab_next) / (1 - ab)).sqrt() * (1 - ab).sqrt()", "ReverseStep.test_eta_1_one_step_apart_is_ddpms_posterior"),
-    (ddpm, "- sigma.reshape(ab_next.shape) ** 2).clamp", ").clamp", "ReverseStep.test_eta_1_one_step_apart_is_ddpms_posterior"),
+     "return eta * ((1 - ab_next) / (1 - ab)).sqrt() * (1 - ab).sqrt()",
+     "ReverseStep.test_eta_1_one_step_apart_is_ddpms_posterior"),
+    (ddpm, "- sigma.reshape(ab_next.shape) ** 2).clamp", ").clamp",
+     "ReverseStep.test_eta_1_one_step_apart_is_ddpms_posterior"),
     (ddpm, "        eps_hat = (x_t - ab.sqrt() * x0_hat) / (1 - ab).sqrt()\n", "",
      "ReverseStep.test_the_estimate_and_its_epsilon_explain_x_t"),
-    (ddpm, "int(s) * 1009 + stream", "int(s) + stream", "Sampler.test_a_seed_is_the_same_image_in_any_batch_and_stream_numbers_differ"),
-    (teacher, "torch.randint(1, T + 1,", "torch.randint(0, T,", "TeacherTraining.test_times_are_uniform_from_1_to_T_and_both_ends_are_drawn"),
-    (teacher, "p_ema.lerp_(p, 1 - decay)", "p_ema.lerp_(p, decay)", "TeacherTraining.test_ema_averages_parameters"),
+    (ddpm, "int(s) * 1009 + stream", "int(s) + stream",
+     "Sampler.test_a_seed_is_the_same_image_in_any_batch_and_stream_numbers_differ"),
+    (teacher, "torch.randint(1, T + 1,", "torch.randint(0, T,",
+     "TeacherTraining.test_times_are_uniform_from_1_to_T_and_both_ends_are_drawn"),
+    (teacher, "p_ema.lerp_(p, 1 - decay)", "p_ema.lerp_(p, decay)",
+     "TeacherTraining.test_ema_averages_parameters"),
     (teacher, "mirror[:, None, None, None], x.flip(-1)", "mirror[:, None, None, None], x.flip(-2)",
      "Images.test_a_batch_holds_images_of_the_set_half_of_them_mirrored"),
-    (student, "return (d.cos() * x_t - x_next) / d.sin()", "return (x_next - d.cos() * x_t) / d.sin()",
+    (student, "return (d.cos() * x_t - x_next) / d.sin()",
+     "return (x_next - d.cos() * x_t) / d.sin()",
      "Jumps.test_a_jump_with_the_secant_velocity_lands_where_it_should"),
-    (student, "self.normalise(features.detach())", "self.normalise(features)", "Policy.test_deciding_sends_no_gradient_into_the_features"),
-    (student, "nn.init.zeros_(student.jump_mlp[-1].weight)", "pass", "Jumps.test_a_copy_of_the_teacher_is_the_teacher"),
+    (student, "self.normalise(features.detach())", "self.normalise(features)",
+     "Policy.test_deciding_sends_no_gradient_into_the_features"),
+    (student, "nn.init.zeros_(student.jump_mlp[-1].weight)", "pass",
+     "Jumps.test_a_copy_of_the_teacher_is_the_teacher"),
     (student, "(rho * t).round().long(), n - 1), t - 1)", "(rho * t).round().long(), n), t - 1)",
      "Policy.test_landing_always_leaves_room_for_the_steps_to_come"),
-    (student, "u[0] < START_SHARE, T,", "u[0] < START_SHARE, T - 1,", "Jumps.test_drawn_jumps_go_down_far_enough_and_reach_both_ends"),
-    (reward, "return -(p * (p / q).log()).sum(2).mean(1)", "return -(q * (q / p).log()).sum(2).mean(1)",
+    (student, "u[0] < START_SHARE, T,", "u[0] < START_SHARE, T - 1,",
+     "Jumps.test_drawn_jumps_go_down_far_enough_and_reach_both_ends"),
+    (reward, "return -(p * (p / q).log()).sum(2).mean(1)",
+     "return -(q * (q / p).log()).sum(2).mean(1)",
      "Rewards.test_mse_and_histogram_agree_with_loops"),
-    (reward, "- F.normalize(b, dim=1)).square()", "- F.normalize(b, dim=0)).square()", "Rewards.test_no_reward_depends_on_the_batch_it_is_computed_in"),
-    (reward, "in_real.any(0)", "in_real[distance.argmin(0), torch.arange(len(fake))]", "Metrics.test_precision_takes_any_ball_not_the_nearest_neighbours"),
-    (reward, "kthvalue(k + 1, dim=1).values       #", "kthvalue(k, dim=1).values       #", "Metrics.test_precision_and_recall_agree_with_loops"),
-    (reward, "- 2 * cross).item()", "- cross).item()", "Metrics.test_frechet_distance_of_known_gaussians"),
-    (rl_distill, ".repeat_interleave(size)", ".repeat(size)", "Advantages.test_groups_hold_one_noise_each"),
-    (rl_distill, "groups = reward.reshape(-1, group) ", "groups = reward.reshape(group, -1).T.contiguous().flip(0)[:, :group] ",
+    (reward, "- F.normalize(b, dim=1)).square()", "- F.normalize(b, dim=0)).square()",
+     "Rewards.test_no_reward_depends_on_the_batch_it_is_computed_in"),
+    (reward, "in_real.any(0)", "in_real[distance.argmin(0), torch.arange(len(fake))]",
+     "Metrics.test_precision_takes_any_ball_not_the_nearest_neighbours"),
+    (reward, "kthvalue(k + 1, dim=1).values       #", "kthvalue(k, dim=1).values       #",
+     "Metrics.test_precision_and_recall_agree_with_loops"),
+    (reward, "- 2 * cross).item()", "- cross).item()",
+     "Metrics.test_frechet_distance_of_known_gaussians"),
+    (rl_distill, ".repeat_interleave(size)", ".repeat(size)",
+     "Advantages.test_groups_hold_one_noise_each"),
+    (rl_distill, "groups = reward.reshape(-1, group) ",
+     "groups = reward.reshape(group, -1).T.contiguous().flip(0)[:, :group] ",
      "Advantages.test_global_and_group_and_batch_agree_with_loops"),
-    (rl_distill, "centred = groups - groups.mean(1, keepdim=True)", "centred = groups - groups.mean(0, keepdim=True)",
+    (rl_distill, "centred = groups - groups.mean(1, keepdim=True)",
+     "centred = groups - groups.mean(0, keepdim=True)",
      "Advantages.test_global_and_group_and_batch_agree_with_loops"),
-    (rl_distill, "noise_level = 1e-6 * (1 + groups.abs().max())", "noise_level = torch.tensor(1e-12)",
+    (rl_distill, "noise_level = 1e-6 * (1 + groups.abs().max())",
+     "noise_level = torch.tensor(1e-12)",
      "Advantages.test_equal_rewards_give_zero_and_never_scaled_noise"),
-    (rl_distill, "return -torch.minimum(ratio * adv, clipped * adv), ratio.detach()", "return torch.minimum(ratio * adv, clipped * adv), ratio.detach()",
+    (rl_distill, "return -torch.minimum(ratio * adv, clipped * adv), ratio.detach()",
+     "return torch.minimum(ratio * adv, clipped * adv), ratio.detach()",
      "Surrogate.test_it_is_eq_7_of_ppo_case_by_case"),
-    (rl_distill, "return -torch.minimum(ratio * adv, clipped * adv), ratio.detach()", "return -ratio * adv, ratio.detach()",
+    (rl_distill, "return -torch.minimum(ratio * adv, clipped * adv), ratio.detach()",
+     "return -ratio * adv, ratio.detach()",
      "Surrogate.test_gradients_vanish_where_clipped_and_only_there"),
-    (rl_distill, "return -torch.minimum(ratio * adv, clipped * adv), ratio.detach()", "return -clipped * adv, ratio.detach()",
-     "Surrogate.test_it_is_eq_7_of_ppo_case_by_case"),
-    (rl_distill, "(2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))\n\n\ndef gaussian_kl", "(sigma.square()[:, None, None, None])).mean((1, 2, 3))\n\n\ndef gaussian_kl",
+    (rl_distill, "return -torch.minimum(ratio * adv, clipped * adv), ratio.detach()",
+     "return -clipped * adv, ratio.detach()", "Surrogate.test_it_is_eq_7_of_ppo_case_by_case"),
+    (rl_distill, "(2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))\n\n\ndef gaussian_kl",
+     "(sigma.square()[:, None, None, None])).mean((1, 2, 3))\n\n\ndef gaussian_kl",
      "LogProbabilities.test_a_landing_is_a_gaussian_averaged_over_dimensions"),
-    (rl_distill, 's["logp_pixel"] = pixel_logp(mean, s["x_next"], s["sigma"])', 's["logp_pixel"] = pixel_logp(mean, s["x_t"], s["sigma"])',
+    (rl_distill, 's["logp_pixel"] = pixel_logp(mean, s["x_next"], s["sigma"])',
+     's["logp_pixel"] = pixel_logp(mean, s["x_t"], s["sigma"])',
      "Loop.test_the_ratio_is_one_before_the_first_step_in_both_channels"),
     (rl_distill, "loss = loss + args.kl * kl", "loss = loss + args.kl * kl.detach()",
      "Loop.test_zero_advantage_gives_zero_gradient_and_the_kl_alone_pulls_back"),
-    (rl_distill, "noise[1::2] = -noise[0::2]", "pass", "Loop.test_training_explores_the_last_jump_too_and_in_antithetic_pairs"),
-    (rl_distill, "sigma.clamp(min=SIGMA_FLOOR), sigma)", "sigma, sigma)", "Loop.test_training_explores_the_last_jump_too_and_in_antithetic_pairs"),
-    (rl_distill, 'a = adv[s["rows"]]', 'a = -adv[s["rows"]]', "Loop.test_the_step_policy_finds_the_optimum_of_a_known_reward"),
-    (rl_distill, "HELD_OUT, args.held_out, alpha_bar", "2, args.held_out, alpha_bar", "Loop.test_noise_for_training_monitoring_and_the_table_is_disjoint"),
+    (rl_distill, "noise[1::2] = -noise[0::2]", "pass",
+     "Loop.test_training_explores_the_last_jump_too_and_in_antithetic_pairs"),
+    (rl_distill, "sigma.clamp(min=SIGMA_FLOOR), sigma)", "sigma, sigma)",
+     "Loop.test_training_explores_the_last_jump_too_and_in_antithetic_pairs"),
+    (rl_distill, 'a = adv[s["rows"]]', 'a = -adv[s["rows"]]',
+     "Loop.test_the_step_policy_finds_the_optimum_of_a_known_reward"),
+    (rl_distill, "HELD_OUT, args.held_out, alpha_bar", "2, args.held_out, alpha_bar",
+     "Loop.test_noise_for_training_monitoring_and_the_table_is_disjoint"),
 ]
 
 
@@ -1341,17 +1476,20 @@ class PlantedMistakes(Case):
         for module, right, wrong, test in PLANTED:
             with self.subTest(test=test, wrong=wrong):
                 source = Path(module.__file__).read_text(encoding="utf-8")
-                self.assertEqual(source.count(right), 1, f"'{right}' must stand once in {module.__name__}.py")
+                self.assertEqual(source.count(right), 1,
+                                 f"'{right}' must stand once in {module.__name__}.py")
                 broken = types.ModuleType(module.__name__)
                 broken.__file__ = module.__file__
-                exec(compile(source.replace(right, wrong), module.__file__, "exec"), broken.__dict__)
+                exec(compile(source.replace(right, wrong), module.__file__, "exec"),
+                     broken.__dict__)
                 self.assertFalse(self.passes(test, module, broken), "the mistake went unnoticed")
 
     def passes(self, test, module, broken):
-        """Run one test with every function and class of `module` replaced by the broken module's."""
+        """Run one test with each function and class of `module` replaced by the broken module's."""
         swaps = []
         for name, old in list(vars(module).items()):
-            if name == "TERMS" or callable(old) and getattr(old, "__module__", None) == module.__name__:
+            if name == "TERMS" or (callable(old)
+                                   and getattr(old, "__module__", None) == module.__name__):
                 swaps += [(m, name, old) for m in MODULES if getattr(m, name, None) is old]
         try:
             for m, name, _ in swaps:
