@@ -10,6 +10,7 @@ which is known in closed form, so that the sampler can be checked against the ri
 Writes ddpm.png and log.jsonl to a new folder under runs/. Next file: teacher.py.
 """
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -144,7 +145,8 @@ def seeded_noise(seeds, shape, stream=0, device="cpu"):
     """Standard normal noise, one seed per image: the same seed is the same image in any batch.
 
     seeds: iterable of int; shape: of one image; stream: 0 for the start noise, k for step k.
-    Drawn on the CPU so that all devices agree. Returns (len(seeds), *shape).
+    Drawn on the CPU so that all devices agree; its generator uses 32 bits of a seed, so seeds must
+    lie below 4e9. Returns (len(seeds), *shape).
     """
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(int(s) * 1009 + stream))
              for s in seeds]
@@ -352,24 +354,38 @@ def pick_device(name="auto"):
         name = ("cuda" if torch.cuda.is_available()
                 else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.zeros(1, device=name)
-        return torch.device(name)
+        device = torch.device(name)
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError
+        torch.zeros(1, device=device)
+        torch.backends.cudnn.allow_tf32 = False         # where we say fp32 we mean it
+        return device
     except (RuntimeError, AssertionError):
         raise BadInput(f"device '{name}' cannot be used here; try --device cpu") from None
 
 
 def autocast(device, enabled=True):
-    """bf16 where the hardware computes in it: CUDA, and CPUs with AVX512-BF16 or AMX (1.7 times
-    faster there with channels-last, measured). Elsewhere, and with enabled=False, plain fp32."""
-    native = device.type == "cuda" or device.type == "cpu" and any(
-        getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled and native)
+    """bf16 where the hardware computes in it: GPUs from Ampere on, and CPUs with AVX512-BF16 or AMX
+    (1.7 times faster there with channels-last, measured). Elsewhere, or not enabled, plain fp32."""
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = device.type == "cpu" and any(getattr(torch.cpu, n, bool)() for n in names)
+    if enabled and native:
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def wait_for(device):
     """Let the GPU finish, so that a clock read now is right."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def chunk_size(device):
+    """Images per forward pass where nothing is learned: fills the device, not its memory."""
+    return 64 if device.type == "cpu" else 512
 
 
 # ==============================================================================================
@@ -418,17 +434,33 @@ def load_checkpoint(path, kind):
     return content
 
 
-def save_state(path, kind, parts, **plain):
+def settings(args):
+    """The flags that decide the result, as plain values; not those that say where and how often."""
+    aside = ("out", "resume", "device", "log_every", "save_every")
+    return {name: value for name, value in vars(args).items() if name not in aside}
+
+
+def save_state(path, kind, parts, args, update, seconds):
     """All that --resume needs. parts: {name: network, optimizer, schedule or torch.Generator}."""
     gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    save_checkpoint(path, f"{kind}-state", **plain, rng=torch.get_rng_state(), gpu_rng=gpu, parts={
-        name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
-        for name, part in parts.items()})
+    log = path.parent / "log.jsonl"
+    save_checkpoint(path, f"{kind}-state", settings=settings(args), update=update, seconds=seconds,
+                    log_bytes=log.stat().st_size if log.exists() else 0,
+                    rng=torch.get_rng_state(), gpu_rng=gpu, parts={
+                        name: p.get_state() if isinstance(p, torch.Generator) else p.state_dict()
+                        for name, p in parts.items()})
 
 
-def load_state(path, kind, parts):
-    """Put every part back to where save_state found it. Returns the checkpoint."""
+def load_state(path, kind, parts, args):
+    """Put parts, random numbers and log.jsonl back to where save_state found them.
+
+    Returns (update, seconds). Raises BadInput where the run had other settings.
+    """
     state = load_checkpoint(path, f"{kind}-state")
+    for name, value in settings(args).items():
+        if state["settings"].get(name) != value:
+            raise BadInput(f"the run in {path.parent} had --{name.replace('_', '-')} "
+                           f"{state['settings'].get(name)}, not {value}; resume with the same")
     try:
         for name, part in parts.items():
             put_back = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
@@ -436,16 +468,20 @@ def load_state(path, kind, parts):
         torch.set_rng_state(state["rng"])
         if len(state["gpu_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["gpu_rng"])
-    except (KeyError, ValueError, RuntimeError):
-        raise BadInput(f"{path} is a run with other settings; resume with the same ones") from None
-    return state
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{path} does not fit this run ({str(error)[:90]})") from None
+    log = path.parent / "log.jsonl"
+    if log.exists() and log.stat().st_size > state["log_bytes"]:
+        os.truncate(log, state["log_bytes"])            # lines written after the checkpoint
+    print(f"resumed at update {state['update']}")
+    return state["update"], state["seconds"]
 
 
 def load_weights(net, weights, path="checkpoint"):
     """Copy a state dict into net, exactly; BadInput where names or shapes differ."""
     try:
         net.load_state_dict({k: v.float() for k, v in weights.items()})
-    except (RuntimeError, AttributeError) as error:
+    except (RuntimeError, AttributeError, TypeError) as error:
         raise BadInput(f"{path} does not fit the network its config describes: "
                        f"{str(error).splitlines()[-1].strip()[:120]}") from None
     return net
@@ -460,10 +496,9 @@ def load_teacher(path, device="cpu"):
     """Rebuild a teacher from its own config, frozen, in eval mode. Returns (net, checkpoint)."""
     content = load_checkpoint(path, "teacher")
     try:
-        net = UNet(**content["config"])
+        net = load_weights(UNet(**content["config"]), content["weights"], path).to(device)
     except (KeyError, TypeError) as error:
         raise BadInput(f"{path} has no usable U-Net config ({error})") from None
-    net = load_weights(net, content["weights"], path).to(device)
     return net.eval().requires_grad_(False), content
 
 
@@ -506,8 +541,11 @@ def number(kind, low, high=math.inf):
 
 def parser_for(doc, example):
     """The argument parser every script starts from: defaults are shown, one example at the end."""
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            return super()._get_help_string(action) if action.default else action.help
     return argparse.ArgumentParser(description=doc.splitlines()[0], epilog=f"example: {example}",
-                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                   formatter_class=Help)
 
 
 def pyplot():
@@ -529,7 +567,7 @@ def run_main(main):
     """Run a script's main: bad input ends in one sentence and exit code 2, never in a traceback."""
     try:
         main()
-    except BadInput as error:
+    except (BadInput, OSError) as error:                # OSError: full disk, unwritable folder, ...
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
 

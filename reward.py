@@ -13,7 +13,6 @@ Reads --coach, --judge, --teacher, or --data with --train; writes rewards.png, o
 judge.pt, and log.jsonl to --out. Next file: rl_distill.py.
 """
 import time
-from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ from ddpm import (BadInput, autocast, half_weights, linear_alpha_bar, load_check
                   load_teacher, load_weights, log_line, make_grid, number, output_folder,
                   parameter_count, parser_for, pick_device, pyplot, run_main, sample,
                   save_checkpoint, save_figure, save_state, seeded_noise, to_unit)
-from teacher import device_name, draw_batch, load_images
+from teacher import TEACHER_STEPS, device_name, draw_batch, load_images, provenance
 
 NEIGHBOURS = 5              # k of precision/recall/density/coverage, Naeem et al. 2020
 REFERENCE = 5000            # real images whose judge features are kept for precision/recall
@@ -105,46 +104,59 @@ def load_encoder(path, role, device="cpu"):
     return net, content
 
 
+class View(NamedTuple):
+    """Images with what an encoder sees in them: all that a reward term may look at."""
+    images: torch.Tensor            # (B, 3, H, W) in [-1, 1]
+    maps: list                      # of (B, C, h, w), one per layer
+    features: torch.Tensor          # (B, C), pooled
+
+
+def look(encoder, images):
+    """(B, 3, H, W) -> View, through a frozen encoder; gradients reach the images."""
+    maps, features, _ = encoder(images)
+    return View(images, maps, features)
+
+
 @torch.no_grad()
 def encode(net, images, batch=500):
-    """Pooled features of (N, 3, 32, 32) images in [-1, 1], in batches: (N, C)."""
-    return torch.cat([net(x)[1].float() for x in images.split(batch)])
+    """Pooled features of (N, 3, 32, 32) images in [-1, 1], in batches: (N, C), on the CPU."""
+    return torch.cat([net(x)[1].float().cpu() for x in images.split(batch)])
 
 
 # ==============================================================================================
-# REWARD TERMS: (images, targets, coach) -> (B,), larger is better, `best` for images == targets
-# None looks beyond its own pair of images, so a reward never depends on the batch
+# REWARD TERMS: (View of the images, View of the targets) -> (B,), larger is better, `best` where
+# they are equal. Each looks at its own pair alone, so no reward depends on the batch.
+# DEVIATES: small encoders trained here stand in for ReDiF's CLIP, DINO and LPIPS.
 # ==============================================================================================
 
-def feature_reward(images, targets, coach):
-    """Cosine of the coach's pooled features, stands in for ReDiF's CLIP and DINO rewards."""
-    return F.cosine_similarity(coach(images)[1], coach(targets)[1], dim=1)
+def feature_reward(seen, target):
+    """Cosine of the coach's pooled features, in the place of ReDiF's CLIP and DINO rewards."""
+    return F.cosine_similarity(seen.features, target.features, dim=1)
 
 
-def perceptual_reward(images, targets, coach):
+def perceptual_reward(seen, target):
     """-mean over layers of the squared distance of unit feature vectors (as LPIPS, unweighted)."""
-    layers = zip(coach(images)[0], coach(targets)[0])
-    return -torch.stack([(F.normalize(a, dim=1) - F.normalize(b, dim=1)).square()
-                         .sum(1).mean((1, 2)) for a, b in layers]).mean(0)
+    return -torch.stack([
+        (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean((1, 2))
+        for a, b in zip(seen.maps, target.maps)]).mean(0)
 
 
-def mse_reward(images, targets, coach=None):
+def mse_reward(seen, target):
     """-mean squared error over pixels."""
-    return -(images - targets).square().mean((1, 2, 3))
+    return -(seen.images - target.images).square().mean((1, 2, 3))
 
 
 def histogram(images):
     """Smoothed intensity histogram per colour: (B, 3, H, W) -> (B, 3, BINS), each summing to 1."""
-    B, C = images.shape[:2]
-    bins = (to_unit(images) * BINS).long().clamp(max=BINS - 1).reshape(B, C, -1)
-    counts = torch.zeros(B, C, BINS, device=images.device).scatter_add_(
-        2, bins, torch.ones_like(bins, dtype=torch.float))
-    return (counts + 1) / (counts + 1).sum(2, keepdim=True)
+    bins = (to_unit(images) * BINS).long().clamp(max=BINS - 1).flatten(2)      # (B, 3, HW)
+    counts = torch.ones(*bins.shape[:2], BINS, device=images.device)           # one each, smoothing
+    counts = counts.scatter_add(2, bins, torch.ones_like(bins, dtype=torch.float))
+    return counts / counts.sum(2, keepdim=True)
 
 
-def histogram_reward(images, targets, coach=None):
+def histogram_reward(seen, target):
     """-KL(teacher || student) of the histograms. Counting has no gradient: the reason to use RL."""
-    p, q = histogram(targets), histogram(images)
+    p, q = histogram(target.images), histogram(seen.images)
     return -(p * (p / q).log()).sum(2).mean(1)
 
 
@@ -168,24 +180,20 @@ class Reward:
     """Weighted sum of standardised terms: sum_i w_i (r_i - best_i) / scale_i, at most 0.
 
     spec: 'feature+perceptual' or with weights 'feature:2+mse:0.5'. scale_i is the term's standard
-    deviation over a fixed set of distorted real images (stored with the coach), so that weights
-    mean something, and -1 means "one typical distortion away from the teacher".
+    deviation over distorted real images (measured once, stored with the coach), so that weights of
+    different terms mean the same.
     """
 
     def __init__(self, spec, coach, scales):
         self.coach, self.scales, self.weights = coach, scales, parse_reward(spec)
-
-    @property
-    def differentiable(self):
-        """Whether every term lets gradients through."""
-        return all(TERMS[name].differentiable for name in self.weights)
+        self.differentiable = all(TERMS[name].differentiable for name in self.weights)
 
     def __call__(self, images, targets):
         """(B, 3, H, W) twice, in [-1, 1] -> (reward (B,), {term: raw value (B,)})."""
-        raw = {name: TERMS[name].function(images, targets, self.coach) for name in self.weights}
-        total = sum(w * (raw[name] - TERMS[name].best) / self.scales[name]
-                    for name, w in self.weights.items())
-        return total, raw
+        seen, target = look(self.coach, images), look(self.coach, targets)
+        raw = {name: TERMS[name].function(seen, target) for name in self.weights}
+        return sum(w * (raw[name] - TERMS[name].best) / self.scales[name]
+                   for name, w in self.weights.items()), raw
 
 
 def parse_reward(spec):
@@ -196,6 +204,8 @@ def parse_reward(spec):
         if name not in TERMS:
             raise BadInput(f"unknown reward '{name}'; choose from {', '.join(TERMS)}, "
                            "joined by + (feature:2+mse)")
+        if name in weights:
+            raise BadInput(f"reward '{name}' is named twice; give it one weight")
         try:
             weights[name] = float(weight or 1)
         except ValueError:
@@ -235,7 +245,8 @@ def precision_recall(real, fake, k=NEIGHBOURS):
     """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
     real (N, C), fake (M, C), N, M > k. A fake is precise where it lies in *any* real's ball, whose
-    radius is the distance to its k-th neighbour (not just in the nearest one's). Dict of floats.
+    radius is the distance to its k-th neighbour (not just in the nearest one's). Dict of floats;
+    recall and density depend on M, so compare at equal numbers only.
     """
     real, fake = real.float(), fake.float()
     radius_real = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # k + 1: itself is first
@@ -281,31 +292,31 @@ DISTORTIONS = ("noise", "blur", "shift", "wrong")
 @torch.no_grad()
 def term_scales(coach, images):
     """Std of every term over all distortions at levels 1/4, 1/2, 3/4, 1: {term: float}."""
-    generator = torch.Generator().manual_seed(0)
-    values = {name: [] for name in TERMS}
-    for kind in DISTORTIONS:
-        for level in (0.25, 0.5, 0.75, 1.0):
-            distorted = distort(images, kind, level, generator)
-            for name, term in TERMS.items():
-                values[name].append(term.function(distorted, images, coach))
-    return {name: torch.cat(v).std().item() for name, v in values.items()}
+    generator, target = torch.Generator().manual_seed(0), look(coach, images)
+    seen = [look(coach, distort(images, kind, level, generator))
+            for kind in DISTORTIONS for level in (0.25, 0.5, 0.75, 1.0)]
+    return {name: torch.cat([term.function(view, target) for view in seen]).std().item()
+            for name, term in TERMS.items()}
 
 
+@torch.no_grad()
 def plot_rewards(images, coach, scales, path):
-    """Figure: standardised reward of each term against level of each distortion, with examples."""
-    levels = [i / 8 for i in range(9)]
+    """Figure of each term's standardised reward against the level of each distortion.
+
+    Returns {'distortion term': [mean reward at levels 0, 1/8, .. 1]}.
+    """
+    levels, target, table = [i / 8 for i in range(9)], look(coach, images), {}
     figure, axes = pyplot().subplots(2, len(DISTORTIONS), figsize=(12, 4.6), height_ratios=[1, 2.4])
-    table = {}
     for column, kind in enumerate(DISTORTIONS):
         generator = torch.Generator().manual_seed(0)
-        distorted = [distort(images, kind, level, generator) for level in levels]
-        strip = torch.cat([to_unit(d[0]) for d in distorted[::2]], dim=2).permute(1, 2, 0).cpu()
-        axes[0, column].imshow(strip.numpy(), interpolation="nearest")
+        seen = [look(coach, distort(images, kind, level, generator)) for level in levels]
+        strip = torch.cat([to_unit(view.images[0]) for view in seen[::2]], dim=2)
+        axes[0, column].imshow(strip.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         axes[0, column].set_title(kind)
         axes[0, column].axis("off")
         for name, term in TERMS.items():
-            curve = [((term.function(d, images, coach).mean() - term.best) / scales[name]).item()
-                     for d in distorted]
+            curve = [((term.function(view, target).mean() - term.best) / scales[name]).item()
+                     for view in seen]
             axes[1, column].plot(levels, curve, label=name, marker="o", markersize=3)
             table[f"{kind} {name}"] = curve
         axes[1, column].set_xlabel("level of the distortion")
@@ -326,8 +337,8 @@ def random_crop(x, generator, padding=4):
     padded = F.pad(x, [padding] * 4, mode="reflect")
     dy, dx = (torch.randint(2 * padding + 1, (B, 1), generator=generator).to(x.device)
               for _ in range(2))
-    # (B, H) and (B, W):
-    rows, columns = dy + torch.arange(H, device=x.device), dx + torch.arange(W, device=x.device)
+    rows = dy + torch.arange(H, device=x.device)                              # (B, H)
+    columns = dx + torch.arange(W, device=x.device)                           # (B, W)
     batch = torch.arange(B, device=x.device)[:, None, None]
     return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
@@ -351,9 +362,7 @@ def train_encoder(role, images, labels, args, seed, out, device):
     state_path, first, seconds_before = out / f"state-{role}.pt", 0, 0.0
     parts = dict(net=net, optimizer=optimizer, schedule=schedule, generator=generator)
     if args.resume and state_path.exists():
-        state = load_state(state_path, role, parts)
-        first, seconds_before = state["update"], state["seconds"]
-        print(f"resumed {role} at update {first}")
+        first, seconds_before = load_state(state_path, role, parts, args)
     start, net = time.time(), net.train()
     progress = tqdm(range(first, updates), initial=first, total=updates, mininterval=5, desc=role)
     for update in progress:
@@ -369,7 +378,7 @@ def train_encoder(role, images, labels, args, seed, out, device):
         if done % 100 == 0 or done == updates:
             log_line(out, encoder=role, update=done, loss=loss.item(), seconds=seconds)
             progress.set_postfix(loss=f"{loss.item():.3f}")
-            save_state(state_path, role, parts, update=done, seconds=seconds)
+            save_state(state_path, role, parts, args, done, seconds)
     return net.eval().requires_grad_(False), seconds_before + time.time() - start
 
 
@@ -381,33 +390,32 @@ def accuracy(net, images, labels, batch=500):
     return right / len(images)
 
 
+def judge_reference(net, images):
+    """Judge's features of the training images: moments of all, a random REFERENCE of them."""
+    features = torch.cat([encode(net, x.float() / 127.5 - 1) for x in images.split(500)])
+    mean, covariance = moments(features)
+    pick = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:REFERENCE]
+    return dict(mean=mean, covariance=covariance, features=features[pick].half())
+
+
 def train_both(args, out, device):
-    """Train coach and judge, compute what belongs to them, write coach.pt and judge.pt."""
-    images, labels = (x.to(device) for x in load_images(args.data))
-    held_images, held_labels = (x.to(device) for x in load_images(args.data, train=False))
-    if args.smoke:
-        images, labels, held_images, held_labels = (
-            x[:600] for x in (images, labels, held_images, held_labels))
+    """Train coach and judge, measure what belongs to them, write coach.pt and judge.pt."""
+    sets = (*load_images(args.data), *load_images(args.data, train=False))
+    images, labels, test_images, test_labels = (x[:600 if args.smoke else None].to(device)
+                                                for x in sets)
     out.mkdir(parents=True, exist_ok=True)
     for role, seed in (("coach", args.seed), ("judge", args.seed + 1000)):
+        if (out / f"{role}.pt").exists():      # finished before --resume
+            continue
         net, seconds = train_encoder(role, images, labels, args, seed, out, device)
-        share = accuracy(net, held_images, held_labels)
-        origin = dict(script="reward.py", data=Path(args.data).name, seed=seed, epochs=args.epochs,
-                      accuracy=share, minutes=round(seconds / 60, 1), device=device_name(device),
-                      torch=str(torch.__version__))
-        scaled = (images.float() / 127.5 - 1 if role == "judge" else
-                  images[:128 if args.smoke else 512].float() / 127.5 - 1)
-        if role == "coach":
-            extra = dict(scales=term_scales(net, scaled))
-        else:
-            features = encode(net, scaled)
-            mean, covariance = moments(features)
-            pick = torch.randperm(
-                len(features), generator=torch.Generator().manual_seed(0))[:REFERENCE]
-            extra = dict(mean=mean.cpu(), covariance=covariance.cpu(),
-                         features=features[pick.to(device)].half().cpu())
+        load_weights(net, half_weights(net))   # what the file holds is what is measured
+        share = accuracy(net, test_images, test_labels)
+        some = images[:32 if args.smoke else 512].float() / 127.5 - 1
+        extra = (dict(scales=term_scales(net, some)) if role == "coach" else
+                 judge_reference(net, images))
         save_checkpoint(out / f"{role}.pt", role, config=dict(classes=net.classify.out_features),
-                        weights=half_weights(net), provenance=origin, **extra)
+                        weights=half_weights(net), **extra, provenance=provenance(
+                            "reward.py", args, seconds, device, seed=seed, accuracy=share))
         log_line(out, encoder=role, accuracy=share, seconds=seconds)
         print(f"{role}: {parameter_count(net) / 1e6:.2f} M parameters, "
               f"test accuracy {share:.4f}, {seconds / 60:.1f} min")
@@ -422,7 +430,7 @@ def show(args, out, device):
     side = teacher.config["image_size"]
     out.mkdir(parents=True, exist_ok=True)
     x_T = seeded_noise(range(args.n), (3, side, side), device=device)
-    images = sample(teacher, x_T, make_grid("uniform", 50), linear_alpha_bar(device))
+    images = sample(teacher, x_T, make_grid("uniform", TEACHER_STEPS), linear_alpha_bar(device))
     table = plot_rewards(images, coach, content["scales"], out / "rewards.png")
     for role, content_of in (("coach", content), ("judge", judged)):
         print(f"{role}: test accuracy {content_of['provenance']['accuracy']:.4f}")
@@ -454,10 +462,10 @@ def parse_args(argv=None):
     p.add_argument("--judge", default="checkpoints/judge.pt", help="the judge to show")
     p.add_argument("--teacher", default="checkpoints/teacher.pt",
                    help="whose samples are distorted")
-    p.add_argument("--n", type=number(int, 2), default=32, help="samples in the figure")
+    p.add_argument("--n", type=number(int, 2, 512), default=32, help="samples in the figure")
     p.add_argument("--out", help="folder of the run (default: next free runs/reward)")
     p.add_argument("--resume", action="store_true", help="go on with the training in --out")
-    p.add_argument("--seed", type=int, default=0,
+    p.add_argument("--seed", type=number(int, 0, 10 ** 9), default=0,
                    help="seed of the coach; the judge's is 1000 more")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--smoke", action="store_true", help="tiny, seconds; its numbers mean nothing")

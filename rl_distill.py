@@ -1,7 +1,7 @@
 """Reinforced distillation: a policy gradient over step sizes and denoising transitions.
 
 Few-step sampling as a Markov decision process (ReDiF, arXiv 2512.22802), written out by hand:
-    state   (x_t, t, n)             n: evaluations left
+    state   (x_t, t, n, h)          n: evaluations left, h: features of the last evaluation
     action  (rho, x_next)           how far to jump, t_next = rho t, and where to land
     policy  Beta(rho) x N(x_next; mu_theta(x_t, t, t_next), sigma^2 I)
     reward  at the end only: likeness to the teacher's image from the same noise - step_cost * NFE
@@ -23,12 +23,13 @@ import torch
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (T, BadInput, linear_alpha_bar, load_state, load_teacher, log_line, make_grid,
-                  number, output_folder, parameter_count, parser_for, pick_device, pyplot, run_main,
-                  sample, save_figure, save_state, seeded_noise)
-from teacher import device_name, tile
-from student import (HELD_OUT, TEACHER_STEPS, StepPolicy, deploy, jump, land, load_student,
-                     save_student, student_from_teacher)
+from ddpm import (T, BadInput, chunk_size, linear_alpha_bar, load_state, load_teacher, log_line,
+                  make_grid, number, output_folder, parameter_count, parser_for, pick_device,
+                  pyplot, run_main, sample, save_figure, save_state, seeded_noise, settings,
+                  wait_for)
+from teacher import TEACHER_STEPS, device_name, provenance, tile
+from student import (HELD_OUT, StepPolicy, deploy, jump, land, load_student, save_student,
+                     student_from_teacher)
 from reward import TERMS, Reward, load_encoder
 
 SIGMA_FLOOR = 0.05          # noise on the jump to t = 0 (DDIM sigma 0); in training, not deployment
@@ -60,18 +61,18 @@ def noise_and_targets(teacher, first_seed, n, alpha_bar, device, what):
 
 def step_logp(policy, t, n, features, rho, stop, may_stop):
     """log pi of a step: log Beta(rho), with may_stop a stop-or-go Bernoulli first. (B,) -> (B,)."""
-    beta, bernoulli = policy.distribution(t, n, features)
-    logp = beta.log_prob(rho)
+    ratio, stopping = policy.distribution(t, n, features)
+    logp = ratio.log_prob(rho)
     if may_stop:
-        logp = bernoulli.log_prob(stop.float()) + torch.where(stop, torch.zeros_like(logp), logp)
+        logp = stopping.log_prob(stop.float()) + torch.where(stop, torch.zeros_like(logp), logp)
     return logp
 
 
 def pixel_logp(mean, x_next, sigma):
     """log N(x_next; mean, sigma^2 I) without its constants, (B,).
 
-    DEVIATES from the density: *mean* over the 3072 dimensions, not their sum, as ReDiF's and DDPO's
-    code do. The summed ratio is e^(+-50) after the smallest weight change: every sample is clipped.
+    DEVIATES: *mean* over the 3072 dimensions, where the density has their sum (ReDiF's and DDPO's
+    code do the same). The summed ratio is e^(+-50) after the smallest change: all is clipped.
     """
     return -((x_next - mean).square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
 
@@ -81,10 +82,18 @@ def gaussian_kl(mean, mean_ref, sigma):
     return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
 
 
-def draw_rho(alpha, beta, generator):
-    """rho ~ Beta(alpha, beta) as a ratio of gammas, on the CPU from our generator. (B,) -> (B,)."""
-    a, b = (torch._standard_gamma(s.double().cpu(), generator=generator) for s in (alpha, beta))
-    return (a / (a + b)).float().clamp(RHO_MARGIN, 1 - RHO_MARGIN).to(alpha.device)
+def draw_rho(a, b, generator):
+    """rho ~ Beta(a, b) as a ratio of gammas, on the CPU from our generator. (B,) twice -> (B,)."""
+    x, y = (torch._standard_gamma(s.double().cpu(), generator=generator) for s in (a, b))
+    return (x / (x + y)).float().clamp(RHO_MARGIN, 1 - RHO_MARGIN).to(a.device)
+
+
+def entropy(policy, steps):
+    """Mean entropy of the Beta where a step size was chosen: how undecided the policy is."""
+    with torch.no_grad():
+        chosen = [policy.distribution(s["t"], s["n"], s["features"])[0].entropy()
+                  for s in steps if s["n"][0] > 1]
+    return torch.cat(chosen).mean().item() if chosen else 0.0
 
 
 # ==============================================================================================
@@ -107,8 +116,8 @@ def rollout(net, policy, z, args, alpha_bar, generator):
     learn_steps, learn_pixels = args.learn in ("steps", "both"), args.learn in ("pixels", "both")
     may_stop = args.step_cost > 0
     x, t = z, torch.full((len(z),), T, device=z.device)
-    features, nfe, steps = (torch.zeros(len(z), net.features, device=z.device),
-                            torch.zeros_like(t), [])
+    features = torch.zeros(len(z), net.features, device=z.device)
+    nfe, steps = torch.zeros_like(t), []
     for k in range(args.steps):
         rows = (t > 0).nonzero()[:, 0]
         if len(rows) == 0:
@@ -116,13 +125,13 @@ def rollout(net, policy, z, args, alpha_bar, generator):
         s = dict(rows=rows, x_t=x[rows], t=t[rows], features=features[rows])
         s["n"] = torch.full_like(s["t"], args.steps - k)
         if learn_steps:                                             # action 1: how far
-            beta, bernoulli = policy.distribution(s["t"], s["n"], s["features"])
-            s["rho"] = draw_rho(beta.concentration1, beta.concentration0, generator)
+            ratio, stopping = policy.distribution(s["t"], s["n"], s["features"])
+            s["rho"] = draw_rho(ratio.concentration1, ratio.concentration0, generator)
             u = torch.rand(len(rows), generator=generator).to(z.device)
-            s["stop"] = (u < bernoulli.probs) & may_stop & (s["n"] > 1)
+            s["stop"] = (u < stopping.probs) & may_stop & (s["n"] > 1)
         else:
-            s["rho"], _, stop = policy(s["t"], s["n"], s["features"])
-            s["stop"] = (stop > 0) & may_stop
+            s["rho"], _, stop_logit = policy(s["t"], s["n"], s["features"])
+            s["stop"] = (stop_logit > 0) & may_stop
         s["t_next"] = land(s["t"], s["rho"], s["n"], s["stop"])
         s["logp_step"] = step_logp(policy, s["t"], s["n"], s["features"], s["rho"], s["stop"],
                                    may_stop)
@@ -187,69 +196,87 @@ def channel_loss(logp, logp_old, adv, clip_range, estimator):
     return clipped_surrogate(logp, logp_old, adv, clip_range)
 
 
+def step_surrogate(policy, s, adv, args):
+    """Step channel of one stored step: loss and ratio, (b,) each."""
+    logp = step_logp(policy, s["t"], s["n"], s["features"], s["rho"], s["stop"], args.step_cost > 0)
+    return channel_loss(logp, s["logp_step"], adv, args.clip_steps, args.estimator)
+
+
+def pixel_surrogate(net, net_ref, s, i, adv, mean_sigma, args, alpha_bar):
+    """Pixel channel of rows i of one stored step: loss, ratio and KL, (b,) each."""
+    where = s["x_t"][i], s["t"][i], s["t_next"][i], alpha_bar, args.eta
+    (mean, _, _), sigma = jump(net, *where), s["sigma"][i]
+    logp = pixel_logp(mean, s["x_next"][i], sigma)
+    loss, ratio = channel_loss(logp, s["logp_pixel"][i], adv[i], args.clip_pixels, args.estimator)
+    loss = loss * sigma / mean_sigma                                # the score goes as 1 / sigma
+    if args.kl == 0:
+        return loss, ratio, torch.zeros_like(ratio)
+    with torch.no_grad():
+        mean_ref, _, _ = jump(net_ref, *where)
+    kl = gaussian_kl(mean, mean_ref, sigma)                         # same state, with gradient
+    return loss + args.kl * kl, ratio, kl.detach()
+
+
 def policy_update(net, net_ref, policy, optimizers, steps, adv, args, alpha_bar):
     """Inner epochs of one update on the stored steps. Returns a dict of diagnostics."""
-    may_stop, epochs = args.step_cost > 0, args.inner_epochs if args.estimator == "ppo" else 1
-    diagnostics = dict(ratio_t0=None, clip_steps=0.0, clip_pixels=0.0, kl=0.0, grad_norm=0.0)
-    mean_sigma = torch.cat([s["sigma"] for s in steps]).mean() if "sigma" in steps[0] else None
+    epochs = args.inner_epochs if args.estimator == "ppo" else 1
     choices = sum((s["n"] > 1).sum().item() for s in steps)         # the last jump chooses no rho
     actions = sum(len(s["rows"]) for s in steps)
+    if "pixels" in optimizers:
+        mean_sigma = torch.cat([s["sigma"] for s in steps]).mean()
+    result = dict(ratio_t0=1.0, clip_steps=0.0, clip_pixels=0.0, kl=0.0, grad_norm=0.0)
     for epoch in range(epochs):
+        ratios, kls = dict(steps=[], pixels=[]), []
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        ratios = []
         for s in steps:
             a = adv[s["rows"]]
             if "steps" in optimizers and s["n"][0] > 1:
-                logp = step_logp(policy, s["t"], s["n"], s["features"], s["rho"], s["stop"],
-                                 may_stop)
-                loss, ratio = channel_loss(logp, s["logp_step"], a, args.clip_steps, args.estimator)
+                loss, ratio = step_surrogate(policy, s, a, args)
                 (loss.sum() / choices).backward()
-                ratios.append(ratio)
-                diagnostics["clip_steps"] += (
-                    (ratio - 1).abs() > args.clip_steps).sum().item() / choices / epochs
+                ratios["steps"].append(ratio)
             if "pixels" in optimizers:
                 for i in torch.arange(len(a), device=a.device).split(args.minibatch):
-                    mean, _, _ = jump(net, s["x_t"][i], s["t"][i], s["t_next"][i], alpha_bar,
-                                      args.eta)
-                    sigma = s["sigma"][i]
-                    logp = pixel_logp(mean, s["x_next"][i], sigma)
-                    loss, ratio = channel_loss(logp, s["logp_pixel"][i], a[i], args.clip_pixels,
-                                               args.estimator)
-                    loss = loss * sigma / mean_sigma                # the score goes as 1 / sigma
-                    if args.kl > 0:                                 # same state, with gradient
-                        with torch.no_grad():
-                            mean_ref, _, _ = jump(net_ref, s["x_t"][i], s["t"][i],
-                                                  s["t_next"][i], alpha_bar, args.eta)
-                        kl = gaussian_kl(mean, mean_ref, sigma)
-                        loss = loss + args.kl * kl
-                        diagnostics["kl"] += kl.sum().item() / actions / epochs
+                    loss, ratio, kl = pixel_surrogate(net, net_ref, s, i, a, mean_sigma, args,
+                                                      alpha_bar)
                     (loss.sum() / actions).backward()
-                    ratios.append(ratio)
-                    diagnostics["clip_pixels"] += (
-                        (ratio - 1).abs() > args.clip_pixels).sum().item() / actions / epochs
-        if diagnostics["ratio_t0"] is None:                         # before any optimizer step
-            diagnostics["ratio_t0"] = torch.cat(ratios).mean().item() if ratios else 1.0
-        diagnostics["grad_norm"] += apply_gradients(net, policy, optimizers) / epochs
-    return diagnostics
+                    ratios["pixels"].append(ratio)
+                    kls.append(kl)
+        for channel, clip_range in (("steps", args.clip_steps), ("pixels", args.clip_pixels)):
+            if ratios[channel]:
+                r = torch.cat(ratios[channel])
+                clipped = ((r - 1).abs() > clip_range).float().mean().item()
+                result[f"clip_{channel}"] += clipped / epochs
+                if epoch == 0:          # before any optimizer step: the ratio farthest from 1
+                    worst = r[(r - 1).abs().argmax()].item()
+                    result["ratio_t0"] = max(result["ratio_t0"], worst, key=lambda v: abs(v - 1))
+        result["kl"] += torch.cat(kls).mean().item() / epochs if kls else 0.0
+        result["grad_norm"] += apply_gradients(net, policy, optimizers) / epochs
+    return result
 
 
 def backprop_update(net, policy, optimizers, z, target, reward, args, alpha_bar):
-    """Control arm without RL: gradient ascent on the reward itself, through all jumps (eta = 0)."""
-    optimizers["pixels"].zero_grad(set_to_none=True)
-    for i in torch.arange(len(z), device=z.device).split(args.minibatch):
-        x, t = z[i], torch.full((len(i),), T, device=z.device)
-        features = torch.zeros(len(i), net.features, device=z.device)
-        for k in range(args.steps):
-            n = torch.full_like(t, args.steps - k)
-            with torch.no_grad():
-                rho, _, _ = policy(t, n, features)
-            t_next = land(t, rho, n, torch.zeros_like(t, dtype=torch.bool))
-            x, _, features = jump(net, x, t, t_next, alpha_bar)
-            t = t_next
-        (-reward(x.clamp(-1, 1), target[i])[0].sum() / len(z)).backward()
-    return dict(ratio_t0=1.0, clip_steps=0.0, clip_pixels=0.0, kl=0.0,
-                grad_norm=apply_gradients(net, policy, optimizers))
+    """Control arm without RL: gradient ascent on the reward itself, through all jumps (eta = 0).
+
+    One run per noise, since all members of a group would be equal; as many optimizer steps as PPO.
+    """
+    z, target, norms = z[::args.group], target[::args.group], []
+    for _ in range(args.inner_epochs):
+        optimizers["pixels"].zero_grad(set_to_none=True)
+        for i in torch.arange(len(z), device=z.device).split(max(1, args.minibatch // args.steps)):
+            x, t = z[i], torch.full((len(i),), T, device=z.device)
+            features = torch.zeros(len(i), net.features, device=z.device)
+            for k in range(args.steps):
+                n = torch.full_like(t, args.steps - k)
+                with torch.no_grad():
+                    rho, _, _ = policy(t, n, features)
+                t_next = land(t, rho, n, stop=torch.zeros_like(t, dtype=torch.bool))
+                x, _, features = jump(net, x, t, t_next, alpha_bar)
+                t = t_next
+            (-reward(x.clamp(-1, 1), target[i])[0].sum() / len(z)).backward()
+        norms.append(apply_gradients(net, policy, optimizers))
+    return dict(ratio_t0=math.nan, clip_steps=0.0, clip_pixels=0.0, kl=0.0,
+                grad_norm=sum(norms) / len(norms))
 
 
 def apply_gradients(net, policy, optimizers):
@@ -275,21 +302,27 @@ def drift(net, net_ref):
 
 
 @torch.no_grad()
-def deployed(net, policy, z, target, reward, args, alpha_bar, grid=None, chunk=64):
-    """Deterministic deployment on z: dict of reward, nfe (B,), raw, times (B, K + 1), images."""
-    outs = [deploy(net, x, args.steps, alpha_bar, policy, grid, may_stop=args.step_cost > 0)
-            for x in z.split(chunk)]
-    images, times = torch.cat([o[0] for o in outs]), torch.cat([o[1] for o in outs])
-    nfe = (times[:, :-1] > 0).sum(1)
-    score, raw = reward(images, target)
-    return dict(reward=score - args.step_cost * nfe, raw=raw, nfe=nfe.float(), times=times,
-                images=images)
+def deployed(net, policy, z, target, reward, steps, alpha_bar, grid=None, may_stop=False):
+    """Deterministic deployment on noise z: dict of reward, nfe (B,), raw terms {name: (B,)}, times
+    (B, steps + 1), images (B, 3, H, W) and the seconds that the networks took."""
+    parts, seconds, size = [], 0.0, chunk_size(z.device)
+    for x, y in zip(z.split(size), target.split(size)):
+        wait_for(z.device)
+        start = time.time()
+        images, times, _ = deploy(net, x, steps, alpha_bar, policy, grid, may_stop)
+        wait_for(z.device)
+        seconds += time.time() - start
+        score, raw = reward(images, y)
+        parts.append((images, times, (times[:, :-1] > 0).sum(1).float(), score, *raw.values()))
+    images, times, nfe, score, *values = (torch.cat(column) for column in zip(*parts))
+    return dict(reward=score, nfe=nfe, raw=dict(zip(raw, values)), times=times, images=images,
+                seconds=seconds)
 
 
-def better_base(net, z, target, reward, args, alpha_bar):
+def better_base(net, z, target, reward, steps, alpha_bar):
     """Hand grid with the larger reward on *training* noise: where the step policy starts."""
-    scores = {name: deployed(net, None, z, target, reward, args, alpha_bar,
-                             make_grid(name, args.steps))["reward"].mean()
+    scores = {name: deployed(net, None, z, target, reward, steps, alpha_bar,
+                             make_grid(name, steps))["reward"].mean()
               for name in ("uniform", "quadratic")}
     return max(scores, key=scores.get)
 
@@ -298,12 +331,10 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
     """The loop: SAMPLING, ADVANTAGES, TRAINING, one printed line per update. Returns seconds."""
     alpha_bar, (z_all, target_all) = linear_alpha_bar(device), train_set
     generator = torch.Generator().manual_seed(args.seed)
-    parts, first, seconds_before = dict(net=net, policy=policy, generator=generator,
-                                        **optimizers), 0, 0.0
+    parts = dict(net=net, policy=policy, generator=generator, **optimizers)
+    first, seconds_before = 0, 0.0
     if args.resume:
-        state = load_state(out / "state.pt", "rl", parts)
-        first, seconds_before = state["update"], state["seconds"]
-        print(f"resumed at update {first}")
+        first, seconds_before = load_state(out / "state.pt", "rl", parts, args)
     print("update  reward ± std    held-out  ratio_t0  clip s/p   kl       in-group entropy  "
           "drift    grad     NFE   grid")
     start = time.time()
@@ -328,13 +359,11 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
             diagnostics = policy_update(net, net_ref, policy, optimizers, steps, adv, args,
                                         alpha_bar)
 
-        held = deployed(net, policy, *monitor_set, reward, args, alpha_bar)
-        with torch.no_grad():
-            entropy = torch.cat([policy.distribution(s["t"], s["n"], s["features"])[0].entropy()
-                                 for s in steps]).mean()
+        held = deployed(net, policy, *monitor_set, reward, args.steps, alpha_bar,
+                        may_stop=args.step_cost > 0)
         row = dict(update=update + 1, rollouts=(update + 1) * len(z), reward=score.mean().item(),
-                   reward_std=score.std().item(), held_out=held["reward"].mean().item(),
-                   **diagnostics, entropy=entropy.item(),
+                   reward_std=score.std().item(), **diagnostics, entropy=entropy(policy, steps),
+                   held_out=(held["reward"] - args.step_cost * held["nfe"]).mean().item(),
                    within_group_std=score.reshape(-1, args.group).std(1).mean().item(),
                    drift=drift(net, net_ref), nfe=held["nfe"].mean().item(),
                    grid=held["times"].float().mean(0).tolist(),
@@ -347,7 +376,7 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
               "{entropy:8.3f}  {drift:.1e}  {grad_norm:.1e}  {nfe:.2f}  ".format(**row)
               + " ".join(f"{g:.0f}" for g in row["grid"]), flush=True)
         if (update + 1) % args.save_every == 0 or update + 1 == args.updates:
-            save_state(out / "state.pt", "rl", parts, update=update + 1, seconds=row["seconds"])
+            save_state(out / "state.pt", "rl", parts, args, update + 1, row["seconds"])
     return seconds_before + time.time() - start
 
 
@@ -359,14 +388,14 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
 def final_table(net, net_before, teacher, policy, held_set, reward, args, alpha_bar):
     """The before/after table: {row name: deployed(...)}, all at args.steps evaluations or fewer."""
     z, target = held_set
-    grids = {name: make_grid(name, args.steps) for name in ("uniform", "quadratic")}
-    teacher_as_student = student_from_teacher(teacher).to(z.device).eval()
-    rows = {f"teacher DDIM {name}": deployed(teacher_as_student, None, z, target, reward, args,
-                                             alpha_bar, grid) for name, grid in grids.items()}
-    rows.update({f"student before, {name}": deployed(net_before, None, z, target, reward, args,
-                                                     alpha_bar, grid)
-                 for name, grid in grids.items()})
-    rows["student after"] = deployed(net, policy, z, target, reward, args, alpha_bar)
+    teacher_as_student, rows = student_from_teacher(teacher).to(z.device).eval(), {}
+    for model, name in ((teacher_as_student, "teacher DDIM {}"),
+                        (net_before, "student before, {}")):
+        for grid in ("uniform", "quadratic"):
+            rows[name.format(grid)] = deployed(model, None, z, target, reward, args.steps,
+                                               alpha_bar, make_grid(grid, args.steps))
+    rows["student after"] = deployed(net, policy, z, target, reward, args.steps, alpha_bar,
+                                     may_stop=args.step_cost > 0)
     return rows
 
 
@@ -391,12 +420,14 @@ def print_result(rows, args):
         result["rows"][name] = dict(nfe=row["nfe"].mean().item(),
                                     **{k: list(v) for k, v in values.items()})
     best = max((n for n in rows if "before" in n), key=lambda n: rows[n]["reward"].mean())
-    gain = rows["student after"]["reward"] - rows[best]["reward"]
-    error = standard_error(gain)
-    gap = gain.mean().item() / -rows[best]["reward"].mean().item()
+    after, before = rows["student after"], rows[best]
+    gain = after["reward"] - before["reward"]                      # same noises, so paired
+    missing = -before["reward"].mean().item()                      # the teacher's own image has 0
+    gap, error = gain.mean().item() / max(missing, 1e-9), standard_error(gain)
     print(f"gain over '{best}', same noises: {gain.mean():.4f} ± {error:.4f} "
-          f"({gain.mean() / max(error, 1e-12):+.1f} standard errors); "
-          f"{100 * gap:.0f} % of the gap to the teacher's {TEACHER_STEPS}-step result")
+          f"({gain.mean() / max(error, 1e-12):+.1f} standard errors), {100 * gap:.0f} % of the gap "
+          f"to the teacher's {TEACHER_STEPS} steps, with {after['nfe'].mean():.2f} evaluations "
+          f"in place of {before['nfe'].mean():.2f}")
     result.update(best_before=best, gain=gain.mean().item(), gain_error=error, gap_closed=gap)
     times = rows["student after"]["times"].float()
     print("learned grid: "
@@ -458,14 +489,14 @@ def plot_curves(log_path, path):
 def parse_args(argv=None):
     """Command line of rl_distill.py."""
     p = parser_for(__doc__, "python rl_distill.py --steps 2 --reward feature:2+mse --learn both")
-    count, share, rate = number(int, 1), number(float, 0), number(float, 1e-9, 1)
+    count, share, rate = number(int, 1), number(float, 0, 1e6), number(float, 1e-9, 1)
     a = p.add_argument_group("inputs and outputs").add_argument
     a("--teacher", default="checkpoints/teacher.pt", help="checkpoint of teacher.py")
     a("--student", default="checkpoints/student.pt", help="cloned student, for --init student")
     a("--coach", default="checkpoints/coach.pt", help="encoder that serves the rewards")
     a("--out", help="folder of the run (default: next free runs/rl_distill)")
     a("--resume", action="store_true", help="go on with the run in --out")
-    a("--seed", type=int, default=0, help="seed of exploration and batches")
+    a("--seed", type=number(int, 0, 10 ** 9), default=0, help="seed of exploration and batches")
     a("--device", default="auto", help="auto, cuda, mps or cpu")
     a("--smoke", action="store_true", help="tiny sizes, seconds; its numbers mean nothing")
     a = p.add_argument_group("what is learned").add_argument
@@ -518,65 +549,58 @@ def main(argv=None):
     args = parse_args(argv)
     began, device = time.time(), pick_device(args.device)
     alpha_bar = linear_alpha_bar(device)
+    torch.manual_seed(args.seed)
     teacher, _ = load_teacher(args.teacher, device)
     if args.init == "teacher":
-        net, policy = student_from_teacher(teacher).to(device).eval(), None
+        net = student_from_teacher(teacher).to(device).eval()
     else:
         net, policy, _ = load_student(args.student, device)
-    if net.config["image_size"] != teacher.config["image_size"]:
-        raise BadInput("teacher and student were made for images of different size")
+        if policy is not None or net.config["image_size"] != teacher.config["image_size"]:
+            raise BadInput(f"{args.student} was reinforced already, or made for other images than "
+                           "the teacher's; give a cloned student of this teacher")
     coach, coach_file = load_encoder(args.coach, "coach", device)
     reward = Reward(args.reward, coach, coach_file["scales"])
     if args.estimator == "backprop" and not reward.differentiable:
-        raise BadInput("--estimator backprop needs a differentiable reward, "
-                       f"and one term of '{args.reward}' is not")
+        raise BadInput(f"--estimator backprop needs a differentiable reward, not '{args.reward}'")
     out = output_folder(args.out, "rl_distill", args.resume)
     out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
     print("config:", vars(args))
     print(f"device {device_name(device)}, fp32 | student {parameter_count(net) / 1e6:.2f} M, "
           f"teacher {parameter_count(teacher) / 1e6:.2f} M parameters | "
-          f"{args.noises_per_update * args.group} rollouts an update, "
-          f"{args.steps} evaluations each")
+          f"{args.noises_per_update * args.group} rollouts an update, {args.steps} steps each")
 
-    train_set = noise_and_targets(teacher, 0, args.noises, alpha_bar, device, "training targets")
-    held_set = noise_and_targets(teacher, HELD_OUT, args.held_out, alpha_bar, device,
-                                 "held-out targets")
-    monitor_set = noise_and_targets(teacher, HELD_OUT + 10 ** 6, min(MONITOR, args.held_out),
-                                    alpha_bar, device, "monitor targets")
+    train_set, held_set, monitor_set = (
+        noise_and_targets(teacher, first, n, alpha_bar, device, f"{what} targets")
+        for first, n, what in ((0, args.noises, "training"), (HELD_OUT, args.held_out, "held-out"),
+                               (HELD_OUT + 10 ** 6, min(MONITOR, args.held_out), "monitor")))
     base = args.base
     if base == "auto":
-        base = better_base(net, *(x[:64] for x in train_set), reward, args, alpha_bar)
-    policy = policy or StepPolicy(net.features, base).to(device)
-    print(f"the step policy starts at the {policy.config['base']} grid")
-    net_ref = copy.deepcopy(net).requires_grad_(False)
+        base = better_base(net, *(x[:64] for x in train_set), reward, args.steps, alpha_bar)
+    print(f"the step policy starts at the {base} grid")
+    policy, net_ref = StepPolicy(net.features, base).to(device), copy.deepcopy(net)
+    net_ref.requires_grad_(False)
     optimizers = {}
     if args.learn in ("steps", "both"):
         optimizers["steps"] = torch.optim.Adam(policy.parameters(), lr=args.lr_steps)
     if args.learn in ("pixels", "both"):
-        optimizers["pixels"] = torch.optim.AdamW(net.parameters(), lr=args.lr_pixels,
-                                                 weight_decay=0.0)
+        optimizers["pixels"] = torch.optim.Adam(net.parameters(), lr=args.lr_pixels)
     seconds = train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args, out,
                     device)
 
+    save_student(out / "student.pt", net, policy, provenance(
+        "rl_distill.py", args, seconds, device, rollouts=args.updates * args.noises_per_update
+        * args.group), steps=args.steps, may_stop=args.step_cost > 0)
+    net, policy, _ = load_student(out / "student.pt", device)      # what is measured is the file
     rows = final_table(net, net_ref, teacher, policy, held_set, reward, args, alpha_bar)
     result = print_result(rows, args)
-    result.update(config=vars(args), minutes=(time.time() - began) / 60)
+    result.update(settings=settings(args), minutes=(time.time() - began) / 60)
     Path(out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     plot_alignment(rows, held_set[1], out / "alignment.png")
     plot_grid(rows["student after"]["times"].float().cpu(), out / "grid.png")
     plot_curves(out / "log.jsonl", out / "curves.png")
-    origin = dict(script="rl_distill.py", start=args.init, learn=args.learn,
-                  estimator=args.estimator, reward=args.reward, steps=args.steps,
-                  step_cost=args.step_cost, seed=args.seed, updates=args.updates,
-                  rollouts=args.updates * args.noises_per_update * args.group,
-                  minutes=round(seconds / 60, 1), device=device_name(device),
-                  torch=str(torch.__version__))
-    save_student(out / "student.pt", net, policy, origin, steps=args.steps,
-                 may_stop=args.step_cost > 0)
-    print(f"reinforced in {seconds / 60:.1f} min, {(time.time() - began) / 60:.1f} min in all\n"
-          f"wrote {out}/student.pt, state.pt, alignment.png, grid.png, curves.png, "
-          "result.json, log.jsonl")
+    print(f"reinforced in {seconds / 60:.1f} min, {result['minutes']:.1f} min in all\n"
+          f"wrote {out}/student.pt, state.pt, alignment.png, grid.png, curves.png, result.json, "
+          "log.jsonl")
 
 
 if __name__ == "__main__":

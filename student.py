@@ -2,7 +2,8 @@
 
 Adds to teacher.py a network that sees *both* times of a jump, net(x_t, t, t_next), a small policy
 that decides how far to jump, and data-free cloning: the teacher's DDIM paths from new noise are the
-only training data. ReDiF calls this start behaviour cloning; reinforcement comes in rl_distill.py.
+only training data. DEVIATES: ReDiF's student starts as a copy of the teacher (--init teacher);
+cloning a smaller network from random weights is this project's choice.
 
     python student.py                          # clones the bundled teacher from random weights
     python student.py --init teacher           # the paper's own start: a copy of the teacher
@@ -21,14 +22,15 @@ from torch import nn
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (T, BadInput, UNet, at, autocast, ddim_step, half_weights, linear_alpha_bar,
-                  load_checkpoint, load_state, load_teacher, load_weights, log_line, make_grid,
-                  number, output_folder, parameter_count, parser_for, pick_device, predict_x0,
-                  run_main, sample, save_checkpoint, save_state, seeded_noise, time_embedding)
-from teacher import device_name, ema_update, learning_rate, plot_loss, save_picture
+from ddpm import (T, BadInput, UNet, at, autocast, chunk_size, ddim_step, half_weights,
+                  linear_alpha_bar, load_checkpoint, load_state, load_teacher, load_weights,
+                  log_line, make_grid, number, output_folder, parameter_count, parser_for,
+                  pick_device, predict_x0, run_main, sample, save_checkpoint, save_state,
+                  seeded_noise, time_embedding)
+from teacher import (TEACHER_STEPS, device_name, ema_update, learning_rate, plot_loss, provenance,
+                     save_picture)
 
 STUDENT_UNET = dict(width=32, mults=[1, 2, 3], blocks=1, attention=[8], dropout=0.0)   # 1.8 M
-TEACHER_STEPS = 50          # DDIM steps of the path that is cloned and of every target
 START_SHARE = 1 / 3         # share of pairs that start at t = T, where every deployment starts
 LAND_SHARE = 1 / 2          # share of pairs that land at t = 0, where every deployment ends
 SHORTEST_JUMP = 10          # shortest jump trained (rounding noise grows as 1 / sin(d))
@@ -105,7 +107,11 @@ def student_from_teacher(teacher):
 
 
 def jump(net, x_t, t, t_next, alpha_bar, eta=0.0):
-    """One student step t -> t_next: (mean (B, 3, H, W), sigma (B,), features (B, C))."""
+    """One student step t -> t_next: (mean (B, 3, H, W), sigma (B,), features (B, C)).
+
+    A secant's x0_hat is where the straight jump would end, no estimate of the image, so it is not
+    clipped to [-1, 1] as an epsilon student's is.
+    """
     out, features = net(x_t, t, t_next, with_features=True)
     if net.predicts == "v":
         x0_hat, eps_hat = v_to_x0_eps(x_t, t, out.float(), alpha_bar)
@@ -139,7 +145,7 @@ class StepPolicy(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def hand_ratio(self, t, n):
+    def hand_ratio(self, n):
         """t_next / t of the hand grid with n steps left: uniform (n-1)/n, quadratic its square."""
         ratio = (n - 1) / n
         return (ratio if self.config["base"] == "uniform" else ratio ** 2).clamp(0.01, 0.99)
@@ -150,14 +156,14 @@ class StepPolicy(nn.Module):
         clock = torch.stack([t / T, 1 / n, torch.log(n)], dim=1)               # (B, 3)
         seen = self.normalise(features.detach())                               # (B, C)
         shift, log_spread, stop = self.head(self.body(torch.cat([clock, seen], 1))).unbind(1)
-        mean = torch.sigmoid(torch.logit(self.hand_ratio(t, n)) + shift)
+        mean = torch.sigmoid(torch.logit(self.hand_ratio(n)) + shift)
         return mean, CONCENTRATION * log_spread.clamp(-2, 2).exp(), STOP_LOGIT + stop
 
     def distribution(self, t, n, features):
         """The Beta over rho and the Bernoulli over stopping, as torch distributions."""
-        mean, concentration, stop = self(t, n, features)
-        alpha, beta = mean * concentration, (1 - mean) * concentration
-        return torch.distributions.Beta(alpha, beta), torch.distributions.Bernoulli(logits=stop)
+        mean, concentration, stop_logit = self(t, n, features)
+        a, b = mean * concentration, (1 - mean) * concentration
+        return torch.distributions.Beta(a, b), torch.distributions.Bernoulli(logits=stop_logit)
 
 
 def land(t, rho, n, stop):
@@ -168,32 +174,34 @@ def land(t, rho, n, stop):
 
 
 @torch.no_grad()
-def deploy(net, x_T, steps, alpha_bar, policy=None, grid=None, may_stop=False):
-    """Few-step sampling as it is used: eta = 0, the policy's mean step, or a fixed grid.
+def deploy(net, x_T, steps, alpha_bar, policy=None, grid=None, may_stop=False, eta=0.0, seeds=None):
+    """Few-step sampling as it is used: the policy's mean step, or a fixed grid; eta = 0.
 
-    Returns (images (B, 3, H, W) in [-1, 1], times visited (B, steps + 1)); the NFE of an image is
-    its number of times above 0.
+    eta > 0 adds noise as the sampler of ddpm.py does (seeds: one per image). Returns (images
+    (B, 3, H, W) in [-1, 1], times visited (B, steps + 1), states (B, steps + 1, 3, H, W)); the NFE
+    of an image is its number of times above 0.
     """
-    x, B = x_T, len(x_T)
-    t = torch.full((B,), T, device=x.device)
-    features, times = torch.zeros(B, net.features, device=x.device), [t]
+    x, t = x_T, torch.full((len(x_T),), T, device=x_T.device)
+    features, times, states = torch.zeros(len(x), net.features, device=x.device), [t], [x]
     for k in range(steps):
-        live = t > 0
-        if not live.any():
-            times.append(t)
-            continue
+        live = t > 0                                           # who has not landed at 0 yet
         if grid is not None:
             t_next = torch.full_like(t, grid[k + 1])
         else:
             n = torch.full_like(t, steps - k)
-            rho, _, stop = policy(t, n, features)
-            t_next = land(t, rho, n, (stop > 0) & may_stop)
-        x_live, _, features_live = jump(net, x[live], t[live], t_next[live], alpha_bar)
-        x, features = x.clone(), features.clone()
-        x[live], features[live] = x_live, features_live
+            rho, _, stop_logit = policy(t, n, features)
+            t_next = land(t, rho, n, (stop_logit > 0) & may_stop)
+        if live.any():
+            mean, sigma, seen = jump(net, x[live], t[live], t_next[live], alpha_bar, eta)
+            if eta > 0:
+                noise = seeded_noise(seeds, x.shape[1:], stream=k + 1, device=x.device)
+                mean = mean + sigma[:, None, None, None] * noise[live]
+            x, features = x.clone(), features.clone()
+            x[live], features[live] = mean, seen
         t = torch.where(live, t_next, t)
         times.append(t)
-    return x.clamp(-1, 1), torch.stack(times, 1)
+        states.append(x)
+    return x.clamp(-1, 1), torch.stack(times, 1), torch.stack(states, 1)
 
 
 # ==============================================================================================
@@ -208,17 +216,21 @@ def teacher_paths(teacher, x_T, alpha_bar, device, fp32=False):
     return torch.stack(path, dim=1)
 
 
-def state_at(paths, t, alpha_bar):
-    """The path's state at any integer t, grid point or not: (B, 51, 3, H, W), (B,) -> (B, 3, H, W).
+def segment(paths, rows, t):
+    """The teacher's own step in which t lies: states x_a, x_b (B, 3, H, W), times t_a > t_b."""
+    grid = torch.tensor(make_grid("uniform", TEACHER_STEPS), device=t.device)
+    k = ((T - t) * TEACHER_STEPS // T).clamp(max=TEACHER_STEPS - 1)
+    return paths[rows, k], paths[rows, k + 1], grid[k], grid[k + 1]
+
+
+def state_at(paths, rows, t, alpha_bar):
+    """State of paths[rows] at any integer t, on the teacher's grid or not: (B,) -> (B, 3, H, W).
 
     Between two grid points DDIM moves on a circle (x0_hat and eps_hat stay), so the state there is
     x = (sin(phi - phi_b) x_a + sin(phi_a - phi) x_b) / sin(phi_a - phi_b): no time goes untrained.
     """
-    grid = torch.tensor(make_grid("uniform", TEACHER_STEPS), device=t.device)
-    k = ((T - t) * TEACHER_STEPS // T).clamp(max=TEACHER_STEPS - 1)  # the segment t lies in
-    rows = torch.arange(len(t), device=t.device)
-    x_a, x_b = paths[rows, k], paths[rows, k + 1]
-    phi, phi_a, phi_b = (angle(s, alpha_bar, x_a) for s in (t, grid[k], grid[k + 1]))
+    x_a, x_b, t_a, t_b = segment(paths, rows, t)
+    phi, phi_a, phi_b = (angle(s, alpha_bar, x_a) for s in (t, t_a, t_b))
     return ((phi - phi_b).sin() * x_a + (phi_a - phi).sin() * x_b) / (phi_a - phi_b).sin()
 
 
@@ -230,53 +242,60 @@ def draw_jumps(n, generator):
     return t, torch.where(u[2] < LAND_SHARE, 0, (u[3] * (t - SHORTEST_JUMP + 1)).long())
 
 
-def clone_loss(net, paths, t, t_next, alpha_bar):
+def clone_loss(net, paths, rows, t, t_next, alpha_bar):
     """Mean squared error to the teacher's own path, in v-space ('v') or in epsilon ('eps').
 
     'v', secant: the landing point x_next of a jump of any length, weighted back by 1 / sin(d)^2.
-    'eps': the teacher's epsilon at x_t, as in behaviour cloning; the target ignores t_next.
+    'eps', behaviour cloning: the epsilon of the teacher's step in which t lies, whatever t_next.
     """
-    x_t = state_at(paths, t, alpha_bar)
+    x_t = state_at(paths, rows, t, alpha_bar)
     if net.predicts == "eps":
-        t_near = t - SHORTEST_JUMP // 2
-        v = secant_velocity(x_t, state_at(paths, t_near, alpha_bar), t, t_near, alpha_bar)
-        return F.mse_loss(net(x_t, t, t_next).float(), v_to_x0_eps(x_t, t, v, alpha_bar)[1])
-    v = secant_velocity(x_t, state_at(paths, t_next, alpha_bar), t, t_next, alpha_bar)
-    return F.mse_loss(net(x_t, t, t_next).float(), v)
+        x_a, x_b, t_a, t_b = segment(paths, rows, t)
+        v = secant_velocity(x_a, x_b, t_a, t_b, alpha_bar)
+        target = v_to_x0_eps(x_a, t_a, v, alpha_bar)[1]
+    else:
+        x_next = state_at(paths, rows, t_next, alpha_bar)
+        target = secant_velocity(x_t, x_next, t, t_next, alpha_bar)
+    return F.mse_loss(net(x_t, t, t_next).float(), target)
 
 
 class PathPool:
     """The newest teacher paths; refilled during training, so that no noise is used for long."""
 
     def __init__(self, teacher, size, seed, alpha_bar, device, fp32=False):
-        self.teacher, self.size, self.alpha_bar = teacher, size, alpha_bar
-        self.device, self.fp32 = device, fp32
+        self.teacher, self.alpha_bar, self.device, self.fp32 = teacher, alpha_bar, device, fp32
+        self.chunk = max(1, min(chunk_size(device), size // 4))
+        self.size, self.made = size // self.chunk * self.chunk, 0
+        side = teacher.config["image_size"]
+        self.paths = torch.zeros(self.size, TEACHER_STEPS + 1, 3, side, side, device=device)
         self.generator = torch.Generator().manual_seed(seed)
-        self.paths, self.made = None, 0
 
-    def add(self, n):
-        """Run the teacher from n fresh noises; the oldest paths make room."""
-        side = self.teacher.config["image_size"]
-        x_T = torch.randn(n, 3, side, side, generator=self.generator).to(self.device)
-        fresh = teacher_paths(self.teacher, x_T, self.alpha_bar, self.device, self.fp32)
-        if self.paths is None:
-            self.paths = torch.empty(self.size, *fresh.shape[1:], device=self.device)
-        slots = torch.arange(self.made, self.made + n) % self.size
-        self.paths[slots.to(self.device)] = fresh
-        self.made += n
+    def run(self, slot, x_T):
+        """Put the teacher's paths from x_T (chunk, 3, H, W) into the slots from `slot` on."""
+        self.paths[slot:slot + self.chunk] = teacher_paths(
+            self.teacher, x_T.to(self.device), self.alpha_bar, self.device, self.fp32)
+
+    def grow(self, wanted):
+        """Run the teacher from new noise until `wanted` paths were made; the oldest make room."""
+        while self.made < wanted:
+            x_T = torch.randn(self.chunk, *self.paths.shape[2:], generator=self.generator)
+            self.run(self.made % self.size, x_T)
+            self.made += self.chunk
 
     def draw(self, n, generator):
-        """n random paths, with replacement: (n, 51, 3, H, W)."""
-        index = torch.randint(min(self.made, self.size), (n,), generator=generator)
-        return self.paths[index.to(self.device)]
+        """Numbers of n random paths, with replacement: (n,)."""
+        return torch.randint(min(self.made, self.size), (n,), generator=generator).to(self.device)
 
     def state_dict(self):
-        """Paths, count and generator, for a checkpoint."""
-        return dict(paths=self.paths, made=self.made, generator=self.generator.get_state())
+        """For a checkpoint: the start noises alone, from which load_state_dict runs the teacher."""
+        return dict(noise=self.paths[:min(self.made, self.size), 0].cpu(), made=self.made,
+                    generator=self.generator.get_state())
 
     def load_state_dict(self, saved):
         """Inverse of state_dict."""
-        self.paths, self.made = saved["paths"].to(self.device), saved["made"]
+        for slot, x_T in zip(range(0, self.size, self.chunk), saved["noise"].split(self.chunk)):
+            self.run(slot, x_T)
+        self.made = saved["made"]
         self.generator.set_state(saved["generator"])
 
 
@@ -289,20 +308,18 @@ def clone(net, ema, teacher, args, out, device):
     parts = dict(net=net, ema=ema, optimizer=optimizer, generator=generator, pool=pool)
     first, seconds_before = 0, 0.0
     if args.resume:
-        state = load_state(out / "state.pt", "student", parts)
-        first, seconds_before = state["update"], state["seconds"]
-        print(f"resumed at update {first}")
+        first, seconds_before = load_state(out / "state.pt", "student", parts, args)
     start, running = time.time(), []
     progress = tqdm(range(first, args.updates), initial=first, total=args.updates, mininterval=5,
                     desc="clone")
     for update in progress:
-        while pool.made < max(args.pool // 4, update * args.batch_size // args.pairs_per_path):
-            pool.add(min(64, args.pool // 4))
+        pool.grow(max(args.pool // 4, update * args.batch_size // args.pairs_per_path))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, args.updates, args.lr)
         t, t_next = (s.to(device) for s in draw_jumps(args.batch_size, generator))
+        rows = pool.draw(args.batch_size, generator)
         with autocast(device, not args.fp32):
-            loss = clone_loss(net, pool.draw(args.batch_size, generator), t, t_next, alpha_bar)
+            loss = clone_loss(net, pool.paths, rows, t, t_next, alpha_bar)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -320,18 +337,10 @@ def clone(net, ema, teacher, args, out, device):
                      loss=mean_loss, seconds=seconds)
             progress.set_postfix(loss=f"{mean_loss:.4f}", paths=pool.made)
         if done % args.save_every == 0 or done == args.updates:
-            save_state(out / "state.pt", "student", parts, update=done, seconds=seconds)
-            save_student(out / "student.pt", ema, None,
-                         provenance(args, done, pool.made, seconds, device))
+            save_state(out / "state.pt", "student", parts, args, done, seconds)
+            save_student(out / "student.pt", ema, None, provenance(
+                "student.py", args, seconds, device, updates=done, teacher_paths=pool.made))
     return seconds_before + time.time() - start, pool.made
-
-
-def provenance(args, updates, paths, seconds, device):
-    """What the model card says of a cloned student."""
-    return dict(script="student.py", init=args.init, clone=args.clone, seed=args.seed,
-                updates=updates, batch_size=args.batch_size, teacher_paths=paths, lr=args.lr,
-                minutes=round(seconds / 60, 1), device=device_name(device),
-                torch=str(torch.__version__))
 
 
 def save_student(path, net, policy, origin, **more):
@@ -367,11 +376,11 @@ def held_out_noise(n, side, device):
 @torch.no_grad()
 def landing_error(net, paths, alpha_bar, jumps=((T, 0), (T, 500), (500, 0), (750, 250))):
     """Mean squared distance of a jump's landing point from the teacher's state: {jump: float}."""
-    errors = {}
+    errors, rows = {}, torch.arange(len(paths), device=paths.device)
     for a, b in jumps:
-        t, t_next = (torch.full((len(paths),), s, device=paths.device) for s in (a, b))
-        mean, _, _ = jump(net, state_at(paths, t, alpha_bar), t, t_next, alpha_bar)
-        errors[f"{a}->{b}"] = F.mse_loss(mean, state_at(paths, t_next, alpha_bar)).item()
+        t, t_next = (torch.full_like(rows, s) for s in (a, b))
+        mean, _, _ = jump(net, state_at(paths, rows, t, alpha_bar), t, t_next, alpha_bar)
+        errors[f"{a}->{b}"] = F.mse_loss(mean, state_at(paths, rows, t_next, alpha_bar)).item()
     return errors
 
 
@@ -380,22 +389,22 @@ def evaluate(net, teacher, n, alpha_bar, device):
 
     Returns (rows of the table, landing errors, pictures: the teacher's, then 1, 2, 4, 8 steps).
     """
-    x_T = held_out_noise(n, net.config["image_size"], device)
-    paths = torch.cat([teacher_paths(teacher, x, alpha_bar, device, fp32=True)
-                       for x in x_T.split(64)])
-    target, rows, pictures = paths[:, -1], [], [paths[:8, -1]]
+    noise = held_out_noise(n, net.config["image_size"], device).split(chunk_size(device))
+    target = torch.cat([sample(teacher, x, make_grid("uniform", TEACHER_STEPS), alpha_bar)
+                        for x in noise])
+    rows, pictures = [], [target[:8]]
     for steps in (1, 2, 4, 8):
         row = dict(steps=steps)
         for name in ("quadratic", "uniform"):
             grid = make_grid(name, steps)
-            images = torch.cat([deploy(net, x, steps, alpha_bar, grid=grid)[0]
-                                for x in x_T.split(64)])
-            own = torch.cat([sample(teacher, x, grid, alpha_bar) for x in x_T.split(64)])
+            images = torch.cat([deploy(net, x, steps, alpha_bar, grid=grid)[0] for x in noise])
+            own = torch.cat([sample(teacher, x, grid, alpha_bar) for x in noise])
             row[f"student {name}"] = F.mse_loss(images, target).item()
             row[f"teacher {name}"] = F.mse_loss(own, target).item()
         rows.append(row)
         pictures.append(images[:8])                                            # uniform grid
-    return rows, landing_error(net, paths[:64], alpha_bar), torch.cat(pictures)
+    paths = teacher_paths(teacher, noise[0], alpha_bar, device, fp32=True)
+    return rows, landing_error(net, paths, alpha_bar), torch.cat(pictures)
 
 
 # ==============================================================================================
@@ -420,7 +429,7 @@ def parse_args(argv=None):
     p.add_argument("--fp32", action="store_true", help="no bf16 autocast")
     p.add_argument("--out", help="folder of the run (default: next free runs/student)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    p.add_argument("--seed", type=int, default=0, help="seed of weights, noise and jumps")
+    p.add_argument("--seed", type=number(int, 0, 10 ** 9), default=0, help="of weights and noise")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--log-every", type=count, default=20, help="updates between log lines")
     p.add_argument("--save-every", type=count, default=400, help="updates between checkpoints")
@@ -453,10 +462,12 @@ def main(argv=None):
           f"{parameter_count(teacher) / 1e6:.2f} M parameters | "
           f"{args.updates * args.batch_size} jumps")
     seconds, paths = clone(net, ema, teacher, args, out, device)
-    save_student(out / "student.pt", ema, None,
-                 provenance(args, args.updates, paths, seconds, device))
-    plot_loss(out, "pairs", "cloning loss") if args.updates else None
+    if args.updates:
+        plot_loss(out, "pairs", "cloning loss")
+    else:                                      # the first weights, untrained
+        save_student(out / "student.pt", ema, None, provenance("student.py", args, 0, device))
 
+    load_weights(ema, half_weights(ema))       # what the file holds is what is measured
     rows, landing, pictures = evaluate(ema, teacher, args.evaluate, linear_alpha_bar(device),
                                        device)
     save_picture(out / "samples.png", pictures)

@@ -25,12 +25,13 @@ from tqdm import tqdm
 from ddpm import (PAPER_UNET, SMALL_UNET, T, BadInput, UNet, autocast, half_weights,
                   linear_alpha_bar, load_state, log_line, make_grid, number, output_folder,
                   parameter_count, parser_for, pick_device, pyplot, run_main, sample,
-                  save_checkpoint, save_figure, save_state, seeded_noise, simple_loss, to_uint8)
+                  save_checkpoint, save_figure, save_state, seeded_noise, settings, simple_loss,
+                  to_uint8)
 
 EMA_DECAY = 0.999           # per update; Ho et al. use 0.9999 for runs a hundred times as long
 WARMUP = 200                # updates until the learning rate is full
 GRAD_CLIP = 1.0             # largest norm of the gradient, Ho et al. section 4 (code)
-SAMPLE_STEPS = 50           # DDIM steps of the sample grid: the teacher's own result, as distilled
+TEACHER_STEPS = 50          # DDIM steps of the teacher's own result, which is distilled
 
 # ==============================================================================================
 # IMAGES: one uint8 tensor (N, 3, 32, 32) that lives on the device
@@ -111,14 +112,15 @@ def cifar10_images(root="data", train=True):
 def load_images(data, train=True):
     """--data cifar10 | shapes | DIR -> (images uint8 (N, 3, 32, 32), labels (N,)).
 
-    DIR may hold the class subfolders itself or in DIR/train and DIR/test.
+    DIR holds DIR/train and DIR/test, or the class subfolders itself (then there is no test split).
     """
     if data == "shapes":
         return shapes_images(seed=0 if train else 1)
     if data == "cifar10":
         return cifar10_images(train=train)
-    split = Path(data) / ("train" if train else "test")
-    return folder_images(str(split if split.is_dir() else data))
+    if not train or (Path(data) / "train").is_dir():
+        return folder_images(str(Path(data) / ("train" if train else "test")))
+    return folder_images(str(data))
 
 
 def draw_batch(images, batch_size, generator, in_order=False):
@@ -164,9 +166,7 @@ def train(net, ema, images, args, out, device):
     parts = dict(net=net, ema=ema, optimizer=optimizer, generator=generator)
     first, seconds_before = 0, 0.0
     if args.resume:
-        state = load_state(out / "state.pt", "teacher", parts)
-        first, seconds_before = state["update"], state["seconds"]
-        print(f"resumed at update {first}")
+        first, seconds_before = load_state(out / "state.pt", "teacher", parts, args)
 
     start, running = time.time(), []
     progress = tqdm(range(first, args.updates), initial=first, total=args.updates, mininterval=5,
@@ -183,7 +183,7 @@ def train(net, ema, images, args, out, device):
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), GRAD_CLIP)
         optimizer.step()
-        ema_update(ema, net, min(EMA_DECAY, (1 + update) / (10 + update)))
+        ema_update(ema, net, min(EMA_DECAY, (1 + update) / (10 + update)))     # short at first
 
         running.append(loss.detach())          # stays on the device: reading it would wait
         done = update + 1
@@ -197,7 +197,7 @@ def train(net, ema, images, args, out, device):
                      grad_norm=grad_norm.item(), lr=group["lr"], seconds=seconds)
             progress.set_postfix(loss=f"{mean_loss:.4f}")
         if done % args.save_every == 0 or done == args.updates:
-            save_state(out / "state.pt", "teacher", parts, update=done, seconds=seconds)
+            save_state(out / "state.pt", "teacher", parts, args, done, seconds)
             save_teacher(out / "teacher.pt", ema, args, done, seconds, device)
             save_samples(out / "samples.png", ema, device, n=4 if args.smoke else 64)
     return seconds_before + time.time() - start
@@ -205,10 +205,16 @@ def train(net, ema, images, args, out, device):
 
 def save_teacher(path, ema, args, updates, seconds, device):
     """The small file for the other scripts: fp16 EMA weights, config, provenance."""
-    save_checkpoint(path, "teacher", config=ema.config, weights=half_weights(ema), provenance=dict(
-        script="teacher.py", data=Path(args.data).name, seed=args.seed, updates=updates,
-        images=updates * args.batch_size, batch_size=args.batch_size, lr=args.lr, ema=EMA_DECAY,
-        minutes=round(seconds / 60, 1), device=device_name(device), torch=str(torch.__version__)))
+    save_checkpoint(path, "teacher", config=ema.config, weights=half_weights(ema),
+                    provenance=provenance("teacher.py", args, seconds, device, updates=updates,
+                                          images=updates * args.batch_size, ema=EMA_DECAY))
+
+
+def provenance(script, args, seconds, device, **more):
+    """Where a checkpoint comes from: flags, minutes, hardware, torch version; plain values."""
+    flags = {k: Path(v).name if "/" in str(v) else v for k, v in settings(args).items()}
+    return dict(script=script, settings=flags, minutes=round(seconds / 60, 1),
+                device=device_name(device), torch=str(torch.__version__), **more)
 
 
 def device_name(device):
@@ -222,24 +228,24 @@ def device_name(device):
 # PICTURES
 # ==============================================================================================
 
-def tile(images, columns=8):
-    """(B, 3, H, W) in [-1, 1] -> one uint8 array (rows H, columns W, 3) with one-pixel gaps."""
+def tile(images, columns=8, gap=1):
+    """(B, 3, H, W) in [-1, 1] -> one uint8 array (rows H, columns W, 3), gaps of `gap` pixels."""
     from torchvision.utils import make_grid as tiled
-    picture = tiled(to_uint8(images.cpu()), nrow=columns, padding=1, pad_value=255)
+    picture = tiled(to_uint8(images.cpu()), nrow=columns, padding=gap, pad_value=255)
     return picture.permute(1, 2, 0).numpy()
 
 
-def save_picture(path, images, columns=8, scale=3):
+def save_picture(path, images, columns=8, scale=3, gap=1):
     """Write images as one PNG, each pixel scale x scale. Draws no random numbers."""
     from PIL import Image                       # comes with torchvision
-    picture = Image.fromarray(tile(images, columns))
+    picture = Image.fromarray(tile(images, columns, gap))
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
     picture.save(path)
 
 
 def save_samples(path, net, device, n=64):
     """DDIM samples from seeds 0..n-1: always the same noise; leaves training's RNG alone."""
-    size, grid = net.config["image_size"], make_grid("uniform", SAMPLE_STEPS)
+    size, grid = net.config["image_size"], make_grid("uniform", TEACHER_STEPS)
     x_T = seeded_noise(range(n), (3, size, size), device=device)
     save_picture(path, sample(net.eval(), x_T, grid, linear_alpha_bar(device)))
 
@@ -273,7 +279,7 @@ def parse_args(argv=None):
     p.add_argument("--fp32", action="store_true", help="no bf16 autocast")
     p.add_argument("--out", help="folder of the run (default: next free runs/teacher)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    p.add_argument("--seed", type=int, default=0, help="seed of weights, images and noise")
+    p.add_argument("--seed", type=number(int, 0, 10 ** 9), default=0, help="of weights and noise")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--log-every", type=count, default=50, help="updates between log lines")
     p.add_argument("--save-every", type=count, default=900, help="updates between checkpoints")

@@ -36,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 MODULES = [ddpm, teacher, student, reward, rl_distill, sample]
 TINY = dict(width=16, mults=[1, 2], blocks=1, attention=[4], dropout=0.0, image_size=8)
 CPU = torch.device("cpu")
+ROWS = torch.arange(4)
 
 
 def rng(seed=0):
@@ -566,12 +567,12 @@ class Jumps(Case):
 
     def test_states_on_the_grid_are_the_paths_own_and_between_them_ddims(self):
         for k in (0, 1, 25, 49, 50):
-            self.close(student.state_at(self.paths, full(4, 1000 - 20 * k), self.ab),
+            self.close(student.state_at(self.paths, ROWS, full(4, 1000 - 20 * k), self.ab),
                        self.paths[:, k], 1e-5)
         t, t_mid = full(4, 600), full(4, 587)
         x0_hat, eps_hat = ddpm.predict_x0(self.paths[:, 20], t, self.teacher(self.paths[:, 20], t),
                                           self.ab)
-        self.close(student.state_at(self.paths, t_mid, self.ab),
+        self.close(student.state_at(self.paths, ROWS, t_mid, self.ab),
                    ddpm.ddim_step(x0_hat, eps_hat, t, t_mid, 0.0, self.ab)[0], 2e-4)
 
     def test_drawn_jumps_go_down_far_enough_and_reach_both_ends(self):
@@ -585,27 +586,28 @@ class Jumps(Case):
     def test_the_secant_target_is_the_landing_point_in_v_space(self):
         class Cheat(student.JumpUNet):                         # knows the paths by heart
             def forward(net, x, t, t_next, with_features=False):
-                target = student.state_at(self.paths, t_next, self.ab)
+                target = student.state_at(self.paths, ROWS, t_next, self.ab)
                 return student.secant_velocity(x, target, t, t_next, self.ab)
         t, t_next = torch.tensor([1000, 1000, 700, 333]), torch.tensor([0, 400, 13, 0])
-        self.assertLess(student.clone_loss(Cheat(**TINY), self.paths, t, t_next, self.ab).item(),
+        cheat = Cheat(**TINY)
+        self.assertLess(student.clone_loss(cheat, self.paths, ROWS, t, t_next, self.ab).item(),
                         1e-8)
         zero = student.JumpUNet(**TINY)                        # conv_out is zero: predicts v = 0
-        x, y = (student.state_at(self.paths, t, self.ab),
-                student.state_at(self.paths, t_next, self.ab))
+        x, y = (student.state_at(self.paths, ROWS, t, self.ab),
+                student.state_at(self.paths, ROWS, t_next, self.ab))
         d = student.angle(t, self.ab, x) - student.angle(t_next, self.ab, x)
         landing = ((d.cos() * x - y) ** 2 / d.sin() ** 2).mean()
-        self.close(student.clone_loss(zero, self.paths, t, t_next, self.ab).detach(), landing,
+        self.close(student.clone_loss(zero, self.paths, ROWS, t, t_next, self.ab).detach(), landing,
                    1e-4 * landing.item())
 
     def test_the_eps_target_is_the_teachers_own_epsilon(self):
         copy_of_teacher = student.student_from_teacher(self.teacher)
         with mock.patch.object(ddpm.predict_x0, "__defaults__", (True,)):
-            t = torch.tensor([400, 300, 200, 100])
-            x_t = student.state_at(self.paths, t, self.ab)
+            t = torch.tensor([400, 300, 200, 100])           # where the teacher was itself
+            x_t = student.state_at(self.paths, ROWS, t, self.ab)
             own = self.teacher(x_t, t)
             clipped = ddpm.predict_x0(x_t, t, own, self.ab)[1]
-            loss = student.clone_loss(copy_of_teacher, self.paths, t, t - 50, self.ab).item()
+            loss = student.clone_loss(copy_of_teacher, self.paths, ROWS, t, t - 50, self.ab).item()
         self.close(loss, F.mse_loss(own, clipped).item(), 1e-4)
 
     def test_a_copy_of_the_teacher_is_the_teacher(self):
@@ -614,7 +616,7 @@ class Jumps(Case):
         for t_next in (full(4, 0), t - 1):
             self.close(copied(self.z, t, t_next), self.teacher(self.z, t), 1e-6)
         grid = ddpm.make_grid("quadratic", 5)
-        out, times = student.deploy(copied, self.z, 5, self.ab, grid=grid)
+        out, times, _ = student.deploy(copied, self.z, 5, self.ab, grid=grid)
         self.close(out, ddpm.sample(self.teacher, self.z, grid, self.ab), 1e-5)
         self.assertEqual(times[0].tolist(), grid)
 
@@ -626,14 +628,24 @@ class Jumps(Case):
         self.assertGreater((a - c).abs().max(), 1e-6)
 
     def test_the_pool_keeps_the_newest_paths(self):
-        pool = student.PathPool(self.teacher, 4, 0, self.ab, CPU, fp32=True)
-        pool.add(2)
-        first = pool.paths[0].clone()
-        self.assertTrue(all(torch.equal(p, pool.paths[0]) or torch.equal(p, pool.paths[1])
-                            for p in pool.draw(10, rng())))
-        pool.add(3)
-        self.assertEqual(pool.made, 5)
-        self.assertFalse(torch.equal(pool.paths[0], first))
+        pool = student.PathPool(self.teacher, 8, 0, self.ab, CPU, fp32=True)
+        self.assertEqual((pool.chunk, pool.size), (2, 8))
+        pool.grow(3)
+        self.assertEqual(pool.made, 4)
+        self.assertEqual(set(pool.draw(50, rng()).tolist()), {0, 1, 2, 3})
+        first = pool.paths[:4].clone()
+        pool.grow(10)
+        self.assertFalse(torch.equal(pool.paths[0], first[0]))
+        self.assertTrue(torch.equal(pool.paths[2], first[2]))
+
+    def test_the_pool_comes_back_from_its_noise_alone_to_the_same_bits(self):
+        pool = student.PathPool(self.teacher, 8, 0, self.ab, CPU)
+        pool.grow(10)
+        again = student.PathPool(self.teacher, 8, 5, self.ab, CPU)
+        again.load_state_dict(pool.state_dict())
+        pool.grow(12)
+        again.grow(12)
+        self.assertTrue(torch.equal(pool.paths, again.paths))
 
 
 class Policy(Case):
@@ -643,7 +655,7 @@ class Policy(Case):
         net = student.JumpUNet(**TINY)
         for base in ("uniform", "quadratic"):
             policy = student.StepPolicy(net.features, base)
-            _, times = student.deploy(net, torch.randn(3, 3, 8, 8, generator=rng()), 4, self.ab,
+            _, times, _ = student.deploy(net, torch.randn(3, 3, 8, 8, generator=rng()), 4, self.ab,
                                       policy)
             self.close(times[0].float(), torch.tensor(ddpm.make_grid(base, 4)).float(), 1)
             _, concentration, _ = policy(full(2, 500), full(2, 3), torch.zeros(2, net.features))
@@ -679,9 +691,9 @@ class Policy(Case):
         with torch.no_grad():
             policy.head.bias[2] = 10.0
         z = torch.randn(3, 3, 8, 8, generator=rng())
-        _, times = student.deploy(net, z, 4, self.ab, policy, may_stop=True)
+        _, times, _ = student.deploy(net, z, 4, self.ab, policy, may_stop=True)
         self.assertEqual((times[:, :-1] > 0).sum(1).tolist(), [1, 1, 1])
-        _, times = student.deploy(net, z, 4, self.ab, policy, may_stop=False)
+        _, times, _ = student.deploy(net, z, 4, self.ab, policy, may_stop=False)
         self.assertEqual((times[:, :-1] > 0).sum(1).tolist(), [4, 4, 4])
 
     def test_a_student_comes_back_from_its_file_as_it_was(self):
@@ -712,24 +724,29 @@ class Rewards(Case):
         self.coach, content = reward.load_encoder(Workshop.get() / "coach.pt", "coach")
         self.scales = content["scales"]
 
+    def view(self, x):
+        return reward.look(self.coach, x)
+
     def test_the_teachers_own_image_gets_the_best_value_and_others_stay_in_range(self):
         x, y = images(6), images(6, seed=1)
         for name, term in reward.TERMS.items():
-            self.close(term.function(x, x, self.coach), torch.full((6,), float(term.best)), 1e-5,
+            best = torch.full((6,), float(term.best))
+            self.close(term.function(self.view(x), self.view(x)), best, 1e-5,
                        name)
-            other = term.function(y, x, self.coach)
+            other = term.function(self.view(y), self.view(x))
             self.assertTrue((other < term.best).all() and (other >= term.worst).all(), name)
 
     def test_no_reward_depends_on_the_batch_it_is_computed_in(self):
         x, y = images(5), images(5, seed=1)
         for name, term in reward.TERMS.items():
-            alone = torch.cat([term.function(x[i:i + 1], y[i:i + 1], self.coach) for i in range(5)])
-            self.close(term.function(x, y, self.coach), alone, 1e-5, name)
+            alone = torch.cat([term.function(self.view(x[i:i + 1]), self.view(y[i:i + 1]))
+                               for i in range(5)])
+            self.close(term.function(self.view(x), self.view(y)), alone, 1e-5, name)
 
     def test_the_registry_says_rightly_where_gradients_reach_the_pixels(self):
         for name, term in reward.TERMS.items():
             x = images(2).requires_grad_(True)
-            value = term.function(x, images(2, seed=1), self.coach).sum()
+            value = term.function(self.view(x), self.view(images(2, seed=1))).sum()
             self.assertEqual(value.requires_grad, term.differentiable, name)
             if term.differentiable:
                 value.backward()
@@ -738,7 +755,7 @@ class Rewards(Case):
 
     def test_mse_and_histogram_agree_with_loops(self):
         x, y = images(2), images(2, seed=1)
-        self.close(reward.mse_reward(x, y),
+        self.close(reward.mse_reward(self.view(x), self.view(y)),
                    -torch.stack([((a - b) ** 2).mean() for a, b in zip(x, y)]))
         for b in range(2):
             kl = 0.0
@@ -747,7 +764,7 @@ class Rewards(Case):
                         for s in (y, x))
                 p, q = p / p.sum(), q / q.sum()
                 kl += (p * np.log(p / q)).sum() / 3
-            self.close(reward.histogram_reward(x, y)[b], -kl, 1e-4)
+            self.close(reward.histogram_reward(self.view(x), self.view(y))[b], -kl, 1e-4)
 
     def test_weights_and_scales_enter_as_written(self):
         x, y = images(3), images(3, seed=1)
@@ -760,6 +777,7 @@ class Rewards(Case):
 
     def test_what_is_no_reward_is_refused(self):
         self.bad_input("unknown reward 'clip'", reward.parse_reward, "clip")
+        self.bad_input("named twice", reward.parse_reward, "mse:1+mse:2")
         self.bad_input("must be a number", reward.parse_reward, "mse:much")
         self.bad_input("positive and finite", reward.parse_reward, "mse:-1")
         self.bad_input("positive and finite", reward.parse_reward, "mse:nan")
@@ -767,7 +785,7 @@ class Rewards(Case):
     def test_more_distortion_means_less_reward(self):
         x = images(16, size=32)
         for kind in ("noise", "wrong", "blur"):
-            values = [reward.mse_reward(reward.distort(x, kind, level, rng()), x).mean().item()
+            values = [-F.mse_loss(reward.distort(x, kind, level, rng()), x).item()
                       for level in (0, 0.25, 0.5, 1)]
             self.assertTrue(all(a > b for a, b in zip(values, values[1:])), (kind, values))
         self.close(reward.distort(x, "shift", 0.5, rng())[..., 4:], x[..., :-4], 0)
@@ -1040,7 +1058,7 @@ class Loop(Case):
         net, _, policy, _, z = self.parts(args)
         with mock.patch.object(rl_distill, "SIGMA_FLOOR", 0.0):
             played, nfe, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
-        deployed, times = student.deploy(net, z, args.steps, self.ab, policy)
+        deployed, times, _ = student.deploy(net, z, args.steps, self.ab, policy)
         self.close(played, deployed, 1e-5)
         self.assertEqual(nfe.tolist(), [4] * 16)
         self.assertEqual(torch.stack([s["t_next"] for s in steps], 1).tolist(),
@@ -1078,7 +1096,7 @@ class Loop(Case):
             score = -((steps[0]["t_next"] - 300) / 100.0) ** 2
             adv = rl_distill.advantages(score, 4, "global")
             rl_distill.policy_update(net, ref, policy, optimizers, steps, adv, args, self.ab)
-        _, times = student.deploy(net, z, 2, self.ab, policy)
+        _, times, _ = student.deploy(net, z, 2, self.ab, policy)
         self.assertLess(abs(times[0, 1].item() - 300), 60)
 
     def test_direct_backpropagation_raises_a_differentiable_reward(self):
@@ -1125,23 +1143,26 @@ class Samples(Case):
         for name in ("teacher", "student"):
             net, policy, _ = sample.load_model(Workshop.get() / f"{name}.pt", CPU)
             grid = ddpm.make_grid("uniform", 3)
-            many = sample.generate(net, policy, range(5, 9), 3, grid, 0.0, False, self.ab, CPU)
-            one = sample.generate(net, policy, [7], 3, grid, 0.0, False, self.ab, CPU)
+            many, _ = sample.generate(net, policy, range(5, 9), 3, grid, 0.0, False, self.ab, CPU)
+            one, _ = sample.generate(net, policy, [7], 3, grid, 0.0, False, self.ab, CPU)
             self.close(many[2], one[0], 1e-5)
 
     def test_eta_1_is_the_samplers_ancestral_sampling(self):
         net, _, _ = sample.load_model(Workshop.get() / "teacher.pt", CPU)
         plain, _ = ddpm.load_teacher(Workshop.get() / "teacher.pt")
         z, grid = ddpm.seeded_noise([1, 2], (3, 8, 8)), ddpm.make_grid("uniform", 6)
-        self.close(sample.stochastic(net, z, grid, self.ab, 1.0, [1, 2]),
-                   ddpm.sample(plain, z, grid, self.ab, 1.0, seeds=[1, 2]), 1e-4)
+        for eta in (0.3, 1.0):
+            noisy, _ = sample.generate(net, None, [1, 2], 6, grid, eta, False, self.ab, CPU)
+            self.close(noisy, ddpm.sample(plain, z, grid, self.ab, eta, seeds=[1, 2]), 1e-4)
 
     def test_the_path_starts_at_the_noise_and_ends_at_the_image(self):
         net, _, _ = sample.load_model(Workshop.get() / "student.pt", CPU)
-        z, grid = ddpm.seeded_noise([1, 2], (3, 8, 8)), ddpm.make_grid("uniform", 3)
-        path = sample.denoising_path(net, None, z, 3, grid, self.ab)
-        self.close(path[:, 0], z, 0)
-        self.close(path[:, -1].clamp(-1, 1), student.deploy(net, z, 3, self.ab, grid=grid)[0], 1e-6)
+        grid = ddpm.make_grid("uniform", 3)
+        x, path = sample.generate(net, None, [1, 2], 3, grid, 0.0, False, self.ab, CPU)
+        self.close(path[:, 0], ddpm.seeded_noise([1, 2], (3, 8, 8)), 0)
+        self.close(path[:, -1].clamp(-1, 1), x, 0)
+        t, t_next = full(2, grid[1]), full(2, grid[2])
+        self.close(student.jump(net, path[:, 1], t, t_next, self.ab)[0].detach(), path[:, 2], 1e-5)
 
     def test_the_npz_is_what_fid_tools_read_and_overwrites_nothing(self):
         x = images(3)
@@ -1150,17 +1171,21 @@ class Samples(Case):
             array = file["arr_0"]
         self.assertEqual((array.shape, array.dtype), ((3, 8, 8, 3), np.uint8))
         self.assertEqual(array[1, 2, 3].tolist(), ddpm.to_uint8(x)[1, :, 2, 3].tolist())
-        self.bad_input("exists already", sample.write_npz, self.folder / "a.npz", x)
+        self.bad_input("exists already", sample.check_new, self.folder / "a.npz", None)
+        with self.assertRaises(FileExistsError):
+            sample.write_npz(self.folder / "a.npz", x)
         sample.write_pngs(self.folder / "png", x, 40)
         self.assertEqual(sorted(os.listdir(self.folder / "png")),
-                         ["00000040.png", "00000041.png", "00000042.png"])
-        self.bad_input("not an empty folder", sample.write_pngs, self.folder / "png", x, 40)
+                         ["0000000040.png", "0000000041.png", "0000000042.png"])
+        self.bad_input("not an empty folder", sample.check_new, None, self.folder / "png")
 
     def test_the_search_never_returns_less_than_the_better_hand_grid(self):
         net, _, _ = sample.load_model(Workshop.get() / "teacher.pt", CPU)
         z = ddpm.seeded_noise(range(6), (3, 8, 8))
         target = ddpm.sample(net_as_eps(net), z, ddpm.make_grid("uniform", 50), self.ab)
-        score = lambda x, y: (reward.mse_reward(x, y), {})
+
+        def score(x, y):
+            return -(x - y).square().mean((1, 2, 3)), {}
         grid = sample.search_grid(net, z, target, score, 3, 15, self.ab)
         def value(g):
             return score(student.deploy(net, z, 3, self.ab, grid=g)[0], target)[0].mean().item()
@@ -1277,6 +1302,8 @@ class Commands(Case):
             self.assertTrue(torch.equal(value, b["parts"]["net"][key]), key)
         self.run_main(student, *words, "--init", "teacher", "--out", "c")
         self.assertEqual(student.load_student("c/student.pt")[0].predicts, "eps")
+        self.assertIn("had --clone secant, not eps", self.fails(
+            student, *words, "--clone", "eps", "--out", "a", "--resume"))
         self.run_main(student, *words, "--clone", "eps", "--out", "d")
 
     def test_the_encoders_train_and_the_rewards_are_shown(self):
@@ -1429,7 +1456,7 @@ PLANTED = [  # (module, what the source says, the mistake, the test that notices
      "Rewards.test_no_reward_depends_on_the_batch_it_is_computed_in"),
     (reward, "in_real.any(0)", "in_real[distance.argmin(0), torch.arange(len(fake))]",
      "Metrics.test_precision_takes_any_ball_not_the_nearest_neighbours"),
-    (reward, "kthvalue(k + 1, dim=1).values       #", "kthvalue(k, dim=1).values       #",
+    (reward, "kthvalue(k + 1, dim=1).values  # k + 1", "kthvalue(k, dim=1).values  # k + 1",
      "Metrics.test_precision_and_recall_agree_with_loops"),
     (reward, "- 2 * cross).item()", "- cross).item()",
      "Metrics.test_frechet_distance_of_known_gaussians"),
@@ -1458,7 +1485,7 @@ PLANTED = [  # (module, what the source says, the mistake, the test that notices
     (rl_distill, 's["logp_pixel"] = pixel_logp(mean, s["x_next"], s["sigma"])',
      's["logp_pixel"] = pixel_logp(mean, s["x_t"], s["sigma"])',
      "Loop.test_the_ratio_is_one_before_the_first_step_in_both_channels"),
-    (rl_distill, "loss = loss + args.kl * kl", "loss = loss + args.kl * kl.detach()",
+    (rl_distill, "return loss + args.kl * kl, ratio", "return loss + args.kl * kl.detach(), ratio",
      "Loop.test_zero_advantage_gives_zero_gradient_and_the_kl_alone_pulls_back"),
     (rl_distill, "noise[1::2] = -noise[0::2]", "pass",
      "Loop.test_training_explores_the_last_jump_too_and_in_antithetic_pairs"),
@@ -1466,7 +1493,7 @@ PLANTED = [  # (module, what the source says, the mistake, the test that notices
      "Loop.test_training_explores_the_last_jump_too_and_in_antithetic_pairs"),
     (rl_distill, 'a = adv[s["rows"]]', 'a = -adv[s["rows"]]',
      "Loop.test_the_step_policy_finds_the_optimum_of_a_known_reward"),
-    (rl_distill, "HELD_OUT, args.held_out, alpha_bar", "2, args.held_out, alpha_bar",
+    (rl_distill, "(HELD_OUT, args.held_out, \"held-out\")", "(2, args.held_out, \"held-out\")",
      "Loop.test_noise_for_training_monitoring_and_the_table_is_disjoint"),
 ]
 
