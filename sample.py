@@ -21,7 +21,8 @@ from tqdm import tqdm
 # From earlier files:
 from ddpm import (T, BadInput, chunk_size, linear_alpha_bar, load_checkpoint, load_teacher,
                   log_line, make_grid, number, output_folder, parameter_count, parser_for,
-                  pick_device, pyplot, run_main, save_figure, seeded_noise, strictly_decreasing, to_uint8)
+                  pick_device, pyplot, run_main, save_figure, seeded_noise, strictly_decreasing,
+                  to_uint8)
 from teacher import TEACHER_STEPS, device_name, save_picture
 from student import HELD_OUT, deploy, load_student, student_from_teacher
 from reward import Reward, encode, frechet_distance, load_encoder, moments, precision_recall

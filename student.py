@@ -303,7 +303,8 @@ def clone(net, ema, teacher, args, out, device):
     """Regress the student on the teacher's paths. Returns (seconds, number of paths)."""
     alpha_bar = linear_alpha_bar(device)
     generator = torch.Generator().manual_seed(args.seed)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0,
+                                  fused=device.type != "mps")
     pool = PathPool(teacher, args.pool, args.seed + 1, alpha_bar, device, args.fp32)
     parts = dict(net=net, ema=ema, optimizer=optimizer, generator=generator, pool=pool)
     first, seconds_before = 0, 0.0
