@@ -3,7 +3,7 @@
     python sample.py                                        # the bundled student: a picture grid
     python sample.py --model checkpoints/teacher.pt --steps 20 --n 16
     python sample.py --npz images.npz --n 10000             # uint8 (N, 32, 32, 3), for FID tools
-    python sample.py --evaluate --model checkpoints/teacher.pt checkpoints/rl_student.pt --steps 2 4
+    python sample.py --evaluate --model checkpoints/teacher.pt checkpoints/student.pt --steps 2 4
 
 Each image has its own seed (--seed, --seed + 1, ...): same seed, same start noise for teacher
 and student, in any batch, on any device. --evaluate compares on held-out noise: reward (likeness to
@@ -215,7 +215,7 @@ def parse_args(argv=None):
     """Command line of sample.py."""
     p = parser_for(__doc__, "python sample.py --model checkpoints/teacher.pt --steps 20 --eta 1")
     a = p.add_argument
-    a("--model", nargs="+", default=["checkpoints/rl_student.pt"],
+    a("--model", nargs="+", default=["checkpoints/student.pt"],
       help="teacher's or student's file")
     a("--steps", type=number(int, 1, T), nargs="+", default=[4],
       help="network evaluations per image")
