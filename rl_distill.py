@@ -48,7 +48,7 @@ def noise_and_targets(teacher, first_seed, n, alpha_bar, device, what):
 
     Returns (z, target), both (n, 3, H, W). One target per z: deterministic, computed once, reused.
     """
-    side, chunk = teacher.config["image_size"], 64 if device.type == "cpu" else 1024
+    side, chunk = teacher.config["image_size"], chunk_size(device)
     z = seeded_noise(range(first_seed, first_seed + n), (3, side, side), device=device)
     grid = make_grid("uniform", TEACHER_STEPS)
     return z, torch.cat([sample(teacher, x, grid, alpha_bar)

@@ -27,8 +27,8 @@ from ddpm import (T, BadInput, UNet, at, autocast, chunk_size, ddim_step, half_w
                   log_line, make_grid, number, output_folder, parameter_count, parser_for,
                   pick_device, predict_x0, run_main, sample, save_checkpoint, save_state,
                   seeded_noise, time_embedding)
-from teacher import (TEACHER_STEPS, device_name, ema_update, learning_rate, plot_loss, provenance,
-                     save_picture)
+from teacher import (EMA_DECAY, GRAD_CLIP, TEACHER_STEPS, device_name, ema_update, learning_rate,
+                     plot_loss, provenance, save_picture)
 
 STUDENT_UNET = dict(width=32, mults=[1, 2, 3], blocks=1, attention=[8], dropout=0.0)   # 1.8 M
 START_SHARE = 1 / 3         # share of pairs that start at t = T, where every deployment starts
@@ -323,9 +323,9 @@ def clone(net, ema, teacher, args, out, device):
             loss = clone_loss(net, pool.paths, rows, t, t_next, alpha_bar)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), GRAD_CLIP)
         optimizer.step()
-        ema_update(ema, net, min(0.999, (1 + update) / (10 + update)))
+        ema_update(ema, net, min(EMA_DECAY, (1 + update) / (10 + update)))
 
         running.append(loss.detach())
         done, seconds = update + 1, seconds_before + time.time() - start
