@@ -521,7 +521,7 @@ def parse_args(argv=None):
     a("--clip-steps", type=number(float, 1e-9), default=0.2, help="clip range of steps, 0.1..0.3")
     a("--clip-pixels", type=number(float, 1e-9), default=1e-4,
       help="clip range of the pixels' mean log-density, 1e-5..1e-3")
-    a("--lr-steps", type=rate, default=1e-2, help="learning rate of the step policy, 1e-3..3e-2")
+    a("--lr-steps", type=rate, default=2e-3, help="learning rate of the step policy, 5e-4..5e-3")
     a("--lr-pixels", type=rate, default=1e-5, help="learning rate of the U-Net, 1e-6..1e-4")
     a("--eta", type=number(float, 1e-9, 1), default=0.3, help="exploration of pixels, Eq. 16 DDIM")
     a("--kl", type=share, default=0.0, help="weight of the KL to the cloned student, 0..1")

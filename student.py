@@ -462,8 +462,9 @@ def main(argv=None):
     print(f"device {device_name(device)} | student {parameter_count(net) / 1e6:.2f} M, teacher "
           f"{parameter_count(teacher) / 1e6:.2f} M parameters | "
           f"{args.updates * args.batch_size} jumps")
-    seconds, paths = clone(net, ema, teacher, args, out, device)
+    seconds, paths = 0.0, 0
     if args.updates:
+        seconds, paths = clone(net, ema, teacher, args, out, device)
         plot_loss(out, "pairs", "cloning loss")
     else:                                      # the first weights, untrained
         save_student(out / "student.pt", ema, None, provenance("student.py", args, 0, device))
