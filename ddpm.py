@@ -35,6 +35,7 @@ from torch import nn
 T = 1000                                  # number of noise levels, Ho et al. section 4
 BETA_FIRST, BETA_LAST = 1e-4, 0.02        # linear schedule, Ho et al. section 4
 FORMAT = "redif-1"                        # checkpoint format version
+GRIDS = ("uniform", "quadratic", "logsnr")      # hand grids, see make_grid
 DEMO_POINTS = 1000                        # points in the plane of the closed-form demonstration
 
 
@@ -102,6 +103,11 @@ def predict_x0(x_t, t, eps_hat, alpha_bar, clip=True):
     return x0_hat, eps_hat
 
 
+def half_log_snr(alpha_bar):
+    """lambda = log(sqrt(ab) / sqrt(1 - ab)), any shape; infinite at t = 0."""
+    return torch.logit(alpha_bar) / 2
+
+
 def ddim_sigma(t, t_next, eta, alpha_bar):
     """sigma = eta sqrt((1 - ab') / (1 - ab)) sqrt(1 - ab / ab'). Eq. 16, Song et al. 2020.
 
@@ -124,21 +130,34 @@ def ddim_step(x0_hat, eps_hat, t, t_next, eta, alpha_bar):
 
 
 def make_grid(name, steps):
-    """Decreasing list of steps + 1 integers from T to 0: 'uniform' or 'quadratic' (DDIM, D.2)."""
+    """Decreasing list of steps + 1 integers from T to 0, a hand grid.
+
+    'uniform' and 'quadratic' in t (appendix D.2, Song et al. 2020); 'logsnr': uniform in
+    lambda = log(sqrt(ab / (1 - ab))) (Lu et al. 2022), its last point, t = 1, moved on to 0.
+    """
     if not 1 <= steps <= T:
         raise BadInput(f"the number of steps must be between 1 and {T}, not {steps}")
+    if name not in GRIDS:
+        raise BadInput(f"unknown grid '{name}'; choose one of {', '.join(GRIDS)}")
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    shapes = {"uniform": u, "quadratic": u ** 2}
-    if name not in shapes:
-        raise BadInput(f"unknown grid '{name}'; choose one of {', '.join(shapes)}")
-    return strictly_decreasing([round(T * v) for v in shapes[name].tolist()])
+    if name == "logsnr":
+        levels = half_log_snr(linear_alpha_bar()[1:])                          # of t = 1 .. T
+        times = time_of_level(levels[0] + u * (levels[-1] - levels[0]), levels).tolist()
+        return strictly_decreasing([*times[:-1], 0])
+    u = u if name == "uniform" else u ** 2
+    return strictly_decreasing([round(v) for v in (T * u).tolist()])
+
+
+def time_of_level(wanted, levels):
+    """Times t >= 1 whose lambda is nearest: (B,) -> (B,) integers; levels: lambda of 1 .. T."""
+    return (levels - wanted[:, None]).abs().argmin(1) + 1
 
 
 def strictly_decreasing(grid):
-    """Push entries that rounding made equal one apart, so that every jump has t > t_next."""
+    """Push apart entries that rounding made equal, within T .. 0: every jump needs t > t_next."""
     for k in range(len(grid) - 2, -1, -1):
         grid[k] = max(grid[k], grid[k + 1] + 1)
-    return grid
+    return [min(t, T - k) for k, t in enumerate(grid)]
 
 
 def seeded_noise(seeds, shape, stream=0, device="cpu"):
@@ -174,6 +193,31 @@ def sample(net, x_T, grid, alpha_bar, eta=0.0, seeds=None, clip=True, keep_path=
             x = x + sigma.reshape(-1, *[1] * (x.dim() - 1)) * noise
         path.append(x)
     return path if keep_path else x
+
+
+@torch.no_grad()
+def dpm_solver(net, x_T, grid, alpha_bar, clip=True):
+    """DPM-Solver++(2M), second order from the second step on. Algorithm 2, Lu et al. 2022
+    (arXiv 2211.01095); what a user would reach for before distilling anything.
+
+    With h = lambda' - lambda and the last step's h_last, x0_hat is extrapolated along lambda,
+    D = x0_hat + h / (2 h_last) (x0_hat - x0_last), and x' = sigma' / sigma x + sqrt(ab')
+    (1 - e^-h) D, which is DDIM's step with D for x0_hat. The jump into t = 0, where lambda is
+    infinite, is DDIM's own. Arguments and result as in sample(), eta = 0.
+    """
+    x, x0_last, h_last = x_T, None, None
+    for now, then in zip(grid, grid[1:]):
+        t = torch.full((len(x),), now, device=x.device)
+        t_next = torch.full_like(t, then)
+        x0_hat, _ = predict_x0(x, t, net(x, t).float(), alpha_bar, clip)
+        h = (half_log_snr(alpha_bar[then]) - half_log_snr(alpha_bar[now])).item()
+        D = x0_hat
+        if x0_last is not None and then > 0:
+            D = x0_hat + h / (2 * h_last) * (x0_hat - x0_last)
+        eps_hat = (x - alpha_bar[now].sqrt() * D) / (1 - alpha_bar[now]).sqrt()
+        x, _ = ddim_step(D, eps_hat, t, t_next, 0.0, alpha_bar)
+        x0_last, h_last = x0_hat, h
+    return x
 
 
 # ==============================================================================================
@@ -615,19 +659,24 @@ def demo(out, seed):
         return sample(lambda x, t: mixture_eps(x, t, *data, alpha_bar), x_T,
                       make_grid("uniform", steps), alpha_bar, eta, seeds=range(n), clip=False)
 
-    print("       --- one Gaussian ---------------   --- mixture of six: energy distance ---\n"
-          "  NFE  rms to exact end   std at eta 1         eta 0              eta 1")
-    ends, errors = {}, []
+    print("       --- one Gaussian ----------------------------   --- mixture of six ---\n"
+          "       rms to exact end, eta 0             std          energy distance\n"
+          "  NFE  uniform   logsnr  logsnr, 2nd order  at eta 1       eta 0      eta 1")
+    ends, errors, exact_end = {}, [], gaussian_flow(x_T, mean, std, alpha_bar)
     for steps in (1, 2, 5, 10, 20, 50, 100, 1000):
-        exact_end = gaussian_flow(x_T, mean, std, alpha_bar)
-        rms = (run(steps, 0.0, mean, std) - exact_end).square().mean().sqrt()
+        rms = [(end - exact_end).square().mean().sqrt().item() for end in (
+            run(steps, 0.0, mean, std), *(solver(
+                lambda x, t: mixture_eps(x, t, mean, std, alpha_bar), x_T,
+                make_grid("logsnr", steps), alpha_bar, clip=False)
+                for solver in (sample, dpm_solver)))]
         std_1 = run(steps, 1.0, mean, std).std(0).mean()                       # should become 0.2
         for eta in (0.0, 1.0):
             ends[steps, eta] = run(steps, eta, means, spread)
         distances = [energy_distance(ends[steps, eta], exact) for eta in (0.0, 1.0)]
-        errors.append((steps, rms.item(), *distances))
-        print(f"{steps:5d}  {rms:16.5f} {std_1:14.5f} {distances[0]:13.5f} {distances[1]:18.5f}")
-        log_line(out, nfe=steps, rms=rms.item(), std=std_1.item(), mixture=distances)
+        errors.append((steps, *rms, *distances))
+        print(f"{steps:5d}  {rms[0]:.5f}  {rms[1]:.5f}  {rms[2]:.5f} {std_1:20.5f} "
+              f"{distances[0]:11.5f} {distances[1]:10.5f}")
+        log_line(out, nfe=steps, rms=rms, std=std_1.item(), mixture=distances)
 
     figure, axes = pyplot().subplots(2, 5, figsize=(14, 5.8))
     panels = [(f"forward, t = {t}", q_sample(exact, torch.full((n,), t), noise[1], alpha_bar), t)
@@ -638,10 +687,12 @@ def demo(out, seed):
         limit = 1.2 if t <= 50 else 2.5
         axis.scatter(*points.T, s=1, color="tab:blue" if "forward" in title else "tab:orange")
         axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-    for column, name in ((1, "Gaussian, rms, eta 0"), (2, "mixture, eta 0"), (3, "mixture, eta 1")):
-        axes[1, 4].loglog([e[0] for e in errors], [max(e[column], 1e-6) for e in errors],
-                          marker="o", markersize=3, label=name)
-    axes[1, 4].set(title="error against the known answer", xlabel="network evaluations")
+    names = ("Gaussian, uniform", "Gaussian, logsnr", "the same, 2nd order", "mixture, eta 0",
+             "mixture, eta 1")
+    for column, name in enumerate(names, start=1):
+        axes[1, 4].loglog([e[0] for e in errors], [max(e[column], 1e-6) for e in errors], "o-",
+                          markersize=3, label=name)
+    axes[1, 4].set(title="error, known answer", xlabel="network evaluations")
     axes[1, 4].legend(fontsize=7)
     save_figure(figure, out / "ddpm.png")
 

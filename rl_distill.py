@@ -23,10 +23,10 @@ import torch
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (T, BadInput, chunk_size, linear_alpha_bar, load_state, load_teacher, log_line,
-                  make_grid, number, output_folder, parameter_count, parser_for, pick_device,
-                  pyplot, run_main, sample, save_figure, save_state, seeded_noise, settings,
-                  wait_for)
+from ddpm import (GRIDS, T, BadInput, chunk_size, linear_alpha_bar, load_state, load_teacher,
+                  log_line, make_grid, number, output_folder, parameter_count, parser_for,
+                  pick_device, pyplot, run_main, sample, save_figure, save_state, seeded_noise,
+                  settings, wait_for)
 from teacher import TEACHER_STEPS, device_name, provenance, tile
 from student import (HELD_OUT, StepPolicy, deploy, jump, land, load_student, save_student,
                      student_from_teacher)
@@ -319,11 +319,11 @@ def deployed(net, policy, z, target, reward, steps, alpha_bar, grid=None, may_st
                 seconds=seconds)
 
 
-def better_base(net, z, target, reward, steps, alpha_bar):
-    """Hand grid with the larger reward on *training* noise: where the step policy starts."""
+def best_base(net, z, target, reward, steps, alpha_bar):
+    """Hand grid with the largest reward on *training* noise: where the step policy starts."""
     scores = {name: deployed(net, None, z, target, reward, steps, alpha_bar,
                              make_grid(name, steps))["reward"].mean()
-              for name in ("uniform", "quadratic")}
+              for name in GRIDS}
     return max(scores, key=scores.get)
 
 
@@ -391,7 +391,7 @@ def final_table(net, net_before, teacher, policy, held_set, reward, args, alpha_
     teacher_as_student, rows = student_from_teacher(teacher).to(z.device).eval(), {}
     for model, name in ((teacher_as_student, "teacher DDIM {}"),
                         (net_before, "student before, {}")):
-        for grid in ("uniform", "quadratic"):
+        for grid in GRIDS:
             rows[name.format(grid)] = deployed(model, None, z, target, reward, args.steps,
                                                alpha_bar, make_grid(grid, args.steps))
     rows["student after"] = deployed(net, policy, z, target, reward, args.steps, alpha_bar,
@@ -452,7 +452,7 @@ def plot_grid(times, path):
     """Learned times, mean and spread over held-out noises (times: (B, K + 1)), and hand grids."""
     figure, axis = pyplot().subplots(figsize=(5, 3.6))
     evaluations = range(times.shape[1])
-    for name, style in (("uniform", "--"), ("quadratic", ":")):
+    for name, style in zip(GRIDS, ("--", ":", "-.")):
         axis.plot(make_grid(name, len(evaluations) - 1), style, color="grey", label=f"{name} grid")
     axis.errorbar(evaluations, times.mean(0), yerr=times.std(0), marker="o", capsize=3,
                   label="learned, ± std over noises")
@@ -507,8 +507,8 @@ def parse_args(argv=None):
     a("--reward", default="feature+perceptual", help=f"sum of {', '.join(TERMS)}; term:weight")
     a("--step-cost", type=share, default=0.0, help="c, reward paid per evaluation; above 0 the "
       "policy may stop early, 0..0.2")
-    a("--base", choices=["auto", "uniform", "quadratic"], default="auto",
-      help="hand grid the steps start at; auto: the better on training noise")
+    a("--base", choices=["auto", *GRIDS], default="auto",
+      help="hand grid the steps start at; auto: the best on training noise")
     a = p.add_argument_group("how").add_argument
     a("--estimator", choices=["ppo", "reinforce", "backprop"], default="ppo",
       help="policy gradient; backprop: the reward's own gradient, no RL")
@@ -575,7 +575,7 @@ def main(argv=None):
                                (HELD_OUT + 10 ** 6, min(MONITOR, args.held_out), "monitor")))
     base = args.base
     if base == "auto":
-        base = better_base(net, *(x[:64] for x in train_set), reward, args.steps, alpha_bar)
+        base = best_base(net, *(x[:64] for x in train_set), reward, args.steps, alpha_bar)
     print(f"the step policy starts at the {base} grid")
     policy, net_ref = StepPolicy(net.features, base).to(device), copy.deepcopy(net)
     net_ref.requires_grad_(False)

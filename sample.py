@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (T, BadInput, chunk_size, linear_alpha_bar, load_checkpoint, load_teacher,
+from ddpm import (GRIDS, T, BadInput, chunk_size, linear_alpha_bar, load_checkpoint, load_teacher,
                   log_line, make_grid, number, output_folder, parameter_count, parser_for,
                   pick_device, pyplot, run_main, save_figure, seeded_noise, strictly_decreasing,
                   to_uint8)
@@ -47,7 +47,7 @@ def pick_grid(name, policy, content, steps):
     if name == "auto":
         name = "policy" if policy is not None and content.get("steps") == steps else "uniform"
     if name == "policy" and policy is None:
-        raise BadInput("this checkpoint has no step policy; choose --grid uniform or quadratic")
+        raise BadInput("this checkpoint has no step policy; choose another --grid")
     return name, None if name == "policy" else make_grid(name, steps)
 
 
@@ -97,21 +97,20 @@ def write_pngs(folder, images, first_seed):
 def search_grid(net, z, target, reward, steps, tries, alpha_bar, seed=0):
     """Gradient-free baseline: random search around the best grid so far, on *training* noise.
 
-    Starts from the better hand grid; each try moves all inner times by Gaussian steps that shrink
+    Starts from the best hand grid; each try moves all inner times by Gaussian steps that shrink
     from 12 to 3 percent of T and keeps what scores higher. Returns the grid.
     """
     def score(grid):
         result = deployed(net, None, z, target, reward, steps, alpha_bar, grid)
         return result["reward"].mean().item()
     rng = np.random.default_rng(seed)
-    best_score, best = max((score(g), g) for g in (make_grid("uniform", steps),
-                                                   make_grid("quadratic", steps)))
+    best_score, best = max((score(g), g) for g in (make_grid(name, steps) for name in GRIDS))
     for i in range(tries if steps > 1 else 0):
         width = T * 0.12 * 0.25 ** (i / tries)
         inner = sorted((np.array(best[1:-1]) + rng.normal(0, width, steps - 1))
                        .round().clip(1, T - 1).astype(int), reverse=True)
         grid = strictly_decreasing([T, *map(int, inner), 0])
-        if grid[0] == T and (new := score(grid)) > best_score:
+        if (new := score(grid)) > best_score:
             best_score, best = new, grid
     return best
 
@@ -150,7 +149,7 @@ def evaluate(args, out, device):
         deploy(net, z[:8], 1, alpha_bar, grid=[T, 0])                          # warm up the clock
         todo = []
         for steps in args.steps:
-            todo += [(grid, steps, make_grid(grid, steps)) for grid in ("uniform", "quadratic")]
+            todo += [(grid, steps, make_grid(grid, steps)) for grid in GRIDS]
             if args.search and steps > 1:
                 todo.append(("searched", steps, search_grid(net, *train_set, reward, steps,
                                                             args.search, alpha_bar)))
@@ -219,7 +218,7 @@ def parse_args(argv=None):
       help="teacher's or student's file")
     a("--steps", type=number(int, 1, T), nargs="+", default=[4],
       help="network evaluations per image")
-    a("--grid", choices=["auto", "policy", "uniform", "quadratic"], default="auto",
+    a("--grid", choices=["auto", "policy", *GRIDS], default="auto",
       help="times of the steps; auto: the model's own policy where it was trained for --steps")
     a("--eta", type=number(float, 0, 1), default=0.0, help="0 DDIM .. 1 DDPM, with a fixed grid")
     a("--n", type=number(int, 1), help="number of images (default: 64; 512 with --evaluate)")
@@ -263,7 +262,7 @@ def main(argv=None):
     wish = "uniform" if args.grid == "auto" and args.eta > 0 else args.grid
     name, grid = pick_grid(wish, policy, content, steps)
     if args.eta > 0 and grid is None:
-        raise BadInput("--eta above 0 needs --grid uniform or quadratic: policies act at eta 0")
+        raise BadInput("--eta above 0 needs a fixed --grid (uniform, ...): policies act at eta 0")
     out = output_folder(args.out, "sample")
     out.mkdir(parents=True, exist_ok=True)
     print("config:", vars(args))

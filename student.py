@@ -22,11 +22,11 @@ from torch import nn
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (T, BadInput, UNet, at, autocast, chunk_size, ddim_step, half_weights,
-                  linear_alpha_bar, load_checkpoint, load_state, load_teacher, load_weights,
-                  log_line, make_grid, number, output_folder, parameter_count, parser_for,
-                  pick_device, predict_x0, run_main, sample, save_checkpoint, save_state,
-                  seeded_noise, time_embedding)
+from ddpm import (T, BadInput, UNet, at, autocast, chunk_size, ddim_step, half_log_snr,
+                  half_weights, linear_alpha_bar, load_checkpoint, load_state, load_teacher,
+                  load_weights, log_line, make_grid, number, output_folder, parameter_count,
+                  parser_for, pick_device, predict_x0, run_main, sample, save_checkpoint,
+                  save_state, seeded_noise, time_embedding, time_of_level)
 from teacher import (EMA_DECAY, GRAD_CLIP, TEACHER_STEPS, device_name, ema_update, learning_rate,
                      plot_loss, provenance, save_picture)
 
@@ -138,6 +138,7 @@ class StepPolicy(nn.Module):
     def __init__(self, features, base="uniform", hidden=64):
         super().__init__()
         self.config = dict(features=features, base=base, hidden=hidden)
+        self.register_buffer("levels", half_log_snr(linear_alpha_bar()[1:]), persistent=False)
         self.normalise = nn.LayerNorm(features, elementwise_affine=False)
         self.body = nn.Sequential(nn.Linear(features + 3, hidden), nn.SiLU(),
                                   nn.Linear(hidden, hidden), nn.SiLU())
@@ -145,10 +146,15 @@ class StepPolicy(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def hand_ratio(self, n):
-        """t_next / t of the hand grid with n steps left: uniform (n-1)/n, quadratic its square."""
-        ratio = (n - 1) / n
-        return (ratio if self.config["base"] == "uniform" else ratio ** 2).clamp(0.01, 0.99)
+    def hand_ratio(self, t, n):
+        """t_next / t of the hand grid with n steps left: uniform (n-1)/n, quadratic its square;
+        logsnr: one n-th of the way from lambda(t) to lambda(1). All (B,)."""
+        if self.config["base"] == "logsnr":
+            level = self.levels[t.long() - 1]
+            ratio = time_of_level(level + (self.levels[0] - level) / n, self.levels) / t
+        else:
+            ratio = ((n - 1) / n) ** (1 if self.config["base"] == "uniform" else 2)
+        return ratio.clamp(0.01, 0.99)
 
     def forward(self, t, n, features):
         """t, n (B,); features (B, C) -> mean of rho, concentration, stopping logit, each (B,)."""
@@ -156,7 +162,7 @@ class StepPolicy(nn.Module):
         clock = torch.stack([t / T, 1 / n, torch.log(n)], dim=1)               # (B, 3)
         seen = self.normalise(features.detach())                               # (B, C)
         shift, log_spread, stop = self.head(self.body(torch.cat([clock, seen], 1))).unbind(1)
-        mean = torch.sigmoid(torch.logit(self.hand_ratio(n)) + shift)
+        mean = torch.sigmoid(torch.logit(self.hand_ratio(t, n)) + shift)
         return mean, CONCENTRATION * log_spread.clamp(-2, 2).exp(), STOP_LOGIT + stop
 
     def distribution(self, t, n, features):

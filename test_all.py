@@ -207,12 +207,15 @@ class ReverseStep(Case):
             self.assertEqual(clip, x0_hat.abs().max().item() <= 1)
 
     def test_every_grid_decreases_from_T_to_0(self):
-        for name in ("uniform", "quadratic"):
+        for name in ddpm.GRIDS:
             for steps in (1, 2, 3, 50, 999, 1000):
                 grid = ddpm.make_grid(name, steps)
                 self.assertEqual((len(grid), grid[0], grid[-1]), (steps + 1, ddpm.T, 0))
                 self.assertTrue(all(a > b for a, b in zip(grid, grid[1:])))
         self.assertEqual(ddpm.make_grid("quadratic", 4), [1000, 562, 250, 62, 0])
+        grid = ddpm.make_grid("logsnr", 8)               # equal steps in lambda, but for the last
+        level = 0.5 * torch.log(self.ab[grid[:-1]] / (1 - self.ab[grid[:-1]]))
+        self.close(level.diff() / level.diff()[0], torch.ones(7), 0.05)
 
     def test_a_grid_that_cannot_be_is_refused(self):
         self.bad_input("number of steps", ddpm.make_grid, "uniform", 0)
@@ -233,6 +236,20 @@ class Sampler(Case):
                                clip=False) - exact).abs().max().item() for k in (10, 100, 1000)]
         self.assertLess(errors[2], 0.02)
         self.assertTrue(errors[0] > 5 * errors[1] > 25 * errors[2], errors)
+
+    def test_the_second_order_solver_converges_with_the_square_and_starts_as_ddim(self):
+        x_T, mean = torch.randn(200, 2, generator=rng()), torch.tensor([[0.4, -0.2]])
+        exact = ddpm.gaussian_flow(x_T, mean, 0.3, self.ab)
+
+        def end(solver, steps):
+            return solver(self.gaussian, x_T, ddpm.make_grid("logsnr", steps), self.ab, clip=False)
+        errors = {k: (end(ddpm.dpm_solver, k) - exact).square().mean().sqrt().item()
+                  for k in (16, 32, 64)}
+        self.assertTrue(errors[16] > 3 * errors[32] > 9 * errors[64], errors)
+        ddim = (end(ddpm.sample, 32) - exact).square().mean().sqrt().item()
+        self.assertLess(5 * errors[32], ddim)
+        for steps in (1, 2):                      # no earlier estimate, or the jump into t = 0
+            self.close(end(ddpm.dpm_solver, steps), end(ddpm.sample, steps), 1e-5)
 
     def test_ddpm_on_a_gaussian_gives_its_mean_and_spread(self):
         x_T = torch.randn(300, 2, generator=rng())
@@ -653,7 +670,7 @@ class Policy(Case):
 
     def test_it_starts_at_the_hand_grid_with_the_named_concentration(self):
         net = student.JumpUNet(**TINY)
-        for base in ("uniform", "quadratic"):
+        for base in ddpm.GRIDS:
             policy = student.StepPolicy(net.features, base)
             _, times, _ = student.deploy(net, torch.randn(3, 3, 8, 8, generator=rng()), 4, self.ab,
                                       policy)
@@ -1179,7 +1196,7 @@ class Samples(Case):
                          ["0000000040.png", "0000000041.png", "0000000042.png"])
         self.bad_input("not an empty folder", sample.check_new, None, self.folder / "png")
 
-    def test_the_search_never_returns_less_than_the_better_hand_grid(self):
+    def test_the_search_never_returns_less_than_the_best_hand_grid(self):
         net, _, _ = sample.load_model(Workshop.get() / "teacher.pt", CPU)
         z = ddpm.seeded_noise(range(6), (3, 8, 8))
         target = ddpm.sample(net_as_eps(net), z, ddpm.make_grid("uniform", 50), self.ab)
@@ -1192,7 +1209,7 @@ class Samples(Case):
         self.assertTrue(grid[0] == 1000 and grid[-1] == 0
                         and all(a > b for a, b in zip(grid, grid[1:])))
         self.assertGreater(value(grid),
-                           max(value(ddpm.make_grid(n, 3)) for n in ("uniform", "quadratic")))
+                           max(value(ddpm.make_grid(n, 3)) for n in ddpm.GRIDS))
 
 
 def net_as_eps(net):
