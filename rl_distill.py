@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 # From earlier files:
@@ -68,13 +69,24 @@ def step_logp(policy, t, n, features, rho, stop, may_stop):
     return logp
 
 
-def pixel_logp(mean, x_next, sigma):
-    """log N(x_next; mean, sigma^2 I) without its constants, (B,).
+def pixel_logp(mean, x_next, sigma, block=1):
+    """log N(x_next; mean, sigma^2 I) without its constants, (B,); of block x block pixel means.
 
-    DEVIATES: *mean* over the 3072 dimensions, where the density has their sum (ReDiF's and DDPO's
-    code do the same). The summed ratio is e^(+-50) after the smallest change: all is clipped.
+    DEVIATES: *mean* over the dimensions, where the density has their sum (ReDiF's and DDPO's code
+    do the same). The summed ratio is e^(+-50) after the smallest change: all is clipped.
+    DEVIATES: with block > 1 the action is the mean of every block (each is moved by one noise);
+    what lies within a block follows mu, without noise and without gradient.
     """
-    return -((x_next - mean).square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
+    offset = F.avg_pool2d(x_next - mean, block)                     # (B, 3, H / block, W / block)
+    return -(offset.square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
+
+
+def draw_noise(shape, block, generator):
+    """Exploration noise (B, 3, H, W), equal within blocks; rows 2i, 2i + 1 are antithetic pairs."""
+    B, C, H, W = shape
+    noise = torch.randn(B, C, H // block, W // block, generator=generator)
+    noise[1::2] = -noise[0::2]
+    return F.interpolate(noise, scale_factor=block, mode="nearest")
 
 
 def gaussian_kl(mean, mean_ref, sigma):
@@ -140,10 +152,9 @@ def rollout(net, policy, z, args, alpha_bar, generator):
         s["x_next"] = mean
         if learn_pixels:                                            # action 2: where
             s["sigma"] = torch.where(s["t_next"] == 0, sigma.clamp(min=SIGMA_FLOOR), sigma)
-            noise = torch.randn(x.shape, generator=generator)
-            noise[1::2] = -noise[0::2]                              # antithetic pairs in a group
-            s["x_next"] = mean + s["sigma"][:, None, None, None] * noise.to(z.device)[rows]
-            s["logp_pixel"] = pixel_logp(mean, s["x_next"], s["sigma"])
+            noise = draw_noise(x.shape, args.block, generator).to(z.device)[rows]
+            s["x_next"] = mean + s["sigma"][:, None, None, None] * noise
+            s["logp_pixel"] = pixel_logp(mean, s["x_next"], s["sigma"], args.block)
         x, features, t = x.clone(), features.clone(), t.clone()
         x[rows], features[rows], t[rows] = s["x_next"], seen, s["t_next"]
         nfe[rows] += 1
@@ -206,7 +217,7 @@ def pixel_surrogate(net, net_ref, s, i, adv, mean_sigma, args, alpha_bar):
     """Pixel channel of rows i of one stored step: loss, ratio and KL, (b,) each."""
     where = s["x_t"][i], s["t"][i], s["t_next"][i], alpha_bar, args.eta
     (mean, _, _), sigma = jump(net, *where), s["sigma"][i]
-    logp = pixel_logp(mean, s["x_next"][i], sigma)
+    logp = pixel_logp(mean, s["x_next"][i], sigma, args.block)
     loss, ratio = channel_loss(logp, s["logp_pixel"][i], adv[i], args.clip_pixels, args.estimator)
     loss = loss * sigma / mean_sigma                                # the score goes as 1 / sigma
     if args.kl == 0:
@@ -302,14 +313,17 @@ def drift(net, net_ref):
 
 
 @torch.no_grad()
-def deployed(net, policy, z, target, reward, steps, alpha_bar, grid=None, may_stop=False):
-    """Deterministic deployment on noise z: dict of reward, nfe (B,), raw terms {name: (B,)}, times
-    (B, steps + 1), images (B, 3, H, W) and the seconds that the networks took."""
+def scored(draw, z, target, reward):
+    """Draw images from noise z and score them, in chunks; draw(x (b, ...)) -> (images, times).
+
+    Returns a dict of reward, nfe (B,), raw terms {name: (B,)}, times (B, steps + 1), images
+    (B, 3, H, W) and the seconds that the networks took.
+    """
     parts, seconds, size = [], 0.0, chunk_size(z.device)
     for x, y in zip(z.split(size), target.split(size)):
         wait_for(z.device)
         start = time.time()
-        images, times, _ = deploy(net, x, steps, alpha_bar, policy, grid, may_stop)
+        images, times = draw(x)
         wait_for(z.device)
         seconds += time.time() - start
         score, raw = reward(images, y)
@@ -317,6 +331,12 @@ def deployed(net, policy, z, target, reward, steps, alpha_bar, grid=None, may_st
     images, times, nfe, score, *values = (torch.cat(column) for column in zip(*parts))
     return dict(reward=score, nfe=nfe, raw=dict(zip(raw, values)), times=times, images=images,
                 seconds=seconds)
+
+
+def deployed(net, policy, z, target, reward, steps, alpha_bar, grid=None, may_stop=False):
+    """scored() for deterministic deployment: the policy's mean steps, or a fixed grid; eta = 0."""
+    return scored(lambda x: deploy(net, x, steps, alpha_bar, policy, grid, may_stop)[:2],
+                  z, target, reward)
 
 
 def best_base(net, z, target, reward, steps, alpha_bar):
@@ -524,6 +544,8 @@ def parse_args(argv=None):
     a("--lr-steps", type=rate, default=2e-3, help="learning rate of the step policy, 5e-4..5e-3")
     a("--lr-pixels", type=rate, default=1e-5, help="learning rate of the U-Net, 1e-6..1e-4")
     a("--eta", type=number(float, 1e-9, 1), default=0.3, help="exploration of pixels, Eq. 16 DDIM")
+    a("--block", type=count, default=1, help="pixels per side that share their exploration noise; "
+      "1: white noise, 2..8: low frequencies")
     a("--kl", type=share, default=0.0, help="weight of the KL to the cloned student, 0..1")
     a("--minibatch", type=count, default=128, help="states per backward pass of the U-Net (memory)")
     a("--held-out", type=number(int, 2), default=256, help="noises of the final table")
@@ -558,6 +580,9 @@ def main(argv=None):
         if policy is not None or net.config["image_size"] != teacher.config["image_size"]:
             raise BadInput(f"{args.student} was reinforced already, or made for other images than "
                            "the teacher's; give a cloned student of this teacher")
+    if net.config["image_size"] % args.block:
+        raise BadInput(f"--block {args.block} does not divide the image side, "
+                       f"{net.config['image_size']}")
     coach, coach_file = load_encoder(args.coach, "coach", device)
     reward = Reward(args.reward, coach, coach_file["scales"])
     if args.estimator == "backprop" and not reward.differentiable:

@@ -19,14 +19,14 @@ import torch
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (GRIDS, T, BadInput, chunk_size, linear_alpha_bar, load_checkpoint, load_teacher,
-                  log_line, make_grid, number, output_folder, parameter_count, parser_for,
-                  pick_device, pyplot, run_main, save_figure, seeded_noise, strictly_decreasing,
-                  to_uint8)
+from ddpm import (GRIDS, T, BadInput, chunk_size, dpm_solver, linear_alpha_bar, load_checkpoint,
+                  load_teacher, log_line, make_grid, number, output_folder, parameter_count,
+                  parser_for, pick_device, pyplot, run_main, save_figure, seeded_noise,
+                  strictly_decreasing, to_uint8)
 from teacher import TEACHER_STEPS, device_name, save_picture
 from student import HELD_OUT, deploy, load_student, student_from_teacher
 from reward import Reward, encode, frechet_distance, load_encoder, moments, precision_recall
-from rl_distill import deployed, noise_and_targets, standard_error
+from rl_distill import deployed, noise_and_targets, scored, standard_error
 
 # ==============================================================================================
 # MODELS: a teacher is sampled through the student's functions, as a student that never learned
@@ -115,12 +115,19 @@ def search_grid(net, z, target, reward, steps, tries, alpha_bar, seed=0):
     return best
 
 
-def evaluate_one(judge, judge_file, z, *how, **more):
-    """One table row: deployed(net, policy, z, ...) with standard error and the judge's metrics."""
-    result = deployed(how[0], how[1], z, *how[2:], **more)
-    features = encode(judge, result["images"])
+def second_order(net, z, target, reward, steps, alpha_bar):
+    """scored() for the teacher under DPM-Solver++(2M) on the log-SNR grid."""
+    grid = make_grid("logsnr", steps)
+    times = torch.tensor(grid, device=z.device)
+    return scored(lambda x: (dpm_solver(lambda x_t, t: net(x_t, t, t), x, grid, alpha_bar),
+                             times.repeat(len(x), 1)), z, target, reward)
+
+
+def judged(result, judge, judge_file):
+    """One table row: what scored() returned, as means, with the judge's metrics."""
+    features, n = encode(judge, result["images"]), len(result["images"])
     return dict(nfe=result["nfe"].mean().item(), reward=result["reward"].mean().item(),
-                reward_error=standard_error(result["reward"]), ms=1000 * result["seconds"] / len(z),
+                reward_error=standard_error(result["reward"]), ms=1000 * result["seconds"] / n,
                 frechet=frechet_distance(*moments(features), judge_file["mean"],
                                          judge_file["covariance"]),
                 **precision_recall(judge_file["features"].float(), features),
@@ -150,6 +157,8 @@ def evaluate(args, out, device):
         todo = []
         for steps in args.steps:
             todo += [(grid, steps, make_grid(grid, steps)) for grid in GRIDS]
+            if content["kind"] == "teacher":
+                todo.append(("2nd order", steps, None))
             if args.search and steps > 1:
                 todo.append(("searched", steps, search_grid(net, *train_set, reward, steps,
                                                             args.search, alpha_bar)))
@@ -158,9 +167,13 @@ def evaluate(args, out, device):
         if content["kind"] == "teacher":
             todo.append(("uniform", TEACHER_STEPS, make_grid("uniform", TEACHER_STEPS)))
         for grid_name, steps, grid in todo:
-            row = evaluate_one(judge, judge_file, z, net, policy, target, reward, steps, alpha_bar,
-                               grid, may_stop=grid is None and content.get("may_stop", False))
-            rows.append(dict(model=name, grid=grid_name, **row, provenance=content["provenance"]))
+            if grid_name == "2nd order":
+                result = second_order(net, z, target, reward, steps, alpha_bar)
+            else:
+                result = deployed(net, policy, z, target, reward, steps, alpha_bar, grid,
+                                  may_stop=grid is None and content.get("may_stop", False))
+            rows.append(dict(model=name, grid=grid_name, **judged(result, judge, judge_file),
+                             provenance=content["provenance"]))
             log_line(out, **rows[-1])
             print("{model:26s} {grid:10s} {nfe:5.2f} {reward:8.4f} ± {reward_error:6.4f} "
                   "{frechet:8.4f} {precision:6.3f} {recall:6.3f} {density:6.3f} {coverage:6.3f} "

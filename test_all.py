@@ -911,6 +911,16 @@ class LogProbabilities(Case):
         self.close(rl_distill.pixel_logp(mean, x, sigma),
                    normal.log_prob(x).mean((1, 2, 3)) - constant, 1e-4)
 
+    def test_low_frequency_noise_has_the_density_of_its_block_means(self):
+        mean, sigma = images(4), torch.tensor([0.1, 0.1, 0.5, 0.5])
+        noise = rl_distill.draw_noise(mean.shape, 4, rng())
+        self.assertEqual(noise.shape, mean.shape)
+        self.assertTrue(torch.equal(noise[:, :, :4, 4:], noise[:, :, :1, 4:5].expand(4, 3, 4, 4)))
+        self.assertTrue(torch.equal(noise[0::2], -noise[1::2]))
+        x = mean + sigma[:, None, None, None] * noise
+        self.close(rl_distill.pixel_logp(mean, x, sigma, 4),
+                   -0.5 * noise[:, :, ::4, ::4].square().mean((1, 2, 3)), 1e-4)
+
     def test_the_closed_form_kl_is_torchs(self):
         a, b, sigma = images(3), images(3, seed=1), torch.tensor([0.1, 0.5, 1.0])
         s = sigma[:, None, None, None]
@@ -1195,6 +1205,16 @@ class Samples(Case):
         self.assertEqual(sorted(os.listdir(self.folder / "png")),
                          ["0000000040.png", "0000000041.png", "0000000042.png"])
         self.bad_input("not an empty folder", sample.check_new, None, self.folder / "png")
+
+    def test_the_second_order_row_is_that_solver_on_the_teacher(self):
+        net, _, _ = sample.load_model(Workshop.get() / "teacher.pt", CPU)
+        plain, _ = ddpm.load_teacher(Workshop.get() / "teacher.pt")
+        z = ddpm.seeded_noise(range(3), (3, 8, 8))
+        row = sample.second_order(net, z, z, lambda x, y: ((x - y).mean((1, 2, 3)), {}), 5, self.ab)
+        grid = ddpm.make_grid("logsnr", 5)
+        self.close(row["images"], ddpm.dpm_solver(plain, z, grid, self.ab), 1e-5)
+        self.assertEqual(row["nfe"].tolist(), [5, 5, 5])
+        self.assertGreater((row["images"] - ddpm.sample(plain, z, grid, self.ab)).abs().max(), 1e-3)
 
     def test_the_search_never_returns_less_than_the_best_hand_grid(self):
         net, _, _ = sample.load_model(Workshop.get() / "teacher.pt", CPU)
@@ -1496,11 +1516,10 @@ PLANTED = [  # (module, what the source says, the mistake, the test that notices
      "Surrogate.test_gradients_vanish_where_clipped_and_only_there"),
     (rl_distill, "return -torch.minimum(ratio * adv, clipped * adv), ratio.detach()",
      "return -clipped * adv, ratio.detach()", "Surrogate.test_it_is_eq_7_of_ppo_case_by_case"),
-    (rl_distill, "(2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))\n\n\ndef gaussian_kl",
-     "(sigma.square()[:, None, None, None])).mean((1, 2, 3))\n\n\ndef gaussian_kl",
+    (rl_distill, "return -(offset.square() / (2 * sigma", "return -(offset.square() / (sigma",
      "LogProbabilities.test_a_landing_is_a_gaussian_averaged_over_dimensions"),
-    (rl_distill, 's["logp_pixel"] = pixel_logp(mean, s["x_next"], s["sigma"])',
-     's["logp_pixel"] = pixel_logp(mean, s["x_t"], s["sigma"])',
+    (rl_distill, 's["logp_pixel"] = pixel_logp(mean, s["x_next"], s["sigma"], args.block)',
+     's["logp_pixel"] = pixel_logp(mean, s["x_t"], s["sigma"], args.block)',
      "Loop.test_the_ratio_is_one_before_the_first_step_in_both_channels"),
     (rl_distill, "return loss + args.kl * kl, ratio", "return loss + args.kl * kl.detach(), ratio",
      "Loop.test_zero_advantage_gives_zero_gradient_and_the_kl_alone_pulls_back"),
