@@ -70,33 +70,37 @@ def step_logp(policy, t, n, features, rho, stop, may_stop):
 
 
 def pixel_logp(mean, x_next, sigma, block=1):
-    """log N(x_next; mean, sigma^2 I) without its constants, (B,); of block x block pixel means.
+    """log N(x_next; mean, sigma^2 I) without its constants, per dimension: (B,).
 
-    DEVIATES: *mean* over the dimensions, where the density has their sum (ReDiF's and DDPO's code
-    do the same). The summed ratio is e^(+-50) after the smallest change: all is clipped.
-    DEVIATES: with block > 1 the action is the mean of every block (each is moved by one noise);
-    what lies within a block follows mu, without noise and without gradient.
+    DEVIATES: *mean* over the 3072 dimensions, where the density has their sum (ReDiF's and DDPO's
+    code do the same). The summed ratio is e^(+-50) after the smallest change: all is clipped.
+    With block > 1 the action is the mean of every block x block pixels, of std sigma / block; what
+    lies within a block follows mu, without noise and without gradient.
     """
     offset = F.avg_pool2d(x_next - mean, block)                     # (B, 3, H / block, W / block)
     return -(offset.square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
 
 
 def draw_noise(shape, block, generator):
-    """Exploration noise (B, 3, H, W), equal within blocks; rows 2i, 2i + 1 are antithetic pairs."""
+    """Exploration noise (B, 3, H, W), rows 2i and 2i + 1 antithetic; with block > 1 white noise
+    of which only the mean of every block x block pixels is kept: its low frequencies."""
     B, C, H, W = shape
     noise = torch.randn(B, C, H // block, W // block, generator=generator)
     noise[1::2] = -noise[0::2]
-    return F.interpolate(noise, scale_factor=block, mode="nearest")
+    return F.interpolate(noise / block, scale_factor=block, mode="nearest")
 
 
 def gaussian_kl(mean, mean_ref, sigma):
-    """Gaussian KL at equal sigma: |mu - mu_ref|^2 / (2 sigma^2) per dimension. (B, ...) -> (B,)."""
+    """Gaussian KL at equal sigma: |mu - mu_ref|^2 / (2 sigma^2) per dimension. (B, ...) -> (B,).
+
+    Of white noise; with --block it is a penalty on mu rather than the KL of the block means.
+    """
     return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
 
 
 def draw_rho(a, b, generator):
     """rho ~ Beta(a, b) as a ratio of gammas, on the CPU from our generator. (B,) twice -> (B,)."""
-    x, y = (torch._standard_gamma(s.double().cpu(), generator=generator) for s in (a, b))
+    x, y = (torch._standard_gamma(s.cpu().double(), generator=generator) for s in (a, b))
     return (x / (x + y)).float().clamp(RHO_MARGIN, 1 - RHO_MARGIN).to(a.device)
 
 
@@ -219,7 +223,9 @@ def pixel_surrogate(net, net_ref, s, i, adv, mean_sigma, args, alpha_bar):
     (mean, _, _), sigma = jump(net, *where), s["sigma"][i]
     logp = pixel_logp(mean, s["x_next"][i], sigma, args.block)
     loss, ratio = channel_loss(logp, s["logp_pixel"][i], adv[i], args.clip_pixels, args.estimator)
-    loss = loss * sigma / mean_sigma                                # the score goes as 1 / sigma
+    # DEVIATES: as in ReDiF's code steps are weighted by sigma, since the score goes as 1 / sigma:
+    # less variance, but the sum over steps is no longer the gradient of the expected reward
+    loss = loss * sigma / mean_sigma
     if args.kl == 0:
         return loss, ratio, torch.zeros_like(ratio)
     with torch.no_grad():
@@ -347,6 +353,18 @@ def best_base(net, z, target, reward, steps, alpha_bar):
     return max(scores, key=scores.get)
 
 
+def learners(net, args):
+    """Step policy at the hand grid --base, frozen copy of the student, an optimizer per channel."""
+    device = next(net.parameters()).device
+    policy, net_ref = StepPolicy(net.features, args.base).to(device), copy.deepcopy(net)
+    optimizers = {}
+    if args.learn in ("steps", "both"):
+        optimizers["steps"] = torch.optim.Adam(policy.parameters(), lr=args.lr_steps)
+    if args.learn in ("pixels", "both"):
+        optimizers["pixels"] = torch.optim.Adam(net.parameters(), lr=args.lr_pixels)
+    return policy, net_ref.requires_grad_(False), optimizers
+
+
 def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args, out, device):
     """The loop: SAMPLING, ADVANTAGES, TRAINING, one printed line per update. Returns seconds."""
     alpha_bar, (z_all, target_all) = linear_alpha_bar(device), train_set
@@ -448,6 +466,10 @@ def print_result(rows, args):
           f"({gain.mean() / max(error, 1e-12):+.1f} standard errors), {100 * gap:.0f} % of the gap "
           f"to the teacher's {TEACHER_STEPS} steps, with {after['nfe'].mean():.2f} evaluations "
           f"in place of {before['nfe'].mean():.2f}")
+    if args.step_cost > 0:
+        saved = args.step_cost * (before["nfe"] - after["nfe"])
+        paid = gain + saved
+        print(f"with the step cost: gain {paid.mean():.4f} ± {standard_error(paid):.4f}")
     result.update(best_before=best, gain=gain.mean().item(), gain_error=error, gap_closed=gap)
     times = rows["student after"]["times"].float()
     print("learned grid: "
@@ -540,7 +562,7 @@ def parse_args(argv=None):
     a("--inner-epochs", type=count, default=4, help="PPO passes over a batch, 1..8")
     a("--clip-steps", type=number(float, 1e-9), default=0.2, help="clip range of steps, 0.1..0.3")
     a("--clip-pixels", type=number(float, 1e-9), default=1e-4,
-      help="clip range of the pixels' mean log-density, 1e-5..1e-3")
+      help="clip range of the pixels' log-density per dimension, 1e-5..1e-3")
     a("--lr-steps", type=rate, default=2e-3, help="learning rate of the step policy, 5e-4..5e-3")
     a("--lr-pixels", type=rate, default=1e-5, help="learning rate of the U-Net, 1e-6..1e-4")
     a("--eta", type=number(float, 1e-9, 1), default=0.3, help="exploration of pixels, Eq. 16 DDIM")
@@ -562,6 +584,10 @@ def parse_args(argv=None):
         p.error("--estimator backprop needs --learn pixels and no --step-cost")
     if args.step_cost > 0 and args.learn == "pixels":
         p.error("--step-cost needs --learn steps or both: only the step policy can save a step")
+    if args.learn == "steps" and (args.kl > 0 or args.block > 1):
+        p.error("--kl and --block belong to the pixel channel: add --learn pixels or both")
+    if args.estimator == "backprop" and (args.kl > 0 or args.block > 1):
+        p.error("--estimator backprop has no exploration and no KL: leave out --kl and --block")
     if args.steps == 1 and args.learn == "steps":
         p.error("--steps 1 leaves no step size to learn; use --learn pixels or more steps")
     return args
@@ -598,17 +624,10 @@ def main(argv=None):
         noise_and_targets(teacher, first, n, alpha_bar, device, f"{what} targets")
         for first, n, what in ((0, args.noises, "training"), (HELD_OUT, args.held_out, "held-out"),
                                (HELD_OUT + 10 ** 6, min(MONITOR, args.held_out), "monitor")))
-    base = args.base
-    if base == "auto":
-        base = best_base(net, *(x[:64] for x in train_set), reward, args.steps, alpha_bar)
-    print(f"the step policy starts at the {base} grid")
-    policy, net_ref = StepPolicy(net.features, base).to(device), copy.deepcopy(net)
-    net_ref.requires_grad_(False)
-    optimizers = {}
-    if args.learn in ("steps", "both"):
-        optimizers["steps"] = torch.optim.Adam(policy.parameters(), lr=args.lr_steps)
-    if args.learn in ("pixels", "both"):
-        optimizers["pixels"] = torch.optim.Adam(net.parameters(), lr=args.lr_pixels)
+    if args.base == "auto":                    # in args, so that --resume notices another choice
+        args.base = best_base(net, *(x[:64] for x in train_set), reward, args.steps, alpha_bar)
+    print(f"the step policy starts at the {args.base} grid")
+    policy, net_ref, optimizers = learners(net, args)
     seconds = train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args, out,
                     device)
 

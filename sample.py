@@ -42,6 +42,12 @@ def load_model(path, device):
     return student_from_teacher(teacher).to(device).eval(), None, content
 
 
+def policy_hint(path, policy, content, steps):
+    """Say so where a step policy stays unused because it was trained for other numbers of steps."""
+    if policy is not None and content.get("steps") not in steps:
+        print(f"{path}: its step policy belongs to --steps {content.get('steps')} and is not used")
+
+
 def pick_grid(name, policy, content, steps):
     """'policy' -> None (the step policy decides), others -> a fixed grid; 'auto': policy if any."""
     if name == "auto":
@@ -153,6 +159,7 @@ def evaluate(args, out, device):
           f"{'recall':>6s} {'dens':>6s} {'cover':>6s} {'ms':>7s}")
     rows = []
     for name, net, policy, content in models:
+        policy_hint(name, policy, content, args.steps)
         deploy(net, z[:8], 1, alpha_bar, grid=[T, 0])                          # warm up the clock
         todo = []
         for steps in args.steps:
@@ -172,8 +179,8 @@ def evaluate(args, out, device):
             else:
                 result = deployed(net, policy, z, target, reward, steps, alpha_bar, grid,
                                   may_stop=grid is None and content.get("may_stop", False))
-            rows.append(dict(model=name, grid=grid_name, **judged(result, judge, judge_file),
-                             provenance=content["provenance"]))
+            rows.append(dict(model=name, grid=grid_name, steps=steps,
+                             **judged(result, judge, judge_file), provenance=content["provenance"]))
             log_line(out, **rows[-1])
             print("{model:26s} {grid:10s} {nfe:5.2f} {reward:8.4f} ± {reward_error:6.4f} "
                   "{frechet:8.4f} {precision:6.3f} {recall:6.3f} {density:6.3f} {coverage:6.3f} "
@@ -189,16 +196,16 @@ def spread_over_seeds(rows):
     for row in rows:
         origin = row["provenance"]
         same = {k: v for k, v in origin.get("settings", {}).items() if k != "seed"}
-        key = (origin.get("script"), str(sorted(same.items())), row["grid"], round(row["nfe"]))
+        key = (origin.get("script"), str(sorted(same.items())), row["grid"], row["steps"])
         groups.setdefault(key, []).append(row)
-    for (script, _, grid, nfe), group in groups.items():
+    for (script, _, grid, steps), group in groups.items():
         seeds = {row["provenance"].get("settings", {}).get("seed") for row in group}
         if len(group) == len(seeds) > 1:
             cells = []
             for name in ("reward", "frechet", "precision", "recall"):
                 values = torch.tensor([row[name] for row in group])
                 cells.append(f"{name} {values.mean():.4f} ± {values.std():.4f}")
-            print(f"{script}, {len(group)} seeds, {grid}, {nfe} NFE: " + ", ".join(cells))
+            print(f"{script}, {len(group)} seeds, {grid}, {steps} steps: " + ", ".join(cells))
 
 
 def plot_frontier(rows, path):
@@ -272,6 +279,8 @@ def main(argv=None):
         return
     check_new(args.npz, args.png_dir)
     (net, policy, content), steps = load_model(args.model[0], device), args.steps[0]
+    if args.grid == "auto":
+        policy_hint(args.model[0], policy, content, args.steps)
     wish = "uniform" if args.grid == "auto" and args.eta > 0 else args.grid
     name, grid = pick_grid(wish, policy, content, steps)
     if args.eta > 0 and grid is None:

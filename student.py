@@ -127,6 +127,11 @@ def jump(net, x_t, t, t_next, alpha_bar, eta=0.0):
 # puts a Beta on t_next / t; ART-RL (arXiv 2601.18681) learns the clock by an actor and a critic.
 # ==============================================================================================
 
+def bounded(x, limit):
+    """x near 0, never beyond +-limit, and never without gradient (as a hard clamp would be)."""
+    return limit * torch.tanh(x / limit)
+
+
 class StepPolicy(nn.Module):
     """Beta over rho = t_next / t, and a Bernoulli that stops early (jumps to 0) where steps cost.
 
@@ -162,8 +167,9 @@ class StepPolicy(nn.Module):
         clock = torch.stack([t / T, 1 / n, torch.log(n)], dim=1)               # (B, 3)
         seen = self.normalise(features.detach())                               # (B, C)
         shift, log_spread, stop = self.head(self.body(torch.cat([clock, seen], 1))).unbind(1)
+        shift, log_spread = bounded(shift, 8), bounded(log_spread, 2)
         mean = torch.sigmoid(torch.logit(self.hand_ratio(t, n)) + shift)
-        return mean, CONCENTRATION * log_spread.clamp(-2, 2).exp(), STOP_LOGIT + stop
+        return mean, CONCENTRATION * log_spread.exp(), STOP_LOGIT + stop
 
     def distribution(self, t, n, features):
         """The Beta over rho and the Bernoulli over stopping, as torch distributions."""
@@ -233,7 +239,7 @@ def state_at(paths, rows, t, alpha_bar):
     """State of paths[rows] at any integer t, on the teacher's grid or not: (B,) -> (B, 3, H, W).
 
     Between two grid points DDIM moves on a circle (x0_hat and eps_hat stay), so the state there is
-    x = (sin(phi - phi_b) x_a + sin(phi_a - phi) x_b) / sin(phi_a - phi_b): no time goes untrained.
+    x = (sin(phi - phi_b) x_a + sin(phi_a - phi) x_b) / sin(phi_a - phi_b).
     """
     x_a, x_b, t_a, t_b = segment(paths, rows, t)
     phi, phi_a, phi_b = (angle(s, alpha_bar, x_a) for s in (t, t_a, t_b))
@@ -295,10 +301,13 @@ class PathPool:
     def state_dict(self):
         """For a checkpoint: the start noises alone, from which load_state_dict runs the teacher."""
         return dict(noise=self.paths[:min(self.made, self.size), 0].cpu(), made=self.made,
-                    generator=self.generator.get_state())
+                    chunk=self.chunk, generator=self.generator.get_state())
 
     def load_state_dict(self, saved):
-        """Inverse of state_dict."""
+        """Inverse of state_dict. BadInput where the run was on a device with other chunks."""
+        if saved["chunk"] != self.chunk:
+            raise BadInput(f"this run made {saved['chunk']} paths at a time, this device makes "
+                           f"{self.chunk}; resume it on the kind of device it was started on")
         for slot, x_T in zip(range(0, self.size, self.chunk), saved["noise"].split(self.chunk)):
             self.run(slot, x_T)
         self.made = saved["made"]
@@ -445,6 +454,8 @@ def parse_args(argv=None):
     if args.smoke:
         args.updates, args.batch_size, args.pool, args.evaluate = 2, 4, 8, 8
         args.log_every = args.save_every = 1
+    if args.resume and not args.updates:
+        p.error("--updates 0 trains nothing, so there is nothing to --resume")
     if args.init == "teacher":
         args.clone = "eps"                     # a copy predicts epsilon
     return args
@@ -487,8 +498,9 @@ def main(argv=None):
         log_line(out, evaluation=row)
     print("landing error of a jump: " + ", ".join(f"{k} {v:.4f}" for k, v in landing.items()))
     log_line(out, landing=landing)
+    more = "state.pt, loss.png, " if args.updates else ""
     print(f"cloned in {seconds / 60:.1f} min from {paths} teacher paths\n"
-          f"wrote {out}/student.pt, state.pt, samples.png, loss.png, log.jsonl")
+          f"wrote {out}/student.pt, samples.png, {more}log.jsonl")
 
 
 if __name__ == "__main__":

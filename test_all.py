@@ -678,6 +678,17 @@ class Policy(Case):
             _, concentration, _ = policy(full(2, 500), full(2, 3), torch.zeros(2, net.features))
             self.close(concentration.detach(), torch.full((2,), student.CONCENTRATION), 1e-4)
 
+    def test_no_parameter_is_out_of_reach_or_out_of_bounds(self):
+        for shift in (-1e4, -30.0, 30.0, 1e4):
+            policy = student.StepPolicy(8)
+            with torch.no_grad():
+                policy.head.bias[:2] = shift
+            ratio, _ = policy.distribution(full(2, 500), full(2, 3), torch.zeros(2, 8))
+            self.assertTrue(torch.isfinite(ratio.log_prob(torch.tensor(0.5))).all())
+        x = torch.tensor([2.5], requires_grad=True)              # a clamp at 2 has no gradient here
+        student.bounded(x, 2).backward()
+        self.assertGreater(x.grad.item(), 0.1)
+
     def test_landing_always_leaves_room_for_the_steps_to_come(self):
         g = rng()
         for _ in range(20):
@@ -915,6 +926,9 @@ class LogProbabilities(Case):
         mean, sigma = images(4), torch.tensor([0.1, 0.1, 0.5, 0.5])
         noise = rl_distill.draw_noise(mean.shape, 4, rng())
         self.assertEqual(noise.shape, mean.shape)
+        white = torch.randn(4000, 1, 4, 4, generator=rng(1))     # its block means spread as much
+        self.assertAlmostEqual(rl_distill.draw_noise((4000, 1, 4, 4), 4, rng(2)).std().item(),
+                               white.mean((2, 3)).std().item(), delta=0.015)
         self.assertTrue(torch.equal(noise[:, :, :4, 4:], noise[:, :, :1, 4:5].expand(4, 3, 4, 4)))
         self.assertTrue(torch.equal(noise[0::2], -noise[1::2]))
         x = mean + sigma[:, None, None, None] * noise
@@ -1419,6 +1433,11 @@ class Commands(Case):
                 ("--resume needs", rl_distill, *good, "--resume"),
                 ("no run to resume", rl_distill, *good, "--resume", "--out", "nowhere"),
                 ("cannot be used", rl_distill, *good, "--device", "warp-drive"),
+                ("belong to the pixel channel", rl_distill, *good, "--block", "4"),
+                ("no exploration", rl_distill, *good, "--learn", "pixels", "--estimator",
+                 "backprop", "--kl", "0.1"),
+                ("does not divide", rl_distill, *good, "--learn", "pixels", "--block", "3"),
+                ("nothing to --resume", student, "--updates", "0", "--resume", "--out", "empty"),
                 ("no checkpoint", student, "--teacher", "none.pt"),
                 ("no checkpoint", sample, "--model", "none.pt"),
                 ("--steps: must be", sample, "--steps", "0"),
