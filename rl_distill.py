@@ -377,6 +377,9 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
           "drift    grad     NFE   grid")
     start = time.time()
     for update in range(first, args.updates):
+        for channel, optimizer in optimizers.items():          # rates fall linearly, as PPO's do
+            optimizer.param_groups[0]["lr"] = (
+                getattr(args, f"lr_{channel}") * (1 - update / args.updates))
         # SAMPLING: each noise is repeated `group` times, side by side
         pick = draw_groups(len(z_all), args.noises_per_update, args.group, generator).to(device)
         z, target = z_all[pick], target_all[pick]
@@ -477,9 +480,12 @@ def print_result(rows, args):
     return result
 
 
-def plot_alignment(rows, target, path):
-    """Same noise through the teacher's 50 steps, its few steps, the student before and after."""
-    names = ["teacher DDIM uniform", "student before, uniform", "student after"]
+def plot_alignment(rows, before, target, path):
+    """Same noise through the teacher's 50 steps, its few steps, the student before and after.
+
+    before: name of the row to show as 'before'.
+    """
+    names = ["teacher DDIM uniform", before, "student after"]
     panels = [(f"teacher, {TEACHER_STEPS} evaluations", target)]
     panels += [(f"{n}, {rows[n]['nfe'].mean():.1f} evaluations", rows[n]["images"]) for n in names]
     figure, axes = pyplot().subplots(len(panels), 1, figsize=(9, 4.6))
@@ -563,8 +569,9 @@ def parse_args(argv=None):
     a("--clip-steps", type=number(float, 1e-9), default=0.2, help="clip range of steps, 0.1..0.3")
     a("--clip-pixels", type=number(float, 1e-9), default=1e-4,
       help="clip range of the pixels' log-density per dimension, 1e-5..1e-3")
-    a("--lr-steps", type=rate, default=2e-3, help="learning rate of the step policy, 5e-4..5e-3")
-    a("--lr-pixels", type=rate, default=1e-5, help="learning rate of the U-Net, 1e-6..1e-4")
+    a("--lr-steps", type=rate, default=2e-3, help="first learning rate of the step policy, "
+      "falls to 0; 5e-4..5e-3")
+    a("--lr-pixels", type=rate, default=1e-5, help="the same of the U-Net, 1e-6..1e-4")
     a("--eta", type=number(float, 1e-9, 1), default=0.3, help="exploration of pixels, Eq. 16 DDIM")
     a("--block", type=count, default=1, help="pixels per side that share their exploration noise; "
       "1: white noise, 2..8: low frequencies")
@@ -639,7 +646,7 @@ def main(argv=None):
     result = print_result(rows, args)
     result.update(settings=settings(args), minutes=(time.time() - began) / 60)
     Path(out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    plot_alignment(rows, held_set[1], out / "alignment.png")
+    plot_alignment(rows, result["best_before"], held_set[1], out / "alignment.png")
     plot_grid(rows["student after"]["times"].float().cpu(), out / "grid.png")
     plot_curves(out / "log.jsonl", out / "curves.png")
     print(f"reinforced in {seconds / 60:.1f} min, {result['minutes']:.1f} min in all\n"

@@ -234,7 +234,7 @@ def parse_args(argv=None):
     """Command line of sample.py."""
     p = parser_for(__doc__, "python sample.py --model checkpoints/teacher.pt --steps 20 --eta 1")
     a = p.add_argument
-    a("--model", nargs="+", default=["checkpoints/student.pt"],
+    a("--model", nargs="+", default=["checkpoints/rl_student.pt"],
       help="teacher's or student's file")
     a("--steps", type=number(int, 1, T), nargs="+", default=[4],
       help="network evaluations per image")

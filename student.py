@@ -436,9 +436,9 @@ def parse_args(argv=None):
                    help="first weights")
     p.add_argument("--clone", choices=["secant", "eps"], default="secant", help="what is regressed:"
                    " landing points of long jumps, or (always with --init teacher) its epsilon")
-    p.add_argument("--updates", type=number(int, 0), default=1600, help="0 keeps the first weights")
+    p.add_argument("--updates", type=number(int, 0), default=6000, help="0 keeps the first weights")
     p.add_argument("--batch-size", type=count, default=64, help="jumps per update, 32..512")
-    p.add_argument("--pairs-per-path", type=count, default=32, help="jumps per teacher path, 8..64")
+    p.add_argument("--pairs-per-path", type=count, default=64, help="jumps per teacher path, 8..64")
     p.add_argument("--pool", type=number(int, 4), default=1024, help="paths kept, 0.63 MB each")
     p.add_argument("--lr", type=number(float, 1e-7, 1), default=1e-3, help="peak rate, 1e-4..2e-3")
     p.add_argument("--evaluate", type=count, default=256, help="held-out noises of the final table")

@@ -1387,6 +1387,8 @@ class Commands(Case):
         self.run_main(rl_distill, *words, "--learn", "both", "--save-every", "1", "--out", "b",
                       "--resume")
         a, b = (ddpm.load_checkpoint(f"{f}/state.pt", "rl-state") for f in "ab")
+        for channel, rate in (("steps", 2e-3), ("pixels", 1e-5)):        # update 2 of 2: half left
+            self.assertAlmostEqual(a["parts"][channel]["param_groups"][0]["lr"], rate / 2)
         for part in ("net", "policy"):
             for key, value in a["parts"][part].items():
                 self.assertTrue(torch.equal(value, b["parts"][part][key]), key)
