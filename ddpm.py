@@ -160,6 +160,12 @@ def strictly_decreasing(grid):
     return [min(t, T - k) for k, t in enumerate(grid)]
 
 
+def check_grid(grid):
+    """BadInput for anything but a list of times that decreases from T to 0."""
+    if grid[0] != T or grid[-1] != 0 or any(a <= b for a, b in zip(grid, grid[1:])):
+        raise BadInput(f"a grid must decrease from {T} to 0, not {grid}")
+
+
 def seeded_noise(seeds, shape, stream=0, device="cpu"):
     """Standard normal noise, one seed per image: the same seed is the same image in any batch.
 
@@ -180,8 +186,7 @@ def sample(net, x_T, grid, alpha_bar, eta=0.0, seeds=None, clip=True, keep_path=
     seeds: one per image, needed where eta > 0. Returns x0 (B, ...), or the list of all states
     x_T .. x_0 with keep_path. Nothing adds noise on the jump into t = 0 (its sigma is 0).
     """
-    if grid[0] != T or grid[-1] != 0 or any(a <= b for a, b in zip(grid, grid[1:])):
-        raise BadInput(f"a grid must decrease from {T} to 0, not {grid}")
+    check_grid(grid)
     x, path = x_T, [x_T]
     for k, (now, then) in enumerate(zip(grid, grid[1:]), start=1):
         t = torch.full((len(x),), now, device=x.device)
@@ -195,28 +200,35 @@ def sample(net, x_T, grid, alpha_bar, eta=0.0, seeds=None, clip=True, keep_path=
     return path if keep_path else x
 
 
+def second_order(x_t, x0_hat, t, t_next, x0_last, t_last, alpha_bar):
+    """What makes a DDIM step a step of DPM-Solver++(2M). Algorithm 2, Lu et al. 2022.
+
+    x0_hat is extrapolated along lambda from the last evaluation's x0_last at t_last (B,), with
+    h = lambda(t_next) - lambda(t):  D = x0_hat + h / (2 h_last) (x0_hat - x0_last); D is x0_hat
+    itself at the first step (t_last = t) and on the jump into t = 0, where lambda is infinite.
+    Returns (D, eps_hat of D), both like x_t.
+    """
+    now, then, last = (half_log_snr(alpha_bar[k]) for k in (t, t_next, t_last))
+    known = (t_last > t) & (t_next > 0)
+    weight = torch.where(known, (then - now) / (2 * (now - last)), 0.0)
+    D = x0_hat + weight.reshape(-1, *[1] * (x_t.dim() - 1)) * (x0_hat - x0_last)
+    ab = at(alpha_bar, t, x_t)
+    return D, (x_t - ab.sqrt() * D) / (1 - ab).sqrt()
+
+
 @torch.no_grad()
 def dpm_solver(net, x_T, grid, alpha_bar, clip=True):
-    """DPM-Solver++(2M), second order from the second step on. Algorithm 2, Lu et al. 2022
-    (arXiv 2211.01095); what a user would reach for before distilling anything.
-
-    With h = lambda' - lambda and the last step's h_last, x0_hat is extrapolated along lambda,
-    D = x0_hat + h / (2 h_last) (x0_hat - x0_last), and x' = sigma' / sigma x + sqrt(ab')
-    (1 - e^-h) D, which is DDIM's step with D for x0_hat. The jump into t = 0, where lambda is
-    infinite, is DDIM's own. Arguments and result as in sample(), eta = 0.
-    """
-    x, x0_last, h_last = x_T, None, None
+    """DPM-Solver++(2M): what a user would reach for before distilling anything. Lu et al. 2022
+    (arXiv 2211.01095). Arguments and result as in sample(), with eta = 0."""
+    check_grid(grid)
+    x, x0_last, t_last = x_T, x_T, torch.full((len(x_T),), T, device=x_T.device)
     for now, then in zip(grid, grid[1:]):
-        t = torch.full((len(x),), now, device=x.device)
+        t = torch.full_like(t_last, now)
         t_next = torch.full_like(t, then)
         x0_hat, _ = predict_x0(x, t, net(x, t).float(), alpha_bar, clip)
-        h = (half_log_snr(alpha_bar[then]) - half_log_snr(alpha_bar[now])).item()
-        D = x0_hat
-        if x0_last is not None and then > 0:
-            D = x0_hat + h / (2 * h_last) * (x0_hat - x0_last)
-        eps_hat = (x - alpha_bar[now].sqrt() * D) / (1 - alpha_bar[now]).sqrt()
-        x, _ = ddim_step(D, eps_hat, t, t_next, 0.0, alpha_bar)
-        x0_last, h_last = x0_hat, h
+        x, _ = ddim_step(*second_order(x, x0_hat, t, t_next, x0_last, t_last, alpha_bar), t,
+                         t_next, 0.0, alpha_bar)
+        x0_last, t_last = x0_hat, t
     return x
 
 

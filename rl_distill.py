@@ -1,7 +1,7 @@
 """Reinforced distillation: a policy gradient over step sizes and denoising transitions.
 
 Few-step sampling as a Markov decision process (ReDiF, arXiv 2512.22802), written out by hand:
-    state   (x_t, t, n, h)          n: evaluations left, h: features of the last evaluation
+    state   (x_t, t, n, h)          n: evaluations left, h: what the last evaluation saw
     action  (rho, x_next)           how far to jump, t_next = rho t, and where to land
     policy  Beta(rho) x N(x_next; mu_theta(x_t, t, t_next), sigma^2 I)
     reward  at the end only: likeness to the teacher's image from the same noise - step_cost * NFE
@@ -29,8 +29,8 @@ from ddpm import (GRIDS, T, BadInput, chunk_size, linear_alpha_bar, load_state, 
                   pick_device, pyplot, run_main, sample, save_figure, save_state, seeded_noise,
                   settings, wait_for)
 from teacher import TEACHER_STEPS, device_name, provenance, tile
-from student import (HELD_OUT, StepPolicy, deploy, jump, land, load_student, save_student,
-                     student_from_teacher)
+from student import (HELD_OUT, StepPolicy, deploy, jump, land, load_student, nothing_seen, rows_of,
+                     save_student, student_from_teacher)
 from reward import TERMS, Reward, load_encoder
 
 SIGMA_FLOOR = 0.05          # noise on the jump to t = 0 (DDIM sigma 0); in training, not deployment
@@ -126,19 +126,20 @@ def rollout(net, policy, z, args, alpha_bar, generator):
     """Play the policy from start noise z (B, 3, H, W); groups of equal z lie next to each other.
 
     Returns (images (B, 3, H, W) in [-1, 1], NFE (B,), list of steps). A step is a dict of what was
-    seen and done, for the trajectories still running: rows (b,), x_t, t, n, features, rho, stop,
+    seen and done, for the trajectories still running: rows (b,), x_t, t, n, last, rho, stop,
     t_next, x_next, sigma and the log-probabilities of both channels at the time of acting.
     """
     learn_steps, learn_pixels = args.learn in ("steps", "both"), args.learn in ("pixels", "both")
     may_stop = args.step_cost > 0
     x, t = z, torch.full((len(z),), T, device=z.device)
-    features = torch.zeros(len(z), net.features, device=z.device)
+    seen = nothing_seen(net, z)
     nfe, steps = torch.zeros_like(t), []
     for k in range(args.steps):
         rows = (t > 0).nonzero()[:, 0]
         if len(rows) == 0:
             break
-        s = dict(rows=rows, x_t=x[rows], t=t[rows], features=features[rows])
+        s = dict(rows=rows, x_t=x[rows], t=t[rows], last=rows_of(seen, rows))
+        s["features"] = s["last"]["features"]
         s["n"] = torch.full_like(s["t"], args.steps - k)
         if learn_steps:                                             # action 1: how far
             ratio, stopping = policy.distribution(s["t"], s["n"], s["features"])
@@ -152,15 +153,15 @@ def rollout(net, policy, z, args, alpha_bar, generator):
         s["logp_step"] = step_logp(policy, s["t"], s["n"], s["features"], s["rho"], s["stop"],
                                    may_stop)
         eta = args.eta if learn_pixels else 0.0
-        mean, sigma, seen = jump(net, s["x_t"], s["t"], s["t_next"], alpha_bar, eta)
+        mean, sigma, new = jump(net, s["x_t"], s["t"], s["t_next"], alpha_bar, eta, s["last"])
         s["x_next"] = mean
         if learn_pixels:                                            # action 2: where
             s["sigma"] = torch.where(s["t_next"] == 0, sigma.clamp(min=SIGMA_FLOOR), sigma)
             noise = draw_noise(x.shape, args.block, generator).to(z.device)[rows]
             s["x_next"] = mean + s["sigma"][:, None, None, None] * noise
             s["logp_pixel"] = pixel_logp(mean, s["x_next"], s["sigma"], args.block)
-        x, features, t = x.clone(), features.clone(), t.clone()
-        x[rows], features[rows], t[rows] = s["x_next"], seen, s["t_next"]
+        x, t = x.index_put((rows,), s["x_next"]), t.index_put((rows,), s["t_next"])
+        seen = {key: value.index_put((rows,), new[key]) for key, value in seen.items()}
         nfe[rows] += 1
         steps.append(s)
     return x.clamp(-1, 1), nfe, steps
@@ -219,7 +220,7 @@ def step_surrogate(policy, s, adv, args):
 
 def pixel_surrogate(net, net_ref, s, i, adv, mean_sigma, args, alpha_bar):
     """Pixel channel of rows i of one stored step: loss, ratio and KL, (b,) each."""
-    where = s["x_t"][i], s["t"][i], s["t_next"][i], alpha_bar, args.eta
+    where = s["x_t"][i], s["t"][i], s["t_next"][i], alpha_bar, args.eta, rows_of(s["last"], i)
     (mean, _, _), sigma = jump(net, *where), s["sigma"][i]
     logp = pixel_logp(mean, s["x_next"][i], sigma, args.block)
     loss, ratio = channel_loss(logp, s["logp_pixel"][i], adv[i], args.clip_pixels, args.estimator)
@@ -282,13 +283,13 @@ def backprop_update(net, policy, optimizers, z, target, reward, args, alpha_bar)
         optimizers["pixels"].zero_grad(set_to_none=True)
         for i in torch.arange(len(z), device=z.device).split(max(1, args.minibatch // args.steps)):
             x, t = z[i], torch.full((len(i),), T, device=z.device)
-            features = torch.zeros(len(i), net.features, device=z.device)
+            seen = nothing_seen(net, x)
             for k in range(args.steps):
                 n = torch.full_like(t, args.steps - k)
                 with torch.no_grad():
-                    rho, _, _ = policy(t, n, features)
+                    rho, _, _ = policy(t, n, seen["features"])
                 t_next = land(t, rho, n, stop=torch.zeros_like(t, dtype=torch.bool))
-                x, _, features = jump(net, x, t, t_next, alpha_bar)
+                x, _, seen = jump(net, x, t, t_next, alpha_bar, last=seen)
                 t = t_next
             (-reward(x.clamp(-1, 1), target[i])[0].sum() / len(z)).backward()
         norms.append(apply_gradients(net, policy, optimizers))
@@ -319,8 +320,8 @@ def drift(net, net_ref):
 
 
 @torch.no_grad()
-def scored(draw, z, target, reward):
-    """Draw images from noise z and score them, in chunks; draw(x (b, ...)) -> (images, times).
+def deployed(net, policy, z, target, reward, steps, alpha_bar, grid=None, may_stop=False):
+    """Deterministic deployment from noise z, scored: the policy's mean steps, or a fixed grid.
 
     Returns a dict of reward, nfe (B,), raw terms {name: (B,)}, times (B, steps + 1), images
     (B, 3, H, W) and the seconds that the networks took.
@@ -329,7 +330,7 @@ def scored(draw, z, target, reward):
     for x, y in zip(z.split(size), target.split(size)):
         wait_for(z.device)
         start = time.time()
-        images, times = draw(x)
+        images, times, _ = deploy(net, x, steps, alpha_bar, policy, grid, may_stop)
         wait_for(z.device)
         seconds += time.time() - start
         score, raw = reward(images, y)
@@ -337,12 +338,6 @@ def scored(draw, z, target, reward):
     images, times, nfe, score, *values = (torch.cat(column) for column in zip(*parts))
     return dict(reward=score, nfe=nfe, raw=dict(zip(raw, values)), times=times, images=images,
                 seconds=seconds)
-
-
-def deployed(net, policy, z, target, reward, steps, alpha_bar, grid=None, may_stop=False):
-    """scored() for deterministic deployment: the policy's mean steps, or a fixed grid; eta = 0."""
-    return scored(lambda x: deploy(net, x, steps, alpha_bar, policy, grid, may_stop)[:2],
-                  z, target, reward)
 
 
 def best_base(net, z, target, reward, steps, alpha_bar):
@@ -465,15 +460,19 @@ def print_result(rows, args):
     gain = after["reward"] - before["reward"]                      # same noises, so paired
     missing = -before["reward"].mean().item()                      # the teacher's own image has 0
     gap, error = gain.mean().item() / max(missing, 1e-9), standard_error(gain)
+    closed = 1 - (after["reward"].mean() / rows["teacher DDIM uniform"]["reward"].mean()).item()
     print(f"gain over '{best}', same noises: {gain.mean():.4f} ± {error:.4f} "
           f"({gain.mean() / max(error, 1e-12):+.1f} standard errors), {100 * gap:.0f} % of the gap "
           f"to the teacher's {TEACHER_STEPS} steps, with {after['nfe'].mean():.2f} evaluations "
-          f"in place of {before['nfe'].mean():.2f}")
+          f"in place of {before['nfe'].mean():.2f}\n"
+          f"of the gap from uniform DDIM at {args.steps} evaluations to {TEACHER_STEPS} steps, "
+          f"{100 * closed:.0f} % are closed")
     if args.step_cost > 0:
         saved = args.step_cost * (before["nfe"] - after["nfe"])
         paid = gain + saved
         print(f"with the step cost: gain {paid.mean():.4f} ± {standard_error(paid):.4f}")
-    result.update(best_before=best, gain=gain.mean().item(), gain_error=error, gap_closed=gap)
+    result.update(best_before=best, gain=gain.mean().item(), gain_error=error, gap_closed=gap,
+                  uniform_gap_closed=closed)
     times = rows["student after"]["times"].float()
     print("learned grid: "
           + " ".join(f"{m:.0f}±{s:.0f}" for m, s in zip(times.mean(0), times.std(0))))
@@ -549,6 +548,8 @@ def parse_args(argv=None):
     a("--smoke", action="store_true", help="tiny sizes, seconds; its numbers mean nothing")
     a = p.add_argument_group("what is learned").add_argument
     a("--init", choices=["student", "teacher"], default="student", help="cloned, or teacher's copy")
+    a("--order", type=int, choices=[1, 2], help="with --init teacher, a jump is a step of: 1 DDIM, "
+      "2 (default) DPM-Solver++(2M)")
     a("--learn", choices=["steps", "pixels", "both"], default="steps",
       help="channels of the action")
     a("--steps", type=number(int, 1, 64), default=4, help="K, most evaluations per image, 1..16")
@@ -583,6 +584,9 @@ def parse_args(argv=None):
     if args.smoke:
         args.updates, args.noises, args.noises_per_update = 2, 4, 2
         args.group, args.held_out = 2, 4
+    if args.init == "student" and args.order:
+        p.error("--order belongs to --init teacher: the cloned student learned its own jumps")
+    args.order = args.order or (2 if args.init == "teacher" else 1)
     if args.group % 2:
         p.error("--group must be even: exploration noise comes in antithetic pairs")
     if args.noises < args.noises_per_update:
@@ -607,7 +611,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     teacher, _ = load_teacher(args.teacher, device)
     if args.init == "teacher":
-        net = student_from_teacher(teacher).to(device).eval()
+        net = student_from_teacher(teacher, args.order).to(device).eval()
     else:
         net, policy, _ = load_student(args.student, device)
         if policy is not None or net.config["image_size"] != teacher.config["image_size"]:

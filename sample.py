@@ -19,14 +19,14 @@ import torch
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (GRIDS, T, BadInput, chunk_size, dpm_solver, linear_alpha_bar, load_checkpoint,
-                  load_teacher, log_line, make_grid, number, output_folder, parameter_count,
-                  parser_for, pick_device, pyplot, run_main, save_figure, seeded_noise,
-                  strictly_decreasing, to_uint8)
+from ddpm import (GRIDS, T, BadInput, chunk_size, linear_alpha_bar, load_checkpoint, load_teacher,
+                  log_line, make_grid, number, output_folder, parameter_count, parser_for,
+                  pick_device, pyplot, run_main, save_figure, seeded_noise, strictly_decreasing,
+                  to_uint8)
 from teacher import TEACHER_STEPS, device_name, save_picture
 from student import HELD_OUT, deploy, load_student, student_from_teacher
 from reward import Reward, encode, frechet_distance, load_encoder, moments, precision_recall
-from rl_distill import deployed, noise_and_targets, scored, standard_error
+from rl_distill import deployed, noise_and_targets, standard_error
 
 # ==============================================================================================
 # MODELS: a teacher is sampled through the student's functions, as a student that never learned
@@ -121,16 +121,8 @@ def search_grid(net, z, target, reward, steps, tries, alpha_bar, seed=0):
     return best
 
 
-def second_order(net, z, target, reward, steps, alpha_bar):
-    """scored() for the teacher under DPM-Solver++(2M) on the log-SNR grid."""
-    grid = make_grid("logsnr", steps)
-    times = torch.tensor(grid, device=z.device)
-    return scored(lambda x: (dpm_solver(lambda x_t, t: net(x_t, t, t), x, grid, alpha_bar),
-                             times.repeat(len(x), 1)), z, target, reward)
-
-
 def judged(result, judge, judge_file):
-    """One table row: what scored() returned, as means, with the judge's metrics."""
+    """One table row: what deployed() returned, as means, with the judge's metrics."""
     features, n = encode(judge, result["images"]), len(result["images"])
     return dict(nfe=result["nfe"].mean().item(), reward=result["reward"].mean().item(),
                 reward_error=standard_error(result["reward"]), ms=1000 * result["seconds"] / n,
@@ -155,34 +147,33 @@ def evaluate(args, out, device):
     print(f"\n{args.n} held-out noises; reward {args.reward}, 0: the teacher's {TEACHER_STEPS} "
           f"steps; in the judge's features: Frechet distance to all training images, precision, "
           f"recall, density, coverage to {len(judge_file['features'])} (compare at equal --n)")
-    print(f"{'model':26s} {'grid':10s} {'NFE':>5s} {'reward':>17s} {'Frechet':>8s} {'prec':>6s} "
+    print(f"{'model':26s} {'grid':14s} {'NFE':>5s} {'reward':>17s} {'Frechet':>8s} {'prec':>6s} "
           f"{'recall':>6s} {'dens':>6s} {'cover':>6s} {'ms':>7s}")
     rows = []
     for name, net, policy, content in models:
         policy_hint(name, policy, content, args.steps)
         deploy(net, z[:8], 1, alpha_bar, grid=[T, 0])                          # warm up the clock
-        todo = []
+        todo, second = [], None
+        if content["kind"] == "teacher":                       # same weights, second-order jumps
+            second = student_from_teacher(net, order=2).to(device).eval()
         for steps in args.steps:
-            todo += [(grid, steps, make_grid(grid, steps)) for grid in GRIDS]
+            todo += [(grid, net, steps, make_grid(grid, steps)) for grid in GRIDS]
             if content["kind"] == "teacher":
-                todo.append(("2nd order", steps, None))
+                todo += [(f"{grid}, 2nd", second, steps, make_grid(grid, steps)) for grid in GRIDS]
             if args.search and steps > 1:
-                todo.append(("searched", steps, search_grid(net, *train_set, reward, steps,
+                todo.append(("searched", net, steps, search_grid(net, *train_set, reward, steps,
                                                             args.search, alpha_bar)))
             if policy is not None and steps == content.get("steps"):
-                todo.append(("learned", steps, None))
+                todo.append(("learned", net, steps, None))
         if content["kind"] == "teacher":
-            todo.append(("uniform", TEACHER_STEPS, make_grid("uniform", TEACHER_STEPS)))
-        for grid_name, steps, grid in todo:
-            if grid_name == "2nd order":
-                result = second_order(net, z, target, reward, steps, alpha_bar)
-            else:
-                result = deployed(net, policy, z, target, reward, steps, alpha_bar, grid,
-                                  may_stop=grid is None and content.get("may_stop", False))
+            todo.append(("uniform", net, TEACHER_STEPS, make_grid("uniform", TEACHER_STEPS)))
+        for grid_name, sampler, steps, grid in todo:
+            result = deployed(sampler, policy, z, target, reward, steps, alpha_bar, grid,
+                              may_stop=grid is None and content.get("may_stop", False))
             rows.append(dict(model=name, grid=grid_name, steps=steps,
                              **judged(result, judge, judge_file), provenance=content["provenance"]))
             log_line(out, **rows[-1])
-            print("{model:26s} {grid:10s} {nfe:5.2f} {reward:8.4f} ± {reward_error:6.4f} "
+            print("{model:26s} {grid:14s} {nfe:5.2f} {reward:8.4f} ± {reward_error:6.4f} "
                   "{frechet:8.4f} {precision:6.3f} {recall:6.3f} {density:6.3f} {coverage:6.3f} "
                   "{ms:7.2f}".format(**rows[-1]), flush=True)
     spread_over_seeds(rows)
@@ -209,20 +200,24 @@ def spread_over_seeds(rows):
 
 
 def plot_frontier(rows, path):
-    """Frechet distance and reward against NFE, a line per model and grid."""
-    figure, axes = pyplot().subplots(1, 2, figsize=(10, 4))
-    for key in dict.fromkeys((r["model"], r["grid"]) for r in rows):
+    """Frechet distance and reward against NFE: a marker per model, a colour per grid."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4))
+    models, grids = ([*dict.fromkeys(r[k] for r in rows)] for k in ("model", "grid"))
+    for model, grid in dict.fromkeys((r["model"], r["grid"]) for r in rows):
         line = sorted((r["nfe"], r["frechet"], r["reward"]) for r in rows
-                      if (r["model"], r["grid"]) == key)
+                      if (r["model"], r["grid"]) == (model, grid))
         for axis, column in zip(axes, (1, 2)):
-            axis.plot([p[0] for p in line], [p[column] for p in line], marker="o",
-                      label=" ".join(key))
+            axis.plot([p[0] for p in line], [p[column] for p in line], alpha=0.8,
+                      marker="osD^vP*X"[models.index(model) % 8], color=f"C{grids.index(grid)}",
+                      label=f"{model}, {grid}")
+    ticks = sorted({round(r["nfe"]) for r in rows})
     for axis, label in zip(axes, ("Fréchet distance, judge features",
                                   "reward (likeness to the teacher)")):
         axis.set(xlabel="network evaluations", ylabel=label, xscale="log")
+        axis.set_xticks(ticks, [str(k) for k in ticks])
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
-    axes[0].set_yscale("log")
-    axes[1].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     save_figure(figure, path)
 
 

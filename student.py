@@ -26,7 +26,7 @@ from ddpm import (T, BadInput, UNet, at, autocast, chunk_size, ddim_step, half_l
                   half_weights, linear_alpha_bar, load_checkpoint, load_state, load_teacher,
                   load_weights, log_line, make_grid, number, output_folder, parameter_count,
                   parser_for, pick_device, predict_x0, run_main, sample, save_checkpoint,
-                  save_state, seeded_noise, time_embedding, time_of_level)
+                  save_state, second_order, seeded_noise, time_embedding, time_of_level)
 from teacher import (EMA_DECAY, GRAD_CLIP, TEACHER_STEPS, device_name, ema_update, learning_rate,
                      plot_loss, provenance, save_picture)
 
@@ -72,12 +72,14 @@ def secant_velocity(x_t, x_next, t, t_next, alpha_bar):
 class JumpUNet(UNet):
     """U-Net that is told where it comes from and where it is to land.
 
-    predicts: 'v' (secant velocity of the jump) or 'eps' (as the teacher does).
+    predicts: 'v' (secant velocity of the jump) or 'eps' (as the teacher does). order: 1 for DDIM's
+    jump, 2 for that of DPM-Solver++(2M), which needs an epsilon: see second_order() in ddpm.py.
     """
 
-    def __init__(self, predicts="v", **unet):
+    def __init__(self, predicts="v", order=1, **unet):
         super().__init__(**unet)
-        self.config["predicts"] = self.predicts = predicts
+        self.config.update(predicts=predicts, order=order)
+        self.predicts, self.order = predicts, order
         c_time = 4 * self.config["width"]
         self.jump_mlp = nn.Sequential(
             nn.Linear(self.config["width"], c_time), nn.SiLU(), nn.Linear(c_time, c_time))
@@ -97,19 +99,35 @@ class JumpUNet(UNet):
         return (out, bottleneck.mean(dim=(2, 3))) if with_features else out
 
 
-def student_from_teacher(teacher):
+def student_from_teacher(teacher, order=1):
     """The paper's start: teacher's weights, jump embedding zeroed: outputs are the teacher's."""
-    student = JumpUNet(predicts="eps", **teacher.config)
+    student = JumpUNet(**{**teacher.config, "predicts": "eps", "order": order})
     student.load_state_dict(teacher.state_dict(), strict=False)
     nn.init.zeros_(student.jump_mlp[-1].weight)
     nn.init.zeros_(student.jump_mlp[-1].bias)
     return student
 
 
-def jump(net, x_t, t, t_next, alpha_bar, eta=0.0):
-    """One student step t -> t_next: (mean (B, 3, H, W), sigma (B,), features (B, C)).
+def nothing_seen(net, x_T):
+    """What jump() remembers of the last evaluation, before the first: a dict of (B, ...) tensors.
 
-    A secant's x0_hat is where the straight jump would end, no estimate of the image, so it is not
+    features (B, C) for the step policy; x0_last (B, 3, H, W) and t_last (B,) for order 2.
+    """
+    B = len(x_T)
+    return dict(features=torch.zeros(B, net.features, device=x_T.device), x0_last=x_T,
+                t_last=torch.full((B,), T, device=x_T.device))
+
+
+def rows_of(seen, i):
+    """Rows i of what was seen."""
+    return {key: value[i] for key, value in seen.items()}
+
+
+def jump(net, x_t, t, t_next, alpha_bar, eta=0.0, last=None):
+    """One student step t -> t_next: (mean (B, 3, H, W), sigma (B,), what was seen, a dict).
+
+    last: what the jump before saw (nothing_seen() at the start), read by nets of order 2 alone. A
+    secant's x0_hat is where the straight jump would end, no estimate of the image, so it is not
     clipped to [-1, 1] as an epsilon student's is.
     """
     out, features = net(x_t, t, t_next, with_features=True)
@@ -117,8 +135,12 @@ def jump(net, x_t, t, t_next, alpha_bar, eta=0.0):
         x0_hat, eps_hat = v_to_x0_eps(x_t, t, out.float(), alpha_bar)
     else:
         x0_hat, eps_hat = predict_x0(x_t, t, out.float(), alpha_bar)
+    seen = dict(features=features.float(), x0_last=x0_hat, t_last=t)
+    if net.order == 2 and last is not None:
+        x0_hat, eps_hat = second_order(x_t, x0_hat, t, t_next, last["x0_last"], last["t_last"],
+                                       alpha_bar)
     mean, sigma = ddim_step(x0_hat, eps_hat, t, t_next, eta, alpha_bar)
-    return mean, sigma, features.float()
+    return mean, sigma, seen
 
 
 # ==============================================================================================
@@ -194,22 +216,23 @@ def deploy(net, x_T, steps, alpha_bar, policy=None, grid=None, may_stop=False, e
     of an image is its number of times above 0.
     """
     x, t = x_T, torch.full((len(x_T),), T, device=x_T.device)
-    features, times, states = torch.zeros(len(x), net.features, device=x.device), [t], [x]
+    seen, times, states = nothing_seen(net, x), [t], [x]
     for k in range(steps):
         live = t > 0                                           # who has not landed at 0 yet
         if grid is not None:
             t_next = torch.full_like(t, grid[k + 1])
         else:
             n = torch.full_like(t, steps - k)
-            rho, _, stop_logit = policy(t, n, features)
+            rho, _, stop_logit = policy(t, n, seen["features"])
             t_next = land(t, rho, n, (stop_logit > 0) & may_stop)
         if live.any():
-            mean, sigma, seen = jump(net, x[live], t[live], t_next[live], alpha_bar, eta)
+            mean, sigma, new = jump(net, x[live], t[live], t_next[live], alpha_bar, eta,
+                                    rows_of(seen, live))
             if eta > 0:
                 noise = seeded_noise(seeds, x.shape[1:], stream=k + 1, device=x.device)
                 mean = mean + sigma[:, None, None, None] * noise[live]
-            x, features = x.clone(), features.clone()
-            x[live], features[live] = mean, seen
+            x = x.index_put((live,), mean)
+            seen = {key: value.index_put((live,), new[key]) for key, value in seen.items()}
         t = torch.where(live, t_next, t)
         times.append(t)
         states.append(x)

@@ -220,7 +220,8 @@ class ReverseStep(Case):
     def test_a_grid_that_cannot_be_is_refused(self):
         self.bad_input("number of steps", ddpm.make_grid, "uniform", 0)
         self.bad_input("unknown grid", ddpm.make_grid, "cubic", 4)
-        self.bad_input("must decrease", ddpm.sample, None, images(1), [1000, 500, 600, 0], self.ab)
+        for solver in (ddpm.sample, ddpm.dpm_solver):
+            self.bad_input("must decrease", solver, None, images(1), [1000, 500, 600, 0], self.ab)
 
 
 class Sampler(Case):
@@ -887,7 +888,7 @@ def rl_args(*words):
 
 class Toy(torch.nn.Module):
     """Linear student: velocity w x + b, one feature. Small enough for exact answers."""
-    predicts, features = "v", 1
+    predicts, features, order = "v", 1, 1
 
     def __init__(self):
         super().__init__()
@@ -1105,6 +1106,42 @@ class Loop(Case):
         self.assertEqual(torch.stack([s["t_next"] for s in steps], 1).tolist(),
                          times[:, 1:].tolist())
 
+    def test_a_teachers_copy_of_order_2_is_the_second_order_solver(self):
+        plain, _ = ddpm.load_teacher(Workshop.get() / "teacher.pt")
+        z = ddpm.seeded_noise(range(3), (3, 8, 8))
+        for name in ddpm.GRIDS:
+            grid = ddpm.make_grid(name, 5)
+            net = student.student_from_teacher(plain, order=2).eval()
+            ends = student.deploy(net, z, 5, self.ab, grid=grid)[0]
+            self.close(ends, ddpm.dpm_solver(plain, z, grid, self.ab), 1e-5)
+            self.assertGreater((ends - ddpm.sample(plain, z, grid, self.ab)).abs().max(), 1e-3)
+
+    def test_a_second_order_rollout_without_exploration_is_the_deployment(self):
+        plain, _ = ddpm.load_teacher(Workshop.get() / "teacher.pt")
+        net = student.student_from_teacher(plain, order=2).eval()
+        policy, z = student.StepPolicy(net.features), ddpm.seeded_noise(range(4), (3, 8, 8))
+        args = rl_args("--init", "teacher", "--learn", "pixels", "--eta", "1e-9")
+        with mock.patch.object(rl_distill, "SIGMA_FLOOR", 0.0):
+            played, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
+        self.close(played, student.deploy(net, z, args.steps, self.ab, policy)[0], 1e-5)
+        self.assertEqual([s["last"]["t_last"][0].item() for s in steps],
+                         [1000] + [s["t"][0].item() for s in steps[:-1]])
+
+    def test_the_old_log_probability_is_recomputed_from_what_was_seen(self):
+        """ratio_t0 is 1 for a second-order student too, and is not once its memory is lost."""
+        plain, _ = ddpm.load_teacher(Workshop.get() / "teacher.pt")
+        net = student.student_from_teacher(plain, order=2).eval()
+        policy, z = student.StepPolicy(net.features), ddpm.seeded_noise(range(4), (3, 8, 8))
+        args = rl_args("--init", "teacher", "--learn", "pixels")
+        _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
+
+        def ratio(s):
+            return rl_distill.pixel_surrogate(net, net, s, torch.arange(4), torch.ones(4), 1.0,
+                                              args, self.ab)[1]
+        self.close(ratio(steps[1]), torch.ones(4), 1e-5)
+        lost = dict(steps[1], last=student.nothing_seen(net, z))
+        self.assertGreater((ratio(lost) - 1).abs().max(), 1e-3)
+
     def test_training_explores_the_last_jump_too_and_in_antithetic_pairs(self):
         args = rl_args("--learn", "pixels")
         net, _, policy, _, z = self.parts(args)
@@ -1219,16 +1256,6 @@ class Samples(Case):
         self.assertEqual(sorted(os.listdir(self.folder / "png")),
                          ["0000000040.png", "0000000041.png", "0000000042.png"])
         self.bad_input("not an empty folder", sample.check_new, None, self.folder / "png")
-
-    def test_the_second_order_row_is_that_solver_on_the_teacher(self):
-        net, _, _ = sample.load_model(Workshop.get() / "teacher.pt", CPU)
-        plain, _ = ddpm.load_teacher(Workshop.get() / "teacher.pt")
-        z = ddpm.seeded_noise(range(3), (3, 8, 8))
-        row = sample.second_order(net, z, z, lambda x, y: ((x - y).mean((1, 2, 3)), {}), 5, self.ab)
-        grid = ddpm.make_grid("logsnr", 5)
-        self.close(row["images"], ddpm.dpm_solver(plain, z, grid, self.ab), 1e-5)
-        self.assertEqual(row["nfe"].tolist(), [5, 5, 5])
-        self.assertGreater((row["images"] - ddpm.sample(plain, z, grid, self.ab)).abs().max(), 1e-3)
 
     def test_the_search_never_returns_less_than_the_best_hand_grid(self):
         net, _, _ = sample.load_model(Workshop.get() / "teacher.pt", CPU)
