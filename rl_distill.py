@@ -33,7 +33,7 @@ from student import (HELD_OUT, StepPolicy, deploy, jump, land, load_student, not
                      save_student, student_from_teacher)
 from reward import TERMS, Reward, load_encoder
 
-SIGMA_FLOOR = 0.05          # noise on the jump to t = 0 (DDIM sigma 0); in training, not deployment
+SIGMA_FLOOR = 0.02          # noise on the jump to t = 0 (DDIM sigma 0); in training, not deployment
 RHO_MARGIN = 1e-4           # rho stays this far from 0 and 1, where a Beta log-density is infinite
 MONITOR = 32                # noises of the reward printed each update; not those of the final table
 
@@ -121,45 +121,60 @@ def draw_groups(n, groups, size, generator):
     return torch.randperm(n, generator=generator)[:groups].repeat_interleave(size)
 
 
+def shared_jump(net, s, i, alpha_bar, eta):
+    """jump() for rows i of a step, of which every s["shared"] neighbours are in one and the same
+    state, as all draws of a rollout are until they land: evaluated once for all of them."""
+    one, size = i[::s["shared"]], s["shared"]
+    mean, sigma, seen = jump(net, s["x_t"][one], s["t"][one], s["t_next"][one], alpha_bar, eta,
+                             rows_of(s["last"], one))
+    return (mean.repeat_interleave(size, 0), sigma.repeat_interleave(size, 0),
+            {key: value.repeat_interleave(size, 0) for key, value in seen.items()})
+
+
 @torch.no_grad()
 def rollout(net, policy, z, args, alpha_bar, generator):
-    """Play the policy from start noise z (B, 3, H, W); groups of equal z lie next to each other.
+    """Play the policy from start noise z (B, 3, H, W): each noise `group` times, side by side, with
+    steps of its own, and each of these `draws` times, with a landing of its own.
 
     Returns (images (B, 3, H, W) in [-1, 1], NFE (B,), list of steps). A step is a dict of what was
     seen and done, for the trajectories still running: rows (b,), x_t, t, n, last, rho, stop,
     t_next, x_next, sigma and the log-probabilities of both channels at the time of acting.
+    With --eta 0 pixels explore only where they land at t = 0: until then the draws are one.
     """
     learn_steps, learn_pixels = args.learn in ("steps", "both"), args.learn in ("pixels", "both")
     may_stop = args.step_cost > 0
     x, t = z, torch.full((len(z),), T, device=z.device)
-    seen = nothing_seen(net, z)
+    seen, shared = nothing_seen(net, z), args.draws
     nfe, steps = torch.zeros_like(t), []
     for k in range(args.steps):
         rows = (t > 0).nonzero()[:, 0]
         if len(rows) == 0:
             break
-        s = dict(rows=rows, x_t=x[rows], t=t[rows], last=rows_of(seen, rows))
+        s = dict(rows=rows, x_t=x[rows], t=t[rows], last=rows_of(seen, rows), shared=shared)
         s["features"] = s["last"]["features"]
         s["n"] = torch.full_like(s["t"], args.steps - k)
         if learn_steps:                                             # action 1: how far
             ratio, stopping = policy.distribution(s["t"], s["n"], s["features"])
-            s["rho"] = draw_rho(ratio.concentration1, ratio.concentration0, generator)
-            u = torch.rand(len(rows), generator=generator).to(z.device)
-            s["stop"] = (u < stopping.probs) & may_stop & (s["n"] > 1)
+            s["rho"] = draw_rho(ratio.concentration1[::shared], ratio.concentration0[::shared],
+                                generator).repeat_interleave(shared)
+            u = torch.rand(len(rows) // shared, generator=generator).to(z.device)
+            s["stop"] = (u.repeat_interleave(shared) < stopping.probs) & may_stop & (s["n"] > 1)
         else:
             s["rho"], _, stop_logit = policy(s["t"], s["n"], s["features"])
             s["stop"] = (stop_logit > 0) & may_stop
         s["t_next"] = land(s["t"], s["rho"], s["n"], s["stop"])
         s["logp_step"] = step_logp(policy, s["t"], s["n"], s["features"], s["rho"], s["stop"],
                                    may_stop)
-        eta = args.eta if learn_pixels else 0.0
-        mean, sigma, new = jump(net, s["x_t"], s["t"], s["t_next"], alpha_bar, eta, s["last"])
-        s["x_next"] = mean
+        every = torch.arange(len(rows), device=z.device)
+        mean, sigma, new = shared_jump(net, s, every, alpha_bar, args.eta)
         if learn_pixels:                                            # action 2: where
-            s["sigma"] = torch.where(s["t_next"] == 0, sigma.clamp(min=SIGMA_FLOOR), sigma)
+            sigma = torch.where(s["t_next"] == 0, sigma.clamp(min=SIGMA_FLOOR), sigma)
+        s["sigma"], s["x_next"], s["explored"] = sigma, mean, every[sigma > 0]
+        if len(s["explored"]):
             noise = draw_noise(x.shape, args.block, generator).to(z.device)[rows]
-            s["x_next"] = mean + s["sigma"][:, None, None, None] * noise
-            s["logp_pixel"] = pixel_logp(mean, s["x_next"], s["sigma"], args.block)
+            s["x_next"] = mean + sigma[:, None, None, None] * noise
+            s["logp_pixel"] = pixel_logp(mean, s["x_next"], sigma, args.block)
+            shared = args.draws if args.eta == 0 else 1
         x, t = x.index_put((rows,), s["x_next"]), t.index_put((rows,), s["t_next"])
         seen = {key: value.index_put((rows,), new[key]) for key, value in seen.items()}
         nfe[rows] += 1
@@ -220,8 +235,7 @@ def step_surrogate(policy, s, adv, args):
 
 def pixel_surrogate(net, net_ref, s, i, adv, mean_sigma, args, alpha_bar):
     """Pixel channel of rows i of one stored step: loss, ratio and KL, (b,) each."""
-    where = s["x_t"][i], s["t"][i], s["t_next"][i], alpha_bar, args.eta, rows_of(s["last"], i)
-    (mean, _, _), sigma = jump(net, *where), s["sigma"][i]
+    (mean, _, _), sigma = shared_jump(net, s, i, alpha_bar, args.eta), s["sigma"][i]
     logp = pixel_logp(mean, s["x_next"][i], sigma, args.block)
     loss, ratio = channel_loss(logp, s["logp_pixel"][i], adv[i], args.clip_pixels, args.estimator)
     # DEVIATES: as in ReDiF's code steps are weighted by sigma, since the score goes as 1 / sigma:
@@ -230,34 +244,34 @@ def pixel_surrogate(net, net_ref, s, i, adv, mean_sigma, args, alpha_bar):
     if args.kl == 0:
         return loss, ratio, torch.zeros_like(ratio)
     with torch.no_grad():
-        mean_ref, _, _ = jump(net_ref, *where)
+        mean_ref, _, _ = shared_jump(net_ref, s, i, alpha_bar, args.eta)
     kl = gaussian_kl(mean, mean_ref, sigma)                         # same state, with gradient
     return loss + args.kl * kl, ratio, kl.detach()
 
 
 def policy_update(net, net_ref, policy, optimizers, steps, adv, args, alpha_bar):
-    """Inner epochs of one update on the stored steps. Returns a dict of diagnostics."""
+    """Inner epochs of one update on the stored steps; adv: {channel: (B,)}. Returns a dict of
+    diagnostics."""
     epochs = args.inner_epochs if args.estimator == "ppo" else 1
     choices = sum((s["n"] > 1).sum().item() for s in steps)         # the last jump chooses no rho
-    actions = sum(len(s["rows"]) for s in steps)
+    landings = sum(len(s["explored"]) for s in steps)
     if "pixels" in optimizers:
-        mean_sigma = torch.cat([s["sigma"] for s in steps]).mean()
+        mean_sigma = torch.cat([s["sigma"][s["explored"]] for s in steps]).mean()
     result = dict(ratio_t0=1.0, clip_steps=0.0, clip_pixels=0.0, kl=0.0, grad_norm=0.0)
     for epoch in range(epochs):
         ratios, kls = dict(steps=[], pixels=[]), []
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         for s in steps:
-            a = adv[s["rows"]]
             if "steps" in optimizers and s["n"][0] > 1:
-                loss, ratio = step_surrogate(policy, s, a, args)
+                loss, ratio = step_surrogate(policy, s, adv["steps"][s["rows"]], args)
                 (loss.sum() / choices).backward()
                 ratios["steps"].append(ratio)
-            if "pixels" in optimizers:
-                for i in torch.arange(len(a), device=a.device).split(args.minibatch):
-                    loss, ratio, kl = pixel_surrogate(net, net_ref, s, i, a, mean_sigma, args,
-                                                      alpha_bar)
-                    (loss.sum() / actions).backward()
+            if "pixels" in optimizers and len(s["explored"]):
+                for i in s["explored"].split(args.minibatch * s["shared"]):
+                    loss, ratio, kl = pixel_surrogate(net, net_ref, s, i, adv["pixels"][s["rows"]],
+                                                      mean_sigma, args, alpha_bar)
+                    (loss.sum() / landings).backward()
                     ratios["pixels"].append(ratio)
                     kls.append(kl)
         for channel, clip_range in (("steps", args.clip_steps), ("pixels", args.clip_pixels)):
@@ -278,7 +292,7 @@ def backprop_update(net, policy, optimizers, z, target, reward, args, alpha_bar)
 
     One run per noise, since all members of a group would be equal; as many optimizer steps as PPO.
     """
-    z, target, norms = z[::args.group], target[::args.group], []
+    z, target, norms = z[::args.draws], target[::args.draws], []
     for _ in range(args.inner_epochs):
         optimizers["pixels"].zero_grad(set_to_none=True)
         for i in torch.arange(len(z), device=z.device).split(max(1, args.minibatch // args.steps)):
@@ -363,7 +377,7 @@ def learners(net, args):
 def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args, out, device):
     """The loop: SAMPLING, ADVANTAGES, TRAINING, one printed line per update. Returns seconds."""
     alpha_bar, (z_all, target_all) = linear_alpha_bar(device), train_set
-    generator = torch.Generator().manual_seed(args.seed)
+    generator, size = torch.Generator().manual_seed(args.seed), args.group * args.draws
     parts = dict(net=net, policy=policy, generator=generator, **optimizers)
     first, seconds_before = 0, 0.0
     if args.resume:
@@ -375,8 +389,8 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
         for channel, optimizer in optimizers.items():          # rates fall linearly, as PPO's do
             optimizer.param_groups[0]["lr"] = (
                 getattr(args, f"lr_{channel}") * (1 - update / args.updates))
-        # SAMPLING: each noise is repeated `group` times, side by side
-        pick = draw_groups(len(z_all), args.noises_per_update, args.group, generator).to(device)
+        # SAMPLING: each noise is repeated, side by side
+        pick = draw_groups(len(z_all), args.noises_per_update, size, generator).to(device)
         z, target = z_all[pick], target_all[pick]
         images, nfe, steps = rollout(net, policy, z, args, alpha_bar, generator)
         # ADVANTAGES
@@ -386,7 +400,8 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
         if not torch.isfinite(score).all():
             raise BadInput(f"the reward is not finite at update {update + 1}; "
                            "lower the learning rates")
-        adv = advantages(score, args.group, args.baseline)
+        adv = dict(steps=advantages(score, size, args.baseline),        # among all of a noise,
+                   pixels=advantages(score, args.draws, args.baseline)) # and of a rollout's draws
         # TRAINING
         if args.estimator == "backprop":
             diagnostics = backprop_update(net, policy, optimizers, z, target, reward, args,
@@ -400,7 +415,7 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
         row = dict(update=update + 1, rollouts=(update + 1) * len(z), reward=score.mean().item(),
                    reward_std=score.std().item(), **diagnostics, entropy=entropy(policy, steps),
                    held_out=(held["reward"] - args.step_cost * held["nfe"]).mean().item(),
-                   within_group_std=score.reshape(-1, args.group).std(1).mean().item(),
+                   within_group_std=score.reshape(-1, size).std(1).mean().item(),
                    drift=drift(net, net_ref), nfe=held["nfe"].mean().item(),
                    grid=held["times"].float().mean(0).tolist(),
                    grid_std=held["times"].float().std(0).tolist(),
@@ -564,16 +579,20 @@ def parse_args(argv=None):
     a("--baseline", choices=["global", "group", "batch"], default="global", help="see advantages()")
     a("--updates", type=count, default=60, help="policy updates, 20..500")
     a("--noises", type=count, default=256, help="training noises, each with one target, 128..8192")
-    a("--noises-per-update", type=count, default=16, help="M, groups per update, 8..512")
-    a("--group", type=number(int, 2), default=8, help="G, rollouts of each noise, even, 4..16")
+    a("--noises-per-update", type=count, default=16, help="M, noises per update, 8..512")
+    a("--group", type=number(int, 2), help="G, rollouts of each noise that differ in their steps, "
+      "4..16 (default 8; 1 with --learn pixels)")
+    a("--draws", type=number(int, 2), help="P, landings of each rollout, even, 8..256; they share "
+      "its network calls (default 16; 64 with --learn pixels, 1 with --learn steps)")
     a("--inner-epochs", type=count, default=4, help="PPO passes over a batch, 1..8")
     a("--clip-steps", type=number(float, 1e-9), default=0.2, help="clip range of steps, 0.1..0.3")
     a("--clip-pixels", type=number(float, 1e-9), default=1e-4,
       help="clip range of the pixels' log-density per dimension, 1e-5..1e-3")
     a("--lr-steps", type=rate, default=2e-3, help="first learning rate of the step policy, "
       "falls to 0; 5e-4..5e-3")
-    a("--lr-pixels", type=rate, default=1e-5, help="the same of the U-Net, 1e-6..1e-4")
-    a("--eta", type=number(float, 1e-9, 1), default=0.3, help="exploration of pixels, Eq. 16 DDIM")
+    a("--lr-pixels", type=rate, default=3e-6, help="the same of the U-Net, 1e-6..1e-4")
+    a("--eta", type=number(float, 0, 1), default=0.0, help="exploration of the pixels before the "
+      "last jump, Eq. 16 DDIM; 0: only the last jump explores, 0..0.3")
     a("--block", type=count, default=1, help="pixels per side that share their exploration noise; "
       "1: white noise, 2..8: low frequencies")
     a("--kl", type=share, default=0.0, help="weight of the KL to the cloned student, 0..1")
@@ -583,22 +602,30 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.smoke:
         args.updates, args.noises, args.noises_per_update = 2, 4, 2
-        args.group, args.held_out = 2, 4
+        args.held_out = 4
+    if args.learn == "pixels" and args.group:
+        p.error("--group needs --learn steps or both: with fixed steps use --draws")
+    if args.learn == "steps" and args.draws:
+        p.error("--draws needs --learn pixels or both: without them all landings are equal")
+    group, draws = dict(steps=(8, 1), pixels=(1, 64), both=(8, 16))[args.learn]
+    if args.smoke:
+        group, draws = min(group, 2), min(draws, 2)
+    args.group, args.draws = args.group or group, args.draws or draws
     if args.init == "student" and args.order:
         p.error("--order belongs to --init teacher: the cloned student learned its own jumps")
     args.order = args.order or (2 if args.init == "teacher" else 1)
-    if args.group % 2:
-        p.error("--group must be even: exploration noise comes in antithetic pairs")
+    if args.draws > 1 and args.draws % 2:
+        p.error("--draws must be even: exploration noise comes in antithetic pairs")
     if args.noises < args.noises_per_update:
         p.error("--noises must be at least --noises-per-update")
     if args.estimator == "backprop" and (args.learn != "pixels" or args.step_cost > 0):
         p.error("--estimator backprop needs --learn pixels and no --step-cost")
     if args.step_cost > 0 and args.learn == "pixels":
         p.error("--step-cost needs --learn steps or both: only the step policy can save a step")
-    if args.learn == "steps" and (args.kl > 0 or args.block > 1):
-        p.error("--kl and --block belong to the pixel channel: add --learn pixels or both")
-    if args.estimator == "backprop" and (args.kl > 0 or args.block > 1):
-        p.error("--estimator backprop has no exploration and no KL: leave out --kl and --block")
+    if args.learn == "steps" and (args.kl > 0 or args.block > 1 or args.eta > 0):
+        p.error("--kl, --block and --eta belong to the pixel channel: add --learn pixels or both")
+    if args.estimator == "backprop" and (args.kl > 0 or args.block > 1 or args.eta > 0):
+        p.error("--estimator backprop has no exploration and no KL: leave out --kl, --block, --eta")
     if args.steps == 1 and args.learn == "steps":
         p.error("--steps 1 leaves no step size to learn; use --learn pixels or more steps")
     return args
@@ -629,7 +656,8 @@ def main(argv=None):
     print("config:", vars(args))
     print(f"device {device_name(device)}, fp32 | student {parameter_count(net) / 1e6:.2f} M, "
           f"teacher {parameter_count(teacher) / 1e6:.2f} M parameters | "
-          f"{args.noises_per_update * args.group} rollouts an update, {args.steps} steps each")
+          f"{args.noises_per_update * args.group * args.draws} rollouts an update, "
+          f"{args.steps} steps each")
 
     train_set, held_set, monitor_set = (
         noise_and_targets(teacher, first, n, alpha_bar, device, f"{what} targets")
@@ -644,7 +672,7 @@ def main(argv=None):
 
     save_student(out / "student.pt", net, policy, provenance(
         "rl_distill.py", args, seconds, device, rollouts=args.updates * args.noises_per_update
-        * args.group), steps=args.steps, may_stop=args.step_cost > 0)
+        * args.group * args.draws), steps=args.steps, may_stop=args.step_cost > 0)
     net, policy, _ = load_student(out / "student.pt", device)      # what is measured is the file
     rows = final_table(net, net_ref, teacher, policy, held_set, reward, args, alpha_bar)
     result = print_result(rows, args)

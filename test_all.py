@@ -882,8 +882,15 @@ class Metrics(Case):
 # ==============================================================================================
 
 def rl_args(*words):
-    return rl_distill.parse_args(["--noises", "8", "--noises-per-update", "4", "--group", "4",
-                                  *words])
+    """Arguments with four rollouts of each noise: 4 steps, 4 landings, or 2 times 2."""
+    args = rl_distill.parse_args(["--noises", "8", "--noises-per-update", "4", *words])
+    args.group, args.draws = dict(steps=(4, 1), pixels=(1, 4), both=(2, 2))[args.learn]
+    return args
+
+
+def channels(adv):
+    """The same advantages for both channels."""
+    return dict(steps=adv, pixels=adv)
 
 
 class Toy(torch.nn.Module):
@@ -1045,12 +1052,13 @@ class Loop(Case):
         return net, copy.deepcopy(net).requires_grad_(False), policy, optimizers, z
 
     def test_the_ratio_is_one_before_the_first_step_in_both_channels(self):
-        for learn in ("steps", "pixels", "both"):
-            args = rl_args("--learn", learn)
+        for learn, eta in (("steps", 0), ("pixels", 0), ("both", 0), ("pixels", 0.3),
+                           ("both", 0.3)):
+            args = rl_args("--learn", learn, "--eta", str(eta))
             net, ref, policy, optimizers, z = self.parts(args)
             _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
             d = rl_distill.policy_update(net, ref, policy, optimizers, steps,
-                                         torch.randn(16, generator=rng()), args, self.ab)
+                                         channels(torch.randn(16, generator=rng())), args, self.ab)
             self.assertAlmostEqual(d["ratio_t0"], 1.0, places=5)
             self.assertGreater(d["grad_norm"], 0)
 
@@ -1061,7 +1069,7 @@ class Loop(Case):
             before = copy.deepcopy(policy)
             _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
             rl_distill.policy_update(net, ref, policy, optimizers, steps,
-                                     torch.randn(16, generator=rng()), args, self.ab)
+                                     channels(torch.randn(16, generator=rng())), args, self.ab)
             self.assertEqual(rl_distill.drift(net, ref) > 0, learn == "pixels")
             self.assertEqual(any(not torch.equal(p, q) for p, q in zip(policy.parameters(),
                                                                        before.parameters())),
@@ -1071,16 +1079,17 @@ class Loop(Case):
         args = rl_args("--learn", "both")
         net, ref, policy, optimizers, z = self.parts(args)
         _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
-        d = rl_distill.policy_update(net, ref, policy, optimizers, steps, torch.zeros(16), args,
-                                     self.ab)
+        d = rl_distill.policy_update(net, ref, policy, optimizers, steps, channels(torch.zeros(16)),
+                                     args, self.ab)
         self.assertEqual(d["grad_norm"], 0)
         args = rl_args("--learn", "pixels", "--kl", "1", "--inner-epochs", "1",
                        "--lr-pixels", "1e-3")
         net, ref, policy, optimizers, z = self.parts(args)
         randomised(net, 9, 0.01)
         _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
-        kl = [rl_distill.policy_update(net, ref, policy, optimizers, steps, torch.zeros(16), args,
-                                       self.ab)["kl"] for _ in range(5)]
+        kl = [rl_distill.policy_update(net, ref, policy, optimizers, steps,
+                                       channels(torch.zeros(16)), args, self.ab)["kl"]
+              for _ in range(5)]
         self.assertTrue(all(a > b > 0 for a, b in zip(kl, kl[1:])), kl)
 
     def test_ppos_first_gradient_is_reinforces(self):
@@ -1090,7 +1099,7 @@ class Loop(Case):
             net, ref, policy, optimizers, z = self.parts(args)
             _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
             rl_distill.policy_update(net, ref, policy, optimizers, steps,
-                                     torch.randn(16, generator=rng()), args, self.ab)
+                                     channels(torch.randn(16, generator=rng())), args, self.ab)
             grads.append([p.grad for p in [*policy.parameters(), *net.parameters()]])
         for a, b in zip(*grads):
             self.close(a, b, 1e-5 * (1 + b.abs().max().item()))
@@ -1119,7 +1128,7 @@ class Loop(Case):
     def test_a_second_order_rollout_without_exploration_is_the_deployment(self):
         plain, _ = ddpm.load_teacher(Workshop.get() / "teacher.pt")
         net = student.student_from_teacher(plain, order=2).eval()
-        policy, z = student.StepPolicy(net.features), ddpm.seeded_noise(range(4), (3, 8, 8))
+        policy, z = student.StepPolicy(net.features), ddpm.seeded_noise([5] * 4, (3, 8, 8))
         args = rl_args("--init", "teacher", "--learn", "pixels", "--eta", "1e-9")
         with mock.patch.object(rl_distill, "SIGMA_FLOOR", 0.0):
             played, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
@@ -1131,8 +1140,8 @@ class Loop(Case):
         """ratio_t0 is 1 for a second-order student too, and is not once its memory is lost."""
         plain, _ = ddpm.load_teacher(Workshop.get() / "teacher.pt")
         net = student.student_from_teacher(plain, order=2).eval()
-        policy, z = student.StepPolicy(net.features), ddpm.seeded_noise(range(4), (3, 8, 8))
-        args = rl_args("--init", "teacher", "--learn", "pixels")
+        policy, z = student.StepPolicy(net.features), ddpm.seeded_noise([5] * 4, (3, 8, 8))
+        args = rl_args("--init", "teacher", "--learn", "pixels", "--eta", "0.3")
         _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
 
         def ratio(s):
@@ -1143,7 +1152,7 @@ class Loop(Case):
         self.assertGreater((ratio(lost) - 1).abs().max(), 1e-3)
 
     def test_training_explores_the_last_jump_too_and_in_antithetic_pairs(self):
-        args = rl_args("--learn", "pixels")
+        args = rl_args("--learn", "pixels", "--eta", "0.3")
         net, _, policy, _, z = self.parts(args)
         _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
         self.assertTrue((steps[-1]["sigma"] == rl_distill.SIGMA_FLOOR).all())
@@ -1152,6 +1161,37 @@ class Loop(Case):
         noise = (s["x_next"] - mean).detach()
         self.close(noise[0::2], -noise[1::2], 1e-4)
         self.assertGreater((noise[0] - noise[2]).abs().max(), 0.01)
+
+    def test_with_eta_0_only_the_landing_explores_and_a_group_shares_its_network_calls(self):
+        args = rl_args("--learn", "pixels")
+        net, _, policy, _, z = self.parts(args)
+        seen = []
+        with mock.patch.object(rl_distill, "jump", side_effect=lambda net, x, *a: (
+                seen.append(len(x)), student.jump(net, x, *a))[1]):
+            images, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
+        self.assertEqual(seen, [4] * 4)                     # 16 rollouts, 4 noises, 4 steps
+        self.assertEqual([len(s["explored"]) for s in steps], [0, 0, 0, 16])
+        clean = student.deploy(net, z, 4, self.ab, policy)[0]
+        off = (images - clean).reshape(4, 4, -1).std(2)
+        self.assertGreater(off.min(), 0.2 * rl_distill.SIGMA_FLOOR)
+        self.assertLess(off.max(), 1.5 * rl_distill.SIGMA_FLOOR)
+
+    def test_sharing_changes_no_gradient(self):
+        for eta in ("0", "0.3"):
+            grads, adv = [], channels(torch.randn(16, generator=rng()))
+            for separate in (False, True):
+                args = rl_args("--learn", "pixels", "--eta", eta, "--inner-epochs", "1", "--kl",
+                               "0.1", "--minibatch", "3")
+                net, ref, policy, optimizers, z = self.parts(args)
+                randomised(ref, 9, 0.01)
+                _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
+                for s in steps:
+                    s["shared"] = 1 if separate else s["shared"]
+                rl_distill.policy_update(net, ref, policy, optimizers, steps, adv, args, self.ab)
+                grads.append([p.grad.clone() for p in net.parameters()])
+            for a, b in zip(*grads):
+                self.close(a, b, 1e-4 * (1e-3 + b.abs().max().item()))
+            self.assertGreater(max(g.abs().max() for g in grads[0]), 1e-3)
 
     def test_where_steps_cost_some_rollouts_stop_early_and_their_rows_are_kept_apart(self):
         args = rl_args("--step-cost", "0.1")
@@ -1172,7 +1212,7 @@ class Loop(Case):
         for _ in range(60):
             _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, g)
             score = -((steps[0]["t_next"] - 300) / 100.0) ** 2
-            adv = rl_distill.advantages(score, 4, "global")
+            adv = channels(rl_distill.advantages(score, 4, "global"))
             rl_distill.policy_update(net, ref, policy, optimizers, steps, adv, args, self.ab)
         _, times, _ = student.deploy(net, z, 2, self.ab, policy)
         self.assertLess(abs(times[0, 1].item() - 300), 60)
@@ -1414,8 +1454,8 @@ class Commands(Case):
         self.run_main(rl_distill, *words, "--learn", "both", "--save-every", "1", "--out", "b",
                       "--resume")
         a, b = (ddpm.load_checkpoint(f"{f}/state.pt", "rl-state") for f in "ab")
-        for channel, rate in (("steps", 2e-3), ("pixels", 1e-5)):        # update 2 of 2: half left
-            self.assertAlmostEqual(a["parts"][channel]["param_groups"][0]["lr"], rate / 2)
+        for channel, rate in (("steps", 2e-3), ("pixels", 3e-6)):        # update 2 of 2: half left
+            self.assertAlmostEqual(a["parts"][channel]["param_groups"][0]["lr"], rate / 2, 12)
         for part in ("net", "policy"):
             for key, value in a["parts"][part].items():
                 self.assertTrue(torch.equal(value, b["parts"][part][key]), key)
@@ -1458,7 +1498,9 @@ class Commands(Case):
                 ("differentiable reward", rl_distill, *good, "--learn", "pixels",
                  "--estimator", "backprop", "--reward", "histogram"),
                 ("needs --learn pixels", rl_distill, *good, "--estimator", "backprop"),
-                ("must be even", rl_distill, *good, "--group", "3"),
+                ("must be even", rl_distill, *good, "--learn", "pixels", "--draws", "3"),
+                ("fixed steps use --draws", rl_distill, *good, "--learn", "pixels", "--group", "4"),
+                ("all landings are equal", rl_distill, *good, "--draws", "4"),
                 ("--resume needs", rl_distill, *good, "--resume"),
                 ("no run to resume", rl_distill, *good, "--resume", "--out", "nowhere"),
                 ("cannot be used", rl_distill, *good, "--device", "warp-drive"),
@@ -1566,8 +1608,8 @@ PLANTED = [  # (module, what the source says, the mistake, the test that notices
      "return -clipped * adv, ratio.detach()", "Surrogate.test_it_is_eq_7_of_ppo_case_by_case"),
     (rl_distill, "return -(offset.square() / (2 * sigma", "return -(offset.square() / (sigma",
      "LogProbabilities.test_a_landing_is_a_gaussian_averaged_over_dimensions"),
-    (rl_distill, 's["logp_pixel"] = pixel_logp(mean, s["x_next"], s["sigma"], args.block)',
-     's["logp_pixel"] = pixel_logp(mean, s["x_t"], s["sigma"], args.block)',
+    (rl_distill, 's["logp_pixel"] = pixel_logp(mean, s["x_next"], sigma, args.block)',
+     's["logp_pixel"] = pixel_logp(mean, s["x_t"], sigma, args.block)',
      "Loop.test_the_ratio_is_one_before_the_first_step_in_both_channels"),
     (rl_distill, "return loss + args.kl * kl, ratio", "return loss + args.kl * kl.detach(), ratio",
      "Loop.test_zero_advantage_gives_zero_gradient_and_the_kl_alone_pulls_back"),
@@ -1575,8 +1617,15 @@ PLANTED = [  # (module, what the source says, the mistake, the test that notices
      "Loop.test_training_explores_the_last_jump_too_and_in_antithetic_pairs"),
     (rl_distill, "sigma.clamp(min=SIGMA_FLOOR), sigma)", "sigma, sigma)",
      "Loop.test_training_explores_the_last_jump_too_and_in_antithetic_pairs"),
-    (rl_distill, 'a = adv[s["rows"]]', 'a = -adv[s["rows"]]',
+    (rl_distill, 'adv["steps"][s["rows"]], args)', '-adv["steps"][s["rows"]], args)',
      "Loop.test_the_step_policy_finds_the_optimum_of_a_known_reward"),
+    (rl_distill, "one, size = i[::s[\"shared\"]], s[\"shared\"]",
+     "one, size = i[::s[\"shared\"]].flip(0), s[\"shared\"]",
+     "Loop.test_sharing_changes_no_gradient"),
+    (rl_distill, "shared = args.draws if args.eta == 0 else 1", "pass",
+     "Loop.test_sharing_changes_no_gradient"),
+    (student, "if net.order == 2 and last is not None", "if net.order == 3",
+     "Loop.test_a_teachers_copy_of_order_2_is_the_second_order_solver"),
     (rl_distill, "(HELD_OUT, args.held_out, \"held-out\")", "(2, args.held_out, \"held-out\")",
      "Loop.test_noise_for_training_monitoring_and_the_table_is_disjoint"),
 ]
