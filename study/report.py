@@ -1,0 +1,248 @@
+"""Tables and figures of the study, from the rows of results.jsonl and the checkpoints of its runs.
+
+Imported by study/run.py; writes study/README.md and figures/study_*.png.
+"""
+import json
+import statistics
+from collections import defaultdict
+
+import torch
+
+import run as study
+from ddpm import make_grid, pyplot, save_figure
+from rl_distill import deployed
+from teacher import tile
+
+COLUMNS = (("reward", "reward", 4), ("feature", "feature", 4), ("perceptual", "perceptual", 4),
+           ("mse", "MSE", 4), ("histogram", "histogram", 3), ("frechet", "Fréchet", 3),
+           ("precision", "prec.", 3), ("recall", "recall", 3), ("density", "dens.", 3),
+           ("coverage", "cover.", 3), ("ms", "ms", 1))
+TITLES = {
+    "hand": "Hand grids, no training",
+    "steps": "Step sizes reinforced, and the same on the average of its grids",
+    "search": "Random search of a grid, with as many rollouts",
+    "pixels": "Landings reinforced",
+    "both": "Both channels",
+    "backprop": "The reward's own gradient in place of the policy gradient",
+    "rewards": "One reward alone (the columns are the same for all)",
+    "cost": "A price per evaluation: the number of steps becomes part of what is learned",
+    "ablation": "The policy gradient, varied",
+}
+
+
+def mean_std(values, digits):
+    """'mean ± std' over seeds; one value alone without a spread."""
+    values = list(values)
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def groups_of(rows):
+    """{(group, init, steps, name): rows of all seeds}, in the order of the study."""
+    out = defaultdict(list)
+    order = {group: i for i, group in enumerate(study.GROUPS)}
+    for row in sorted(rows, key=lambda r: (order[r["group"]], r["init"], r["steps"])):
+        out[row["group"], row["init"], row["steps"], row["name"]].append(row)
+    return out
+
+
+def verdict(rows):
+    """Gain over the best hand grid: mean ± std over seeds, and whether it can be told from 0.
+
+    'yes' where every seed's paired gain is beyond two standard errors on the same side, and the
+    mean is beyond two standard deviations of the seeds.
+    """
+    gains, errors = [r["gain"] for r in rows], [r["gain_error"] for r in rows]
+    mean = statistics.fmean(gains)
+    spread = statistics.stdev(gains) if len(gains) > 1 else float("inf")
+    clear = (all(abs(g) > 2 * e and g * mean > 0 for g, e in zip(gains, errors))
+             and abs(mean) > 2 * spread)
+    text = f"{mean:+.4f}" + (f" ± {spread:.4f}" if len(gains) > 1 else "")
+    return text, f"{statistics.fmean(errors):.4f}", ("better" if mean > 0 else "worse") if clear \
+        else "not told apart"
+
+
+def tables(rows):
+    """study/README.md as a list of lines."""
+    lines = ["# What does reinforcement add, and where?", "",
+             "Written by `python study/run.py`; every line of `results.jsonl` has its command and "
+             "commit. Held-out noise, "
+             f"n = {rows[0]['n']}; ± is the standard deviation over training seeds. *reward* is "
+             "feature+perceptual, 0: the teacher's own 50 steps, whatever was trained on; *gain* "
+             "is that reward minus the one of the hand grid that is best on these very noises, with "
+             "the same model and number of evaluations, and *error* its standard error over "
+             "noises, paired. Fréchet distance, precision, recall, density and coverage are in "
+             "the judge's features. *ms*: per image, on one thread with a second run beside it. "
+             "*training*: network evaluations, a backward pass counting two; 256 teacher images of "
+             "50 evaluations come on top, once for all.", ""]
+    grouped, last = groups_of(rows), None
+    for (group, init, steps, name), same in grouped.items():
+        trained = "gain" in same[0]
+        if group != last:
+            head = ["start", "sampler", "K", "evaluations", *(c[1] for c in COLUMNS)]
+            head += ["gain", "error", "told apart?", "training", "min", "seeds"] * trained
+            lines += ["", f"## {TITLES[group]}", "", "| " + " | ".join(head) + " |",
+                      "|" + "---|" * len(head)]
+            last = group
+        cells = [init, name, str(steps), mean_std((r["nfe"] for r in same), 2)]
+        cells += [mean_std((r[key] for r in same), digits) for key, _, digits in COLUMNS]
+        if trained:
+            cells += [*verdict(same), f"{same[0]['train_nfe'] / 1000:.0f} k",
+                      f"{statistics.fmean(r['minutes'] for r in same):.1f}", str(len(same))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def plot_frontier(rows, path):
+    """Fréchet distance and reward against evaluations, all methods."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(12, 4.6))
+    styles = {"teacher": ("o", "tab:blue"), "teacher, 2nd": ("s", "tab:green"),
+              "student": ("D", "tab:red")}
+    lines = defaultdict(list)
+    for (group, init, steps, name), same in groups_of(rows).items():
+        if group in ("hand", "steps", "pixels", "both", "cost") and name != "its average grid":
+            label = (f"{init}, {name}" if group != "cost" else f"{init}, RL steps, by step cost")
+            lines[label, init, group].append([statistics.fmean(r[c] for r in same)
+                                              for c in ("nfe", "frechet", "reward")])
+    dashes = dict(hand=":", steps="-", pixels="--", both="-.", cost="none")
+    grids = dict(zip(study.GRIDS, (0.9, 0.6, 0.3)))
+    for (label, init, group), points in lines.items():
+        marker, color = styles[init]
+        points, name = sorted(points), label.split(", ")[-1]
+        for axis, column in zip(axes, (1, 2)):
+            axis.plot([p[0] for p in points], [p[column] for p in points], label=label,
+                      marker="x" if group == "cost" else marker, linestyle=dashes[group],
+                      color=color, alpha=grids.get(name, 1.0), markersize=4)
+    ticks = (1, 2, 3, 4, 6, 8, 10, 20, 50)
+    for axis, label in zip(axes, ("Fréchet distance, judge features",
+                                  "reward, feature+perceptual")):
+        axis.set(xlabel="network evaluations", ylabel=label, xscale="log")
+        axis.set_xticks(ticks, [str(t) for t in ticks])
+        axis.set_xticks([], minor=True)
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    save_figure(figure, path)
+
+
+def logs(arm, seed, world):
+    """The log of one trained arm, [] where it has not run."""
+    path = study.folder(arm, seed, world) / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def plot_grids(world, path):
+    """Learned times over training, four evaluations, every seed."""
+    chosen = [arm for arm in study.arms() if arm.group == "steps" and arm.steps == 4]
+    figure, axes = pyplot().subplots(1, len(chosen), figsize=(4 * len(chosen), 3.4), sharey=True)
+    for axis, arm in zip(axes, chosen):
+        for seed in (0, 1, 2):
+            log = logs(arm, seed, world)
+            for k in range(1, 4):
+                axis.plot([r["rollouts"] for r in log], [r["grid"][k] for r in log],
+                          color=f"C{k - 1}", linestyle=("-", "--", ":")[seed])
+        for k, t in enumerate(make_grid("quadratic", 4)[1:-1]):
+            axis.axhline(t, color=f"C{k}", alpha=0.3)
+        axis.set(title=f"{arm.init} (faint: quadratic)", xlabel="rollouts")
+    axes[0].set_ylabel("mean t after each step")
+    save_figure(figure, path)
+
+
+def played(arm, seed, world, n):
+    """deployed() of a trained arm on the first n held-out noises, None where it has not run."""
+    if not (study.folder(arm, seed, world) / "student.pt").exists():
+        return None
+    net, policy, args, _ = study.reinforce(arm, seed, world)
+    return deployed(net, policy, *(x[:n] for x in world.held_set), world.every, arm.steps,
+                    world.alpha_bar, may_stop=args.step_cost > 0)
+
+
+def plot_panels(world, path, n=10):
+    """The same noise through the teacher's 50 steps and through every method at 4 evaluations."""
+    z, target = (x[:n] for x in world.held_set)
+    panels = [("teacher, 50 evaluations", target)]
+    for init in ("teacher", "teacher, 2nd", "student"):
+        panels += [(f"{init}, quadratic grid", deployed(
+            world.start(init), None, z, target, world.every, 4, world.alpha_bar,
+            make_grid("quadratic", 4))["images"])]
+        for arm in study.arms():
+            if (arm.init, arm.steps) == (init, 4) and arm.group in ("steps", "pixels", "both",
+                                                                    "backprop"):
+                result = played(arm, 0, world, n)
+                panels += [] if result is None else [(f"{init}, {arm.name}", result["images"])]
+    figure, axes = pyplot().subplots(len(panels), 1, figsize=(7, 0.92 * len(panels)))
+    for axis, (name, images) in zip(axes, panels):
+        axis.imshow(tile(images, n), interpolation="nearest")
+        axis.set_title(name, fontsize=8, loc="left", pad=2)
+        axis.axis("off")
+    save_figure(figure, path)
+
+
+def plot_early(world, path, n=8):
+    """Where steps cost: how many evaluations the noises get, and the images at both ends."""
+    best = None
+    for arm in study.arms():
+        if arm.group == "cost" and arm.init == "student":
+            result = played(arm, 0, world, world.n)
+            if result and (best is None or result["nfe"].std() > best[1]["nfe"].std()):
+                best = arm, result
+    if best is None:
+        return
+    arm, result = best
+    order = result["nfe"].argsort(stable=True)
+    figure, axes = pyplot().subplots(1, 2, figsize=(10, 3), width_ratios=(1, 2))
+    axes[0].hist(result["nfe"].tolist(), bins=[k + 0.5 for k in range(9)], rwidth=0.8)
+    axes[0].set(xlabel="evaluations", ylabel="noises", title=f"student, {arm.name}")
+    images = torch.cat([result["images"][order[:n]], result["images"][order[-n:]]])
+    axes[1].imshow(tile(images, n), interpolation="nearest")
+    axes[1].set_title(f"above: fewest ({result['nfe'].min():.0f}), "
+                      f"below: most ({result['nfe'].max():.0f})", fontsize=9)
+    axes[1].axis("off")
+    save_figure(figure, path)
+
+
+def plot_hacking(rows, world, path, n=10):
+    """Coach's cosine against the judge's distance, one reward each; images of the extreme case."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(12, 3.8), width_ratios=(1, 1.5))
+    marks = [("student, quadratic grid", r) for r in rows if r["group"] == "hand" and
+             (r["init"], r["steps"], r["name"]) == ("student", 2, "quadratic")]
+    marks += [(r["name"], r) for r in rows
+              if r["group"] == "rewards" or (r["group"], r["init"], r["steps"]) in (
+                  ("pixels", "student", 2), ("backprop", "student", 2))]
+    names = list(dict.fromkeys(name for name, _ in marks))
+    for name in names:
+        same = [r for other, r in marks if other == name]
+        axes[0].plot([r["feature"] for r in same], [r["frechet"] for r in same], "o", label=name,
+                     color=f"C{names.index(name)}")
+    axes[0].set(xlabel="coach: feature cosine to the teacher's image",
+                ylabel="judge: Fréchet distance")
+    axes[0].legend(fontsize=7)
+    axes[0].grid(alpha=0.3)
+    z, target = (x[:n] for x in world.held_set)
+    before = deployed(world.start("student"), None, z, target, world.every, 2, world.alpha_bar,
+                      make_grid("quadratic", 2))["images"]
+    arm = next(a for a in study.arms() if a.name == "backprop, feature, fast")
+    after = played(arm, 0, world, n)
+    images = [target, before] + ([] if after is None else [after["images"]])
+    axes[1].imshow(tile(torch.cat(images), n), interpolation="nearest")
+    axes[1].set_title(f"teacher's 50 steps; student, 2 steps; {arm.name}", fontsize=9)
+    axes[1].axis("off")
+    save_figure(figure, path)
+
+
+def write(rows, world):
+    """All of it. Returns nothing; says what it wrote."""
+    if not rows:
+        return print("no rows yet")
+    out = world.folder if world.smoke else study.ROOT / "figures"
+    text = "\n".join(tables(rows)) + "\n"
+    table = (world.folder if world.smoke else study.ROOT / "study") / "README.md"
+    table.write_text(text, encoding="utf-8")
+    plot_frontier(rows, out / "study_frontier.png")
+    plot_grids(world, out / "study_grids.png")
+    plot_panels(world, out / "study_panels.png")
+    plot_early(world, out / "study_early.png")
+    plot_hacking(rows, world, out / "study_hacking.png")
+    print(f"{len(rows)} rows: wrote {table.relative_to(study.ROOT)} and "
+          f"{out.relative_to(study.ROOT)}/study_*.png")

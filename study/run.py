@@ -1,0 +1,361 @@
+"""The evidence: what does reinforcement add, and where? Bookkeeping around the seven files.
+
+    python study/run.py --seeds 0 1 2          # all of it; an interrupted study goes on
+    python study/run.py --only hand steps      # some groups of arms
+    python study/run.py --report               # tables and figures again, from what is there
+
+Every line of study/results.jsonl is one deployed sampler on held-out noise: reward and its terms,
+the judge's metrics, cost of its training, command, commit. Rows that are there are skipped, so
+delete the file to start over. Checkpoints go to runs/study, the tables to study/README.md, the
+figures to figures/. On CPUs the arms run side by side, one thread each.
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import rl_distill                                                              # noqa: E402
+from ddpm import (GRIDS, linear_alpha_bar, load_teacher, make_grid, number,    # noqa: E402
+                  pick_device, run_main)
+from student import HELD_OUT, load_student, save_student, student_from_teacher # noqa: E402
+from teacher import TEACHER_STEPS, provenance                                  # noqa: E402
+from reward import TERMS, Reward, load_encoder                                 # noqa: E402
+from rl_distill import deployed, noise_and_targets, standard_error             # noqa: E402
+from sample import judged, search_grid                                         # noqa: E402
+
+RUNS = ROOT / "runs" / "study"
+NFE, LEARNED = (1, 2, 3, 4, 6, 8), (2, 4, 8)    # evaluations: of hand grids; of what is trained
+LONG = (10, 20)                                 # of the teacher alone
+UPDATES = ("--updates", "20")                   # of every trained arm: the CPU scale
+SEARCH_NOISES = 64                              # noises that each try of the search is scored on
+COSTS = {"student": ("0.003", "0.01", "0.03"), "teacher, 2nd": ("0.03", "0.1")}
+
+
+class Arm(NamedTuple):
+    """One sampler. init: 'teacher' (DDIM jumps), 'teacher, 2nd' (second order) or 'student'."""
+    group: str
+    name: str
+    init: str
+    steps: int
+    flags: tuple = ()                           # of rl_distill.py; none: nothing is trained
+
+    @property
+    def trained(self):
+        return self.group != "hand"
+
+
+def arms():
+    """Every arm, in the order in which they run."""
+    teachers, out = ("teacher", "teacher, 2nd"), []
+    for init in (*teachers, "student"):
+        out += [Arm("hand", grid, init, k) for k in NFE + (LONG if init != "student" else ())
+                for grid in GRIDS]
+    out.append(Arm("hand", "uniform", "teacher", TEACHER_STEPS))
+    for init, k in (*((i, k) for i in ("student", "teacher, 2nd") for k in LEARNED),
+                    ("teacher", 4)):
+        out.append(Arm("steps", "RL steps", init, k, ("--learn", "steps")))
+        out.append(Arm("search", "random search", init, k))
+    for init, k in (("student", 1), ("student", 2), ("student", 4), ("teacher, 2nd", 4)):
+        out.append(Arm("pixels", "RL pixels", init, k, ("--learn", "pixels")))
+        out.append(Arm("backprop", "backprop", init, k,
+                       ("--learn", "pixels", "--estimator", "backprop")))
+        if k > 1:
+            out.append(Arm("both", "RL both", init, k, ("--learn", "both")))
+    for term in TERMS:
+        out.append(Arm("rewards", f"RL pixels, {term}", "student", 2,
+                       ("--learn", "pixels", "--reward", term)))
+    out.append(Arm("rewards", "backprop, feature, fast", "student", 2, (
+        "--learn", "pixels", "--reward", "feature", "--estimator", "backprop",
+        "--lr-pixels", "1e-4", "--updates", "60")))
+    for init, costs in COSTS.items():
+        out += [Arm("cost", f"RL steps, cost {c}", init, 8, ("--learn", "steps", "--step-cost", c))
+                for c in costs]
+    for name, *flags in (("REINFORCE", "--estimator", "reinforce"),
+                         ("batch baseline", "--baseline", "batch"),
+                         ("group std", "--baseline", "group"), ("1 epoch", "--inner-epochs", "1")):
+        out.append(Arm("ablation", name, "teacher, 2nd", 4, ("--learn", "steps", *flags)))
+    return sorted(out, key=lambda arm: GROUPS.index(arm.group))
+
+
+GROUPS = ("hand", "steps", "pixels", "backprop", "search", "both", "rewards", "cost", "ablation")
+
+
+class World:
+    """Networks, rewards and noises that all arms share; targets are computed once and kept."""
+
+    def __init__(self, args):
+        self.device = pick_device(args.device)
+        self.alpha_bar = linear_alpha_bar(self.device)
+        self.paths = {n: ROOT / "checkpoints" / f"{n}.pt"
+                      for n in ("teacher", "student", "coach", "judge")}
+        self.teacher, _ = load_teacher(self.paths["teacher"], self.device)
+        self.coach, self.coach_file = load_encoder(self.paths["coach"], "coach", self.device)
+        self.judge, self.judge_file = load_encoder(self.paths["judge"], "judge", self.device)
+        self.every = self.reward("+".join(TERMS))
+        self.weights = hashlib.sha256(b"".join(
+            p.read_bytes() for p in self.paths.values())).hexdigest()[:12]
+        self.folder, self.n = RUNS / (self.weights + "-smoke" * args.smoke), args.held_out
+        self.smoke = args.smoke
+        self.train_set, self.held_set, self.monitor_set = (self.targets(*what) for what in (
+            (0, 256 if not args.smoke else 8), (HELD_OUT, args.held_out),
+            (HELD_OUT + 10 ** 6, 8)))
+
+    def reward(self, words):
+        return Reward(words, self.coach, self.coach_file["scales"])
+
+    def targets(self, first, n):
+        """Noise and the teacher's images of n seeds from `first` on, from runs/study if there."""
+        path = self.folder / f"targets-{first}-{n}.pt"
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            pair = noise_and_targets(self.teacher, first, n, self.alpha_bar, self.device, path.stem)
+            torch.save([x.cpu() for x in pair], path)
+        return [x.to(self.device) for x in torch.load(path, weights_only=True)]
+
+    def start(self, init):
+        """The student an arm starts from."""
+        if init == "student":
+            return load_student(self.paths["student"], self.device)[0]
+        return student_from_teacher(self.teacher, 2 if "2nd" in init else 1).to(self.device).eval()
+
+    def main_reward(self, raw):
+        """feature+perceptual, the default reward, from raw terms {name: (B,)}: (B,)."""
+        scales = self.coach_file["scales"]
+        return sum((raw[n] - TERMS[n].best) / scales[n] for n in ("feature", "perceptual"))
+
+    def best_hand(self, init, steps):
+        """Main reward of each held-out noise on the hand grid that is best on these noises: (n,).
+
+        Chosen on the noises it is compared on, so the baseline errs on the strong side.
+        """
+        path = self.folder / f"hand-{init}-{steps}-{self.n}.pt"
+        if not path.exists():
+            net = self.start(init)
+            results = [deployed(net, None, *self.held_set, self.every, steps, self.alpha_bar,
+                                make_grid(grid, steps))["raw"] for grid in GRIDS]
+            torch.save(max(map(self.main_reward, results), key=torch.mean).cpu(), path)
+        return torch.load(path, weights_only=True).to(self.device)
+
+
+# ==============================================================================================
+# RUNNING
+# ==============================================================================================
+
+def folder(arm, seed, world):
+    """Where the run of a trained arm lives."""
+    words = f"{arm.group} {arm.name} {arm.init} {arm.steps} {seed}"
+    return world.folder / "".join(c if c.isalnum() or c == "." else "-" for c in words)
+
+
+def arguments(arm, seed, world):
+    """The command of a trained arm, as rl_distill.py reads it. Returns (words, parsed)."""
+    words = [*UPDATES, *arm.flags, "--steps", str(arm.steps), "--seed", str(seed)]
+    if arm.init != "student":
+        words += ["--init", "teacher", "--order", "2" if "2nd" in arm.init else "1"]
+    words += ["--smoke"] * world.smoke
+    return words, rl_distill.parse_args([*words, "--out", str(folder(arm, seed, world))])
+
+
+def reinforce(arm, seed, world):
+    """Train an arm, or find it trained. Returns (net, policy, args, minutes)."""
+    _, args = arguments(arm, seed, world)
+    out = Path(args.out)
+    if not (out / "student.pt").exists():
+        args.resume = (out / "state.pt").exists()
+        out.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(seed)
+        net, reward = world.start(arm.init), world.reward(args.reward)
+        args.base = rl_distill.best_base(net, *(x[:64] for x in world.train_set), reward,
+                                         arm.steps, world.alpha_bar)
+        policy, net_ref, optimizers = rl_distill.learners(net, args)
+        with open(out / "printed.txt", "a", encoding="utf-8") as log, \
+                contextlib.redirect_stdout(log):
+            seconds = rl_distill.train(net, net_ref, policy, optimizers, world.train_set,
+                                       world.monitor_set, reward, args, out, world.device)
+        save_student(out / "student.pt", net, policy, provenance(
+            "study/run.py", args, seconds, world.device), steps=arm.steps,
+            may_stop=args.step_cost > 0)
+    net, policy, content = load_student(out / "student.pt", world.device)
+    return net, policy, args, content["provenance"]["minutes"]
+
+
+def training_cost(args):
+    """Network evaluations that training spent; a backward pass counts as two."""
+    rollouts = args.noises_per_update * args.group     # the draws of each share its calls
+    epochs = 1 if args.estimator == "reinforce" else args.inner_epochs
+    if args.estimator == "backprop":
+        return args.updates * epochs * args.noises_per_update * args.steps * 3
+    return args.updates * rollouts * (args.steps + 3 * epochs * (args.learn != "steps"))
+
+
+def play(arm, seed, world):
+    """Run one arm. Returns a list of (name, what deployed() returned, cost of its training)."""
+    where = *world.held_set, world.every, arm.steps, world.alpha_bar
+    if arm.group == "hand":
+        return [(arm.name, deployed(world.start(arm.init), None, *where,
+                                    make_grid(arm.name, arm.steps)), {})]
+    if arm.group == "search":                   # as many rollouts as RL steps gets
+        net, began = world.start(arm.init), time.time()
+        args = rl_distill.parse_args([*UPDATES, *["--smoke"] * world.smoke])
+        rollouts = args.updates * args.noises_per_update * args.group
+        some = torch.randperm(len(world.train_set[0]),
+                              generator=torch.Generator().manual_seed(seed))[:SEARCH_NOISES]
+        z, target = (x[some.to(world.device)] for x in world.train_set)
+        grid = search_grid(net, z, target, world.reward(args.reward), arm.steps,
+                           rollouts // len(z), world.alpha_bar, seed)
+        cost = dict(train_nfe=rollouts * arm.steps, minutes=(time.time() - began) / 60)
+        return [(arm.name, deployed(net, None, *where, grid), cost)]
+    net, policy, args, minutes = reinforce(arm, seed, world)
+    cost = dict(train_nfe=training_cost(args), minutes=minutes)
+    result = deployed(net, policy, *where, may_stop=args.step_cost > 0)
+    rows = [(arm.name, result, cost)]
+    if arm.group == "steps":                    # what does reading the state buy?
+        average = result["times"].float().mean(0).round().long().tolist()
+        rows.append(("its average grid", deployed(net, None, *where, average), cost))
+    return rows
+
+
+def key(row):
+    """What makes a row the same row."""
+    return tuple(row[k] for k in ("group", "name", "init", "steps", "seed", "weights", "n"))
+
+
+def results_file(smoke):
+    return RUNS / "smoke.jsonl" if smoke else ROOT / "study" / "results.jsonl"
+
+
+def read_results(smoke=False):
+    """Rows of results.jsonl, the newest of equal ones; a line cut off by a crash is left out."""
+    rows, path = {}, results_file(smoke)
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            rows[key(row)] = row
+    return list(rows.values())
+
+
+def commit():
+    """Commit of the code that makes the rows, '+' where tracked files were changed since."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
+    changed = git("status", "--porcelain", "-uno", "--", "*.py", "checkpoints")
+    return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed.strip() else "")
+
+
+def todo(args, weights):
+    """(arm, seed) of everything that has no row yet."""
+    done = {key(row) for row in read_results(args.smoke)}
+    chosen = [(arm, seed) for arm in arms() if not args.only or arm.group in args.only
+              for seed in (args.seeds if arm.trained else [0])]
+    return [(arm, seed) for arm, seed in chosen
+            if (arm.group, arm.name, arm.init, arm.steps, seed, weights, args.held_out) not in done]
+
+
+def claim(path):
+    """An open, locked file, or None where another worker holds it; freed when this one dies."""
+    file = open(path, "w", encoding="utf-8")
+    with contextlib.suppress(ImportError):       # Windows has no fcntl: use --workers 1 there
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.close()
+    return file
+
+
+def run(args, world):
+    """Play the arms that have no row yet and that no other worker is playing."""
+    version = commit()
+    for arm, seed in todo(args, world.weights):
+        lock = claim(f"{folder(arm, seed, world)}.lock")
+        if lock is None:
+            continue
+        with lock:
+            if (arm, seed) in todo(args, world.weights):           # not done in the meantime
+                run_one(arm, seed, world, version, args)
+
+
+def run_one(arm, seed, world, version, args):
+    """Play one arm and append its rows."""
+    words, _ = arguments(arm, seed, world) if arm.flags else ([], None)
+    for name, result, cost in play(arm, seed, world):
+        result["reward"] = world.main_reward(result["raw"])
+        if arm.trained:
+            gain = result["reward"] - world.best_hand(arm.init, arm.steps)
+            cost.update(gain=gain.mean().item(), gain_error=standard_error(gain))
+        times = result["times"].float()
+        row = dict(group=arm.group, name=name, init=arm.init, steps=arm.steps, seed=seed,
+                   weights=world.weights, n=world.n,
+                   **judged(result, world.judge, world.judge_file),
+                   times=times.mean(0).tolist(), times_std=times.std(0).tolist(), **cost,
+                   commit=version, command=" ".join(["python rl_distill.py", *words])
+                   if words else "")
+        with open(results_file(args.smoke), "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{arm.init:12s} {name:24s} K {arm.steps:2d} seed {seed} reward "
+              f"{row['reward']:8.4f} Fréchet {row['frechet']:8.4f}", flush=True)
+
+
+def run_side_by_side(args, words):
+    """One process per worker, one thread each, until none is left; raises if one failed."""
+    workers = [subprocess.Popen([sys.executable, __file__, *words, "--worker"],
+                                env=dict(os.environ, OMP_NUM_THREADS="1"))
+               for _ in range(args.workers)]
+    try:
+        codes = [worker.wait() for worker in workers]
+    except KeyboardInterrupt:
+        for worker in workers:
+            worker.terminate()
+        raise
+    if any(codes):
+        raise SystemExit(f"study/run.py: a worker ended with exit code {max(codes)}; "
+                         "the same command goes on where it stopped")
+
+
+def parse_args(argv=None):
+    """Command line of study/run.py."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--seeds", type=number(int, 0, 3), nargs="+", default=[0, 1, 2])
+    p.add_argument("--only", nargs="+", choices=GROUPS, help="groups of arms")
+    p.add_argument("--held-out", type=number(int, 8), default=256, help="noises of every row")
+    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    p.add_argument("--workers", type=number(int, 1, 64), help="processes (default: one per core "
+                   "on CPUs, else one)")
+    p.add_argument("--report", action="store_true", help="only tables and figures")
+    p.add_argument("--smoke", action="store_true", help="tiny sizes; numbers mean nothing")
+    p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = p.parse_args(argv)
+    if args.smoke:
+        args.held_out = 8
+    if not args.workers:
+        args.workers = os.cpu_count() if pick_device(args.device).type == "cpu" else 1
+    return args
+
+
+def main(argv=None):
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = parse_args(words)
+    world = World(args)
+    if args.worker:
+        return run(args, world)
+    if not args.report:
+        print(f"{len(todo(args, world.weights))} runs to do, {args.workers} at a time")
+        run_side_by_side(args, words)
+    import report                                # tables and figures, from the rows
+    report.write([row for row in read_results(args.smoke)
+                  if (row["weights"], row["n"]) == (world.weights, world.n)], world)
+
+
+if __name__ == "__main__":
+    run_main(main)
