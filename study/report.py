@@ -69,7 +69,7 @@ def tables(rows):
              "commit. Held-out noise, "
              f"n = {rows[0]['n']}; ± is the standard deviation over training seeds. *reward* is "
              "feature+perceptual, 0: the teacher's own 50 steps, whatever was trained on; *gain* "
-             "is that reward minus the one of the hand grid that is best on these very noises, with "
+             "is that reward minus the one of the hand grid that is best on these noises, with "
              "the same model and number of evaluations, and *error* its standard error over "
              "noises, paired. Fréchet distance, precision, recall, density and coverage are in "
              "the judge's features. *ms*: per image, on one thread with a second run beside it. "
