@@ -195,7 +195,7 @@ def training_cost(args):
     rollouts = args.noises_per_update * args.group     # the draws of each share its calls
     epochs = 1 if args.estimator == "reinforce" else args.inner_epochs
     if args.estimator == "backprop":
-        return args.updates * epochs * args.noises_per_update * args.steps * 3
+        return args.updates * rollouts * args.steps * (1 + 3 * epochs)
     return args.updates * rollouts * (args.steps + 3 * epochs * (args.learn != "steps"))
 
 
