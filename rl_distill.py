@@ -139,7 +139,9 @@ def rollout(net, policy, z, args, alpha_bar, generator):
     Returns (images (B, 3, H, W) in [-1, 1], NFE (B,), list of steps). A step is a dict of what was
     seen and done, for the trajectories still running: rows (b,), x_t, t, n, last, rho, stop,
     t_next, x_next, sigma and the log-probabilities of both channels at the time of acting.
-    With --eta 0 pixels explore only where they land at t = 0: until then the draws are one.
+    shared: how many neighbours are in one state; explored: the rows whose pixels had noise.
+    DEVIATES: with --eta 0 pixels explore only where they land at t = 0, and until then the draws
+    of a rollout are one. Earlier jumps, with the same weights, then have no gradient of their own.
     """
     learn_steps, learn_pixels = args.learn in ("steps", "both"), args.learn in ("pixels", "both")
     may_stop = args.step_cost > 0
@@ -174,7 +176,7 @@ def rollout(net, policy, z, args, alpha_bar, generator):
             noise = draw_noise(x.shape, args.block, generator).to(z.device)[rows]
             s["x_next"] = mean + sigma[:, None, None, None] * noise
             s["logp_pixel"] = pixel_logp(mean, s["x_next"], sigma, args.block)
-            shared = args.draws if args.eta == 0 else 1
+            shared = args.draws if args.eta == 0 else 1            # landed rows leave the game
         x, t = x.index_put((rows,), s["x_next"]), t.index_put((rows,), s["t_next"])
         seen = {key: value.index_put((rows,), new[key]) for key, value in seen.items()}
         nfe[rows] += 1
@@ -252,13 +254,12 @@ def pixel_surrogate(net, net_ref, s, i, adv, mean_sigma, args, alpha_bar):
 def policy_update(net, net_ref, policy, optimizers, steps, adv, args, alpha_bar):
     """Inner epochs of one update on the stored steps; adv: {channel: (B,)}. Returns a dict of
     diagnostics."""
-    epochs = args.inner_epochs if args.estimator == "ppo" else 1
     choices = sum((s["n"] > 1).sum().item() for s in steps)         # the last jump chooses no rho
     landings = sum(len(s["explored"]) for s in steps)
     if "pixels" in optimizers:
         mean_sigma = torch.cat([s["sigma"][s["explored"]] for s in steps]).mean()
     result = dict(ratio_t0=1.0, clip_steps=0.0, clip_pixels=0.0, kl=0.0, grad_norm=0.0)
-    for epoch in range(epochs):
+    for epoch in range(args.inner_epochs):
         ratios, kls = dict(steps=[], pixels=[]), []
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
@@ -278,19 +279,20 @@ def policy_update(net, net_ref, policy, optimizers, steps, adv, args, alpha_bar)
             if ratios[channel]:
                 r = torch.cat(ratios[channel])
                 clipped = ((r - 1).abs() > clip_range).float().mean().item()
-                result[f"clip_{channel}"] += clipped / epochs
+                result[f"clip_{channel}"] += clipped / args.inner_epochs
                 if epoch == 0:          # before any optimizer step: the ratio farthest from 1
                     worst = r[(r - 1).abs().argmax()].item()
                     result["ratio_t0"] = max(result["ratio_t0"], worst, key=lambda v: abs(v - 1))
-        result["kl"] += torch.cat(kls).mean().item() / epochs if kls else 0.0
-        result["grad_norm"] += apply_gradients(net, policy, optimizers) / epochs
+        result["kl"] += torch.cat(kls).mean().item() / args.inner_epochs if kls else 0.0
+        result["grad_norm"] += apply_gradients(net, policy, optimizers) / args.inner_epochs
     return result
 
 
 def backprop_update(net, policy, optimizers, z, target, reward, args, alpha_bar):
     """Control arm without RL: gradient ascent on the reward itself, through all jumps (eta = 0).
 
-    One run per noise, since all members of a group would be equal; as many optimizer steps as PPO.
+    One run per noise, since all its draws would be equal; as many optimizer steps as PPO.
+    'backprop-last' goes through the last jump only: what the policy gradient of --eta 0 estimates.
     """
     z, target, norms = z[::args.draws], target[::args.draws], []
     for _ in range(args.inner_epochs):
@@ -303,7 +305,9 @@ def backprop_update(net, policy, optimizers, z, target, reward, args, alpha_bar)
                 with torch.no_grad():
                     rho, _, _ = policy(t, n, seen["features"])
                 t_next = land(t, rho, n, stop=torch.zeros_like(t, dtype=torch.bool))
-                x, _, seen = jump(net, x, t, t_next, alpha_bar, last=seen)
+                train_this = args.estimator == "backprop" or k == args.steps - 1
+                with torch.set_grad_enabled(train_this):
+                    x, _, seen = jump(net, x, t, t_next, alpha_bar, last=seen)
                 t = t_next
             (-reward(x.clamp(-1, 1), target[i])[0].sum() / len(z)).backward()
         norms.append(apply_gradients(net, policy, optimizers))
@@ -403,7 +407,7 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
         adv = dict(steps=advantages(score, size, args.baseline),        # among all of a noise,
                    pixels=advantages(score, args.draws, args.baseline)) # and of a rollout's draws
         # TRAINING
-        if args.estimator == "backprop":
+        if "backprop" in args.estimator:
             diagnostics = backprop_update(net, policy, optimizers, z, target, reward, args,
                                           alpha_bar)
         else:
@@ -574,17 +578,18 @@ def parse_args(argv=None):
     a("--base", choices=["auto", *GRIDS], default="auto",
       help="hand grid the steps start at; auto: the best on training noise")
     a = p.add_argument_group("how").add_argument
-    a("--estimator", choices=["ppo", "reinforce", "backprop"], default="ppo",
-      help="policy gradient; backprop: the reward's own gradient, no RL")
+    a("--estimator", choices=["ppo", "reinforce", "backprop", "backprop-last"], default="ppo",
+      help="policy gradient; backprop: the reward's own gradient, no RL, through all jumps or only "
+      "the last")
     a("--baseline", choices=["global", "group", "batch"], default="global", help="see advantages()")
     a("--updates", type=count, default=60, help="policy updates, 20..500")
     a("--noises", type=count, default=256, help="training noises, each with one target, 128..8192")
     a("--noises-per-update", type=count, default=16, help="M, noises per update, 8..512")
     a("--group", type=number(int, 2), help="G, rollouts of each noise that differ in their steps, "
       "4..16 (default 8; 1 with --learn pixels)")
-    a("--draws", type=number(int, 2), help="P, landings of each rollout, even, 8..256; they share "
-      "its network calls (default 16; 64 with --learn pixels, 1 with --learn steps)")
-    a("--inner-epochs", type=count, default=4, help="PPO passes over a batch, 1..8")
+    a("--draws", type=number(int, 2), help="P, landings of each rollout, even, 8..256 (default 16; "
+      "64 with --learn pixels, 1 with --learn steps); with --eta 0 they share its network calls")
+    a("--inner-epochs", type=count, help="PPO's passes over a batch, 1..8 (default 4)")
     a("--clip-steps", type=number(float, 1e-9), default=0.2, help="clip range of steps, 0.1..0.3")
     a("--clip-pixels", type=number(float, 1e-9), default=1e-4,
       help="clip range of the pixels' log-density per dimension, 1e-5..1e-3")
@@ -614,27 +619,28 @@ def parse_args(argv=None):
     if args.init == "student" and args.order:
         p.error("--order belongs to --init teacher: the cloned student learned its own jumps")
     args.order = args.order or (2 if args.init == "teacher" else 1)
+    if args.estimator == "reinforce" and args.inner_epochs:
+        p.error("--inner-epochs belongs to ppo and backprop: REINFORCE uses a batch once")
+    args.inner_epochs = args.inner_epochs or (1 if args.estimator == "reinforce" else 4)
     if args.draws > 1 and args.draws % 2:
         p.error("--draws must be even: exploration noise comes in antithetic pairs")
     if args.noises < args.noises_per_update:
         p.error("--noises must be at least --noises-per-update")
-    if args.estimator == "backprop" and (args.learn != "pixels" or args.step_cost > 0):
+    if "backprop" in args.estimator and (args.learn != "pixels" or args.step_cost > 0):
         p.error("--estimator backprop needs --learn pixels and no --step-cost")
     if args.step_cost > 0 and args.learn == "pixels":
         p.error("--step-cost needs --learn steps or both: only the step policy can save a step")
     if args.learn == "steps" and (args.kl > 0 or args.block > 1 or args.eta > 0):
         p.error("--kl, --block and --eta belong to the pixel channel: add --learn pixels or both")
-    if args.estimator == "backprop" and (args.kl > 0 or args.block > 1 or args.eta > 0):
+    if "backprop" in args.estimator and (args.kl > 0 or args.block > 1 or args.eta > 0):
         p.error("--estimator backprop has no exploration and no KL: leave out --kl, --block, --eta")
     if args.steps == 1 and args.learn == "steps":
         p.error("--steps 1 leaves no step size to learn; use --learn pixels or more steps")
     return args
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    began, device = time.time(), pick_device(args.device)
-    alpha_bar = linear_alpha_bar(device)
+def load_inputs(args, device):
+    """Seed torch, read --teacher, --student and --coach. Returns (teacher, net, reward)."""
     torch.manual_seed(args.seed)
     teacher, _ = load_teacher(args.teacher, device)
     if args.init == "teacher":
@@ -649,8 +655,16 @@ def main(argv=None):
                        f"{net.config['image_size']}")
     coach, coach_file = load_encoder(args.coach, "coach", device)
     reward = Reward(args.reward, coach, coach_file["scales"])
-    if args.estimator == "backprop" and not reward.differentiable:
+    if "backprop" in args.estimator and not reward.differentiable:
         raise BadInput(f"--estimator backprop needs a differentiable reward, not '{args.reward}'")
+    return teacher, net, reward
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    began, device = time.time(), pick_device(args.device)
+    alpha_bar = linear_alpha_bar(device)
+    teacher, net, reward = load_inputs(args, device)
     out = output_folder(args.out, "rl_distill", args.resume)
     out.mkdir(parents=True, exist_ok=True)
     print("config:", vars(args))
@@ -672,7 +686,8 @@ def main(argv=None):
 
     save_student(out / "student.pt", net, policy, provenance(
         "rl_distill.py", args, seconds, device, rollouts=args.updates * args.noises_per_update
-        * args.group * args.draws), steps=args.steps, may_stop=args.step_cost > 0)
+        * args.group * args.draws), half=args.learn == "steps",
+        steps=args.steps, may_stop=args.step_cost > 0)
     net, policy, _ = load_student(out / "student.pt", device)      # what is measured is the file
     rows = final_table(net, net_ref, teacher, policy, held_set, reward, args, alpha_bar)
     result = print_result(rows, args)

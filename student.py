@@ -111,7 +111,8 @@ def student_from_teacher(teacher, order=1):
 def nothing_seen(net, x_T):
     """What jump() remembers of the last evaluation, before the first: a dict of (B, ...) tensors.
 
-    features (B, C) for the step policy; x0_last (B, 3, H, W) and t_last (B,) for order 2.
+    features (B, C) for the step policy; x0_last (B, 3, H, W) and t_last (B,) for order 2. Here
+    x0_last is x_T for its shape only: with t_last = T it counts for nothing.
     """
     B = len(x_T)
     return dict(features=torch.zeros(B, net.features, device=x_T.device), x0_last=x_T,
@@ -126,9 +127,9 @@ def rows_of(seen, i):
 def jump(net, x_t, t, t_next, alpha_bar, eta=0.0, last=None):
     """One student step t -> t_next: (mean (B, 3, H, W), sigma (B,), what was seen, a dict).
 
-    last: what the jump before saw (nothing_seen() at the start), read by nets of order 2 alone. A
-    secant's x0_hat is where the straight jump would end, no estimate of the image, so it is not
-    clipped to [-1, 1] as an epsilon student's is.
+    last: what the jump before saw, read by nets of order 2 alone; without it, as at the start and
+    on the jump into t = 0, a jump is of first order. A secant's x0_hat is where the straight jump
+    would end, no estimate of the image, so it is not clipped to [-1, 1] as an epsilon student's is.
     """
     out, features = net(x_t, t, t_next, with_features=True)
     if net.predicts == "v":
@@ -382,9 +383,13 @@ def clone(net, ema, teacher, args, out, device):
     return seconds_before + time.time() - start, pool.made
 
 
-def save_student(path, net, policy, origin, **more):
-    """fp16 weights of student and policy (None before reinforcement), configs, provenance."""
-    save_checkpoint(path, "student", config=net.config, weights=half_weights(net),
+def save_student(path, net, policy, origin, half=True, **more):
+    """fp16 weights of student and policy (None before reinforcement), configs, provenance.
+
+    half=False keeps the student in fp32: small updates of its pixels are lost in the rounding.
+    """
+    save_checkpoint(path, "student", config=net.config,
+                    weights=half_weights(net) if half else net.state_dict(),
                     provenance=origin, policy_config=policy.config if policy else None,
                     policy_weights=half_weights(policy) if policy else None, **more)
 

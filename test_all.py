@@ -1097,7 +1097,8 @@ class Loop(Case):
     def test_ppos_first_gradient_is_reinforces(self):
         grads = []
         for estimator in ("ppo", "reinforce"):
-            args = rl_args("--learn", "both", "--inner-epochs", "1", "--estimator", estimator)
+            args = rl_args("--learn", "both", "--estimator", estimator)
+            args.inner_epochs = 1
             net, ref, policy, optimizers, z = self.parts(args)
             _, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
             rl_distill.policy_update(net, ref, policy, optimizers, steps,
@@ -1177,6 +1178,45 @@ class Loop(Case):
         off = (images - clean).reshape(4, 4, -1).std(2)
         self.assertGreater(off.min(), 0.2 * rl_distill.SIGMA_FLOOR)
         self.assertLess(off.max(), 1.5 * rl_distill.SIGMA_FLOOR)
+
+    def test_backprop_last_is_the_gradient_that_the_landings_estimate(self):
+        """Mean of the policy gradient over many draws against the exact one, same noises."""
+        args = rl_args("--learn", "pixels", "--inner-epochs", "1", "--steps", "2")
+        args.draws = 4000
+        net, ref, policy, _, _ = self.parts(args)
+        randomised(net, 3, 0.1)
+        z = ddpm.seeded_noise([1, 2], (3, 8, 8)).repeat_interleave(4000, 0)
+        target = images(2).repeat_interleave(4000, 0)
+
+        def score(x, y):
+            return -(x - y).square().mean((1, 2, 3)), {}
+        still = {"pixels": torch.optim.SGD(net.parameters(), 0.0)}
+        with mock.patch.object(torch.nn.utils, "clip_grad_norm_", return_value=torch.ones(())):
+            x, _, steps = rl_distill.rollout(net, policy, z, args, self.ab, rng())
+            adv = score(x, target)[0].reshape(2, -1)
+            adv = channels((adv - adv.mean(1, keepdim=True)).reshape(-1))
+            rl_distill.policy_update(net, ref, policy, still, steps, adv, args, self.ab)
+            estimate = torch.cat([p.grad.flatten() for p in net.parameters()])
+            args.estimator = "backprop-last"
+            rl_distill.backprop_update(net, policy, still, z, target, score, args, self.ab)
+        exact = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten()
+                           for p in net.parameters()])
+        # the log-density is a mean over 192 dimensions, so its gradient is 192 times too small
+        ratio = 192 * (estimate @ exact) / (exact @ exact)
+        self.assertGreater(F.cosine_similarity(estimate, exact, 0), 0.9)
+        self.close(ratio, 1.0, 0.1)
+
+    def test_each_channel_has_the_advantage_of_its_own_group(self):
+        """Steps: among all rollouts of a noise; pixels: among the draws of one rollout."""
+        seen = []
+        real = rl_distill.advantages
+        with mock.patch.object(rl_distill, "advantages", side_effect=lambda r, group, baseline: (
+                seen.append(group), real(r, group, baseline))[1]), \
+                tempfile.TemporaryDirectory() as folder:
+            quiet(rl_distill.main, [*inputs("teacher", "student", "coach"), "--smoke", "--updates",
+                                    "1", "--learn", "both", "--group", "4", "--draws", "2",
+                                    "--out", folder + "/o"])
+        self.assertEqual(seen[:2], [8, 2])
 
     def test_sharing_changes_no_gradient(self):
         for eta in ("0", "0.3"):
@@ -1502,6 +1542,8 @@ class Commands(Case):
                 ("needs --learn pixels", rl_distill, *good, "--estimator", "backprop"),
                 ("must be even", rl_distill, *good, "--learn", "pixels", "--draws", "3"),
                 ("fixed steps use --draws", rl_distill, *good, "--learn", "pixels", "--group", "4"),
+                ("uses a batch once", rl_distill, *good, "--estimator", "reinforce",
+                 "--inner-epochs", "2"),
                 ("all landings are equal", rl_distill, *good, "--draws", "4"),
                 ("--resume needs", rl_distill, *good, "--resume"),
                 ("no run to resume", rl_distill, *good, "--resume", "--out", "nowhere"),
@@ -1585,7 +1627,8 @@ class Study(Case):
 
     def test_training_cost_counts_what_an_update_really_evaluates(self):
         for words in (["--learn", "steps"], ["--learn", "pixels"], ["--learn", "both"],
-                      ["--learn", "pixels", "--estimator", "backprop"]):
+                      ["--learn", "pixels", "--estimator", "backprop"],
+                      ["--learn", "pixels", "--estimator", "backprop-last"]):
             args = rl_distill.parse_args([*words, "--smoke", "--steps", "3", "--inner-epochs", "2"])
             net, policy, _ = student.load_student(Workshop.get() / "student.pt")
             policy, ref, optimizers = rl_distill.learners(net, with_base(args))

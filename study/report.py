@@ -49,8 +49,8 @@ def groups_of(rows):
 def verdict(rows):
     """Gain over the best hand grid: mean ± std over seeds, and whether it can be told from 0.
 
-    'yes' where every seed's paired gain is beyond two standard errors on the same side, and the
-    mean is beyond two standard deviations of the seeds.
+    'better' or 'worse' where every seed's paired gain is beyond two standard errors on that side
+    and their mean beyond two standard deviations of the seeds; one seed is never told apart.
     """
     gains, errors = [r["gain"] for r in rows], [r["gain_error"] for r in rows]
     mean = statistics.fmean(gains)
@@ -66,15 +66,18 @@ def tables(rows):
     """study/README.md as a list of lines."""
     lines = ["# What does reinforcement add, and where?", "",
              "Written by `python study/run.py`; every line of `results.jsonl` has its command and "
-             "commit. Held-out noise, "
-             f"n = {rows[0]['n']}; ± is the standard deviation over training seeds. *reward* is "
-             "feature+perceptual, 0: the teacher's own 50 steps, whatever was trained on; *gain* "
-             "is that reward minus the one of the hand grid that is best on these noises, with "
-             "the same model and number of evaluations, and *error* its standard error over "
-             "noises, paired. Fréchet distance, precision, recall, density and coverage are in "
-             "the judge's features. *ms*: per image, on one thread with a second run beside it. "
-             "*training*: network evaluations, a backward pass counting two; 256 teacher images of "
-             "50 evaluations come on top, once for all.", ""]
+             f"commit. Held-out noise, n = {rows[0]['n']}; ± is the standard deviation over "
+             "training seeds. *reward* is feature+perceptual, 0: the teacher's own 50 steps, "
+             "whatever was trained on. *gain* is that reward minus the one of the hand grid that "
+             "is best on these very noises, with the same model and (rounded) number of "
+             "evaluations; *error* its standard error over noises, paired. *told apart?*: every "
+             "seed is beyond two errors on one side, and their mean beyond two standard "
+             "deviations of the seeds; the seeds share noises and baseline, and no correction is "
+             "made for the many rows. Fréchet distance, precision, recall, density and coverage "
+             "are in the judge's features. *ms*: per image, as it ran (on CPUs: one thread, other "
+             "runs beside it). *training*: network evaluations, a backward pass counting two; 256 "
+             "teacher images of 50 evaluations come on top, once for all. The search spends as "
+             "many rollouts as RL steps, each try on the same 64 training noises.", ""]
     grouped, last = groups_of(rows), None
     for (group, init, steps, name), same in grouped.items():
         trained = "gain" in same[0]

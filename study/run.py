@@ -5,9 +5,9 @@
     python study/run.py --report               # tables and figures again, from what is there
 
 Every line of study/results.jsonl is one deployed sampler on held-out noise: reward and its terms,
-the judge's metrics, cost of its training, command, commit. Rows that are there are skipped, so
-delete the file to start over. Checkpoints go to runs/study, the tables to study/README.md, the
-figures to figures/. On CPUs the arms run side by side, one thread each.
+the judge's metrics, cost of its training, command, commit. Rows that are there are skipped; to
+start over, delete that file and runs/study, which keeps the checkpoints. Tables go to
+study/README.md, figures to figures/. On CPUs the arms run side by side, one thread each.
 """
 import argparse
 import contextlib
@@ -35,8 +35,8 @@ from rl_distill import deployed, noise_and_targets, standard_error             #
 from sample import judged, search_grid                                         # noqa: E402
 
 RUNS = ROOT / "runs" / "study"
-NFE, LEARNED = (1, 2, 3, 4, 6, 8), (2, 4, 8)    # evaluations: of hand grids; of what is trained
-LONG = (10, 20)                                 # of the teacher alone
+NFE, LONG = (1, 2, 3, 4, 6, 8), (10, 20)        # evaluations of hand grids; of the teacher also
+LEARNED = {"student": (2, 4, 8), "teacher": (2, 4), "teacher, 2nd": (4, 8)}   # of learned grids
 UPDATES = ("--updates", "20")                   # of every trained arm: the CPU scale
 SEARCH_NOISES = 64                              # noises that each try of the search is scored on
 COSTS = {"student": ("0.003", "0.01", "0.03"), "teacher, 2nd": ("0.03", "0.1")}
@@ -62,14 +62,14 @@ def arms():
         out += [Arm("hand", grid, init, k) for k in NFE + (LONG if init != "student" else ())
                 for grid in GRIDS]
     out.append(Arm("hand", "uniform", "teacher", TEACHER_STEPS))
-    for init, k in (*((i, k) for i in ("student", "teacher, 2nd") for k in LEARNED),
-                    ("teacher", 4)):
+    for init, k in ((init, k) for init, counts in LEARNED.items() for k in counts):
         out.append(Arm("steps", "RL steps", init, k, ("--learn", "steps")))
         out.append(Arm("search", "random search", init, k))
     for init, k in (("student", 1), ("student", 2), ("student", 4), ("teacher, 2nd", 4)):
         out.append(Arm("pixels", "RL pixels", init, k, ("--learn", "pixels")))
-        out.append(Arm("backprop", "backprop", init, k,
-                       ("--learn", "pixels", "--estimator", "backprop")))
+        for estimator in ("backprop", "backprop-last")[:k]:             # equal at one evaluation
+            out.append(Arm("backprop", estimator, init, k,
+                           ("--learn", "pixels", "--estimator", estimator)))
         if k > 1:
             out.append(Arm("both", "RL both", init, k, ("--learn", "both")))
     for term in TERMS:
@@ -81,9 +81,10 @@ def arms():
     for init, costs in COSTS.items():
         out += [Arm("cost", f"RL steps, cost {c}", init, 8, ("--learn", "steps", "--step-cost", c))
                 for c in costs]
-    for name, *flags in (("REINFORCE", "--estimator", "reinforce"),
-                         ("batch baseline", "--baseline", "batch"),
-                         ("group std", "--baseline", "group"), ("1 epoch", "--inner-epochs", "1")):
+    for name, *flags in (("REINFORCE (PPO with 1 epoch)", "--estimator", "reinforce"),
+                         ("REINFORCE, 4 x rate", "--estimator", "reinforce", "--lr-steps", "8e-3"),
+                         ("PPO, batch baseline", "--baseline", "batch"),
+                         ("PPO, group std", "--baseline", "group")):
         out.append(Arm("ablation", name, "teacher, 2nd", 4, ("--learn", "steps", *flags)))
     return sorted(out, key=lambda arm: GROUPS.index(arm.group))
 
@@ -144,7 +145,9 @@ class World:
             net = self.start(init)
             results = [deployed(net, None, *self.held_set, self.every, steps, self.alpha_bar,
                                 make_grid(grid, steps))["raw"] for grid in GRIDS]
-            torch.save(max(map(self.main_reward, results), key=torch.mean).cpu(), path)
+            temporary = path.with_suffix(f".{os.getpid()}")
+            torch.save(max(map(self.main_reward, results), key=torch.mean).cpu(), temporary)
+            os.replace(temporary, path)
         return torch.load(path, weights_only=True).to(self.device)
 
 
@@ -153,9 +156,11 @@ class World:
 # ==============================================================================================
 
 def folder(arm, seed, world):
-    """Where the run of a trained arm lives."""
+    """Where the run of a trained arm lives; another command is another folder."""
     words = f"{arm.group} {arm.name} {arm.init} {arm.steps} {seed}"
-    return world.folder / "".join(c if c.isalnum() or c == "." else "-" for c in words)
+    code = hashlib.sha256(" ".join((*UPDATES, *arm.flags)).encode()).hexdigest()[:6]
+    return world.folder / ("".join(c if c.isalnum() or c == "." else "-" for c in words)
+                           + f"-{code}")
 
 
 def arguments(arm, seed, world):
@@ -167,15 +172,17 @@ def arguments(arm, seed, world):
     return words, rl_distill.parse_args([*words, "--out", str(folder(arm, seed, world))])
 
 
-def reinforce(arm, seed, world):
-    """Train an arm, or find it trained. Returns (net, policy, args, minutes)."""
+def reinforce(arm, seed, world, version=""):
+    """Train an arm as rl_distill.main does, or find it trained. Returns (net, policy, args,
+    provenance)."""
     _, args = arguments(arm, seed, world)
     out = Path(args.out)
     if not (out / "student.pt").exists():
         args.resume = (out / "state.pt").exists()
+        if not args.resume:
+            (out / "log.jsonl").unlink(missing_ok=True)    # of a run that was stopped early
         out.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(seed)
-        net, reward = world.start(arm.init), world.reward(args.reward)
+        _, net, reward = rl_distill.load_inputs(args, world.device)
         args.base = rl_distill.best_base(net, *(x[:64] for x in world.train_set), reward,
                                          arm.steps, world.alpha_bar)
         policy, net_ref, optimizers = rl_distill.learners(net, args)
@@ -184,22 +191,25 @@ def reinforce(arm, seed, world):
             seconds = rl_distill.train(net, net_ref, policy, optimizers, world.train_set,
                                        world.monitor_set, reward, args, out, world.device)
         save_student(out / "student.pt", net, policy, provenance(
-            "study/run.py", args, seconds, world.device), steps=arm.steps,
-            may_stop=args.step_cost > 0)
+            "study/run.py", args, seconds, world.device, commit=version),
+            half=args.learn == "steps", steps=arm.steps, may_stop=args.step_cost > 0)
     net, policy, content = load_student(out / "student.pt", world.device)
-    return net, policy, args, content["provenance"]["minutes"]
+    return net, policy, args, content["provenance"]
 
 
 def training_cost(args):
     """Network evaluations that training spent; a backward pass counts as two."""
     rollouts = args.noises_per_update * args.group     # the draws of each share its calls
-    epochs = 1 if args.estimator == "reinforce" else args.inner_epochs
+    trained = dict(steps=0, pixels=1, both=1)[args.learn]       # calls that have a gradient
+    more = 0
     if args.estimator == "backprop":
-        return args.updates * rollouts * args.steps * (1 + 3 * epochs)
-    return args.updates * rollouts * (args.steps + 3 * epochs * (args.learn != "steps"))
+        trained = args.steps
+    if args.estimator == "backprop-last":
+        more = args.steps - 1                                  # forward to the last call
+    return args.updates * rollouts * (args.steps + args.inner_epochs * (more + 3 * trained))
 
 
-def play(arm, seed, world):
+def play(arm, seed, world, version=""):
     """Run one arm. Returns a list of (name, what deployed() returned, cost of its training)."""
     where = *world.held_set, world.every, arm.steps, world.alpha_bar
     if arm.group == "hand":
@@ -216,8 +226,8 @@ def play(arm, seed, world):
                            rollouts // len(z), world.alpha_bar, seed)
         cost = dict(train_nfe=rollouts * arm.steps, minutes=(time.time() - began) / 60)
         return [(arm.name, deployed(net, None, *where, grid), cost)]
-    net, policy, args, minutes = reinforce(arm, seed, world)
-    cost = dict(train_nfe=training_cost(args), minutes=minutes)
+    net, policy, args, origin = reinforce(arm, seed, world, version)
+    cost = dict(train_nfe=training_cost(args), minutes=origin["minutes"], commit=origin["commit"])
     result = deployed(net, policy, *where, may_stop=args.step_cost > 0)
     rows = [(arm.name, result, cost)]
     if arm.group == "steps":                    # what does reading the state buy?
@@ -288,23 +298,27 @@ def run(args, world):
 
 def run_one(arm, seed, world, version, args):
     """Play one arm and append its rows."""
-    words, _ = arguments(arm, seed, world) if arm.flags else ([], None)
-    for name, result, cost in play(arm, seed, world):
+    command = f"python study/run.py --only {arm.group} --seeds {seed} --held-out {world.n}"
+    if arm.flags:
+        command = " ".join(["python rl_distill.py", *arguments(arm, seed, world)[0]])
+    lines = []
+    for name, result, cost in play(arm, seed, world, version):
         result["reward"] = world.main_reward(result["raw"])
         if arm.trained:
-            gain = result["reward"] - world.best_hand(arm.init, arm.steps)
+            fair = max(1, round(result["nfe"].mean().item()))      # fewer where steps cost
+            gain = result["reward"] - world.best_hand(arm.init, fair)
             cost.update(gain=gain.mean().item(), gain_error=standard_error(gain))
         times = result["times"].float()
         row = dict(group=arm.group, name=name, init=arm.init, steps=arm.steps, seed=seed,
                    weights=world.weights, n=world.n,
                    **judged(result, world.judge, world.judge_file),
-                   times=times.mean(0).tolist(), times_std=times.std(0).tolist(), **cost,
-                   commit=version, command=" ".join(["python rl_distill.py", *words])
-                   if words else "")
-        with open(results_file(args.smoke), "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+                   times=times.mean(0).tolist(), times_std=times.std(0).tolist(),
+                   **{"commit": version, "command": command, **cost})
+        lines.append(json.dumps(row) + "\n")
         print(f"{arm.init:12s} {name:24s} K {arm.steps:2d} seed {seed} reward "
               f"{row['reward']:8.4f} Fréchet {row['frechet']:8.4f}", flush=True)
+    with open(results_file(args.smoke), "a", encoding="utf-8") as file:
+        file.write("".join(lines))              # at once: all rows of a run, or none
 
 
 def run_side_by_side(args, words):
