@@ -1042,8 +1042,9 @@ class Loop(Case):
 
     def parts(self, args):
         """Net, reference, policy, optimizers and one rollout's worth of data on tiny models."""
+        folder = Workshop.get()                 # before the seed: made on the first call
         torch.manual_seed(0)
-        net, _, _ = student.load_student(Workshop.get() / "student.pt")
+        net, _, _ = student.load_student(folder / "student.pt")
         policy = student.StepPolicy(net.features)
         optimizers = {}
         if args.learn != "pixels":
