@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (GRIDS, T, BadInput, chunk_size, linear_alpha_bar, load_state, load_teacher,
-                  log_line, make_grid, number, output_folder, parameter_count, parser_for,
-                  pick_device, pyplot, run_main, sample, save_figure, save_state, seeded_noise,
-                  settings, wait_for)
+from ddpm import (GRIDS, T, BadInput, chunk_size, claim_folder, due, linear_alpha_bar, load_state,
+                  load_teacher, log_line, make_grid, number, output_folder, parameter_count,
+                  parser_for, pick_device, pyplot, run_main, sample, save_figure, save_state,
+                  seeded_noise, settings, stop_if_wrong, until_stopped, wait_for)
 from teacher import TEACHER_STEPS, device_name, provenance, tile
 from student import (HELD_OUT, StepPolicy, deploy, jump, land, load_student, nothing_seen, rows_of,
                      save_student, student_from_teacher)
@@ -251,7 +251,7 @@ def pixel_surrogate(net, net_ref, s, i, adv, mean_sigma, args, alpha_bar):
     return loss + args.kl * kl, ratio, kl.detach()
 
 
-def policy_update(net, net_ref, policy, optimizers, steps, adv, args, alpha_bar):
+def policy_update(net, net_ref, policy, optimizers, steps, adv, args, alpha_bar, update=1):
     """Inner epochs of one update on the stored steps; adv: {channel: (B,)}. Returns a dict of
     diagnostics."""
     choices = sum((s["n"] > 1).sum().item() for s in steps)         # the last jump chooses no rho
@@ -284,11 +284,11 @@ def policy_update(net, net_ref, policy, optimizers, steps, adv, args, alpha_bar)
                     worst = r[(r - 1).abs().argmax()].item()
                     result["ratio_t0"] = max(result["ratio_t0"], worst, key=lambda v: abs(v - 1))
         result["kl"] += torch.cat(kls).mean().item() / args.inner_epochs if kls else 0.0
-        result["grad_norm"] += apply_gradients(net, policy, optimizers) / args.inner_epochs
+        result["grad_norm"] += apply_gradients(net, policy, optimizers, update) / args.inner_epochs
     return result
 
 
-def backprop_update(net, policy, optimizers, z, target, reward, args, alpha_bar):
+def backprop_update(net, policy, optimizers, z, target, reward, args, alpha_bar, update=1):
     """Control arm without RL: gradient ascent on the reward itself, through all jumps (eta = 0).
 
     One run per noise, since all its draws would be equal; as many optimizer steps as PPO.
@@ -310,23 +310,25 @@ def backprop_update(net, policy, optimizers, z, target, reward, args, alpha_bar)
                     x, _, seen = jump(net, x, t, t_next, alpha_bar, last=seen)
                 t = t_next
             (-reward(x.clamp(-1, 1), target[i])[0].sum() / len(z)).backward()
-        norms.append(apply_gradients(net, policy, optimizers))
+        norms.append(apply_gradients(net, policy, optimizers, update))
     return dict(ratio_t0=math.nan, clip_steps=0.0, clip_pixels=0.0, kl=0.0,
                 grad_norm=sum(norms) / len(norms))
 
 
-def apply_gradients(net, policy, optimizers):
+def apply_gradients(net, policy, optimizers, update=1):
     """Clip each channel's gradient to norm 1 and step. Returns the norm before clipping."""
-    total = 0.0
-    for channel, optimizer in optimizers.items():
-        norm = torch.nn.utils.clip_grad_norm_(
-            (policy if channel == "steps" else net).parameters(), 1.0)
-        if not torch.isfinite(norm):
-            raise BadInput(f"the gradient of the {channel} channel is not finite; "
-                           "lower its learning rate")
+    norms = {f"gradient of the {channel}": torch.nn.utils.clip_grad_norm_(
+        (policy if channel == "steps" else net).parameters(), 1.0) for channel in optimizers}
+    refuse_wrong(update, **norms)
+    for optimizer in optimizers.values():
         optimizer.step()
-        total += norm.item() ** 2
-    return math.sqrt(total)
+    return math.sqrt(sum(norm.item() ** 2 for norm in norms.values()))
+
+
+def refuse_wrong(update, **values):
+    """BadInput where one of the tensors has a number that is not finite."""
+    stop_if_wrong({name.replace("_", "-"): 0 if value.isfinite().all() else update
+                   for name, value in values.items()}, "--lr-steps or --lr-pixels")
 
 
 @torch.no_grad()
@@ -389,7 +391,7 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
     print("update  reward ± std    held-out  ratio_t0  clip s/p   kl       in-group entropy  "
           "drift    grad     NFE   grid")
     start = time.time()
-    for update in range(first, args.updates):
+    for update in until_stopped(range(first, args.updates), out):
         for channel, optimizer in optimizers.items():          # rates fall linearly, as PPO's do
             optimizer.param_groups[0]["lr"] = (
                 getattr(args, f"lr_{channel}") * (1 - update / args.updates))
@@ -401,18 +403,18 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
         with torch.no_grad():
             score, raw = reward(images, target)
         score = score - args.step_cost * nfe
-        if not torch.isfinite(score).all():
-            raise BadInput(f"the reward is not finite at update {update + 1}; "
-                           "lower the learning rates")
+        refuse_wrong(update + 1, reward=score, log_probability=torch.cat(
+            [s["logp_step"] for s in steps] + [s["logp_pixel"][s["explored"]] for s in steps
+                                               if len(s["explored"])]))
         adv = dict(steps=advantages(score, size, args.baseline),        # among all of a noise,
                    pixels=advantages(score, args.draws, args.baseline)) # and of a rollout's draws
         # TRAINING
         if "backprop" in args.estimator:
             diagnostics = backprop_update(net, policy, optimizers, z, target, reward, args,
-                                          alpha_bar)
+                                          alpha_bar, update + 1)
         else:
             diagnostics = policy_update(net, net_ref, policy, optimizers, steps, adv, args,
-                                        alpha_bar)
+                                        alpha_bar, update + 1)
 
         held = deployed(net, policy, *monitor_set, reward, args.steps, alpha_bar,
                         may_stop=args.step_cost > 0)
@@ -430,7 +432,7 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
               "{clip_steps:.2f}/{clip_pixels:.2f}  {kl:.1e}  {within_group_std:.4f} "
               "{entropy:8.3f}  {drift:.1e}  {grad_norm:.1e}  {nfe:.2f}  ".format(**row)
               + " ".join(f"{g:.0f}" for g in row["grid"]), flush=True)
-        if (update + 1) % args.save_every == 0 or update + 1 == args.updates:
+        if due(update + 1, args.save_every, args.updates):
             save_state(out / "state.pt", "rl", parts, args, update + 1, row["seconds"])
     return seconds_before + time.time() - start
 
@@ -666,7 +668,7 @@ def main(argv=None):
     alpha_bar = linear_alpha_bar(device)
     teacher, net, reward = load_inputs(args, device)
     out = output_folder(args.out, "rl_distill", args.resume)
-    out.mkdir(parents=True, exist_ok=True)
+    claim_folder(out)
     print("config:", vars(args))
     print(f"device {device_name(device)}, fp32 | student {parameter_count(net) / 1e6:.2f} M, "
           f"teacher {parameter_count(teacher) / 1e6:.2f} M parameters | "
@@ -702,4 +704,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "--noises-per-update or --minibatch")
