@@ -72,19 +72,23 @@ def at(table, t, like):
     return table[t].reshape(-1, *[1] * (like.dim() - 1))
 
 
-def q_sample(x0, t, eps, alpha_bar):
+def q_sample(x0, t, eps, alpha_bar) -> torch.Tensor:
     """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps. Eq. 4, Ho et al. 2020.
 
     x0, eps: (B, ...); t: (B,) integers in 0..T.
     """
+    # -- exercise 1
     ab = at(alpha_bar, t, x0)
     return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
+    # --
 
 
-def simple_loss(net, x0, t, eps, alpha_bar):
+def simple_loss(net, x0, t, eps, alpha_bar) -> torch.Tensor:
     """L_simple = mean |eps - eps_hat(x_t, t)|^2. Eq. 14 and Algorithm 1, Ho et al. 2020."""
+    # -- exercise 1
     eps_hat = net(q_sample(x0, t, eps, alpha_bar), t)
     return F.mse_loss(eps_hat.float(), eps)
+    # --
 
 
 # ==============================================================================================
@@ -111,25 +115,29 @@ def half_log_snr(alpha_bar):
     return torch.logit(alpha_bar) / 2
 
 
-def ddim_sigma(t, t_next, eta, alpha_bar):
+def ddim_sigma(t, t_next, eta, alpha_bar) -> torch.Tensor:
     """sigma = eta sqrt((1 - ab') / (1 - ab)) sqrt(1 - ab / ab'). Eq. 16, Song et al. 2020.
 
     t, t_next: (B,) integers with t > t_next. Returns (B,); 0 where t_next = 0.
     """
+    # -- exercise 2
     ab, ab_next = alpha_bar[t], alpha_bar[t_next]
     return eta * ((1 - ab_next) / (1 - ab)).sqrt() * (1 - ab / ab_next).sqrt()
+    # --
 
 
-def ddim_step(x0_hat, eps_hat, t, t_next, eta, alpha_bar):
+def ddim_step(x0_hat, eps_hat, t, t_next, eta, alpha_bar) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and sigma of the jump t -> t_next. Eq. 12, Song et al. 2020.
 
     mean = sqrt(ab') x0_hat + sqrt(1 - ab' - sigma^2) eps_hat. eta = 0 is DDIM; eta = 1 with
     t_next = t - 1 is DDPM's posterior (Eqs. 6-7, Ho et al.). Returns mean (B, ...) and sigma (B,).
     """
+    # -- exercise 2
     sigma = ddim_sigma(t, t_next, eta, alpha_bar)
     ab_next = at(alpha_bar, t_next, x0_hat)
     direction = (1 - ab_next - sigma.reshape(ab_next.shape) ** 2).clamp(min=0).sqrt()
     return ab_next.sqrt() * x0_hat + direction * eps_hat, sigma
+    # --
 
 
 def make_grid(name, steps):

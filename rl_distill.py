@@ -60,16 +60,18 @@ def noise_and_targets(teacher, first_seed, n, alpha_bar, device, what):
 # THE TWO CHANNELS OF THE POLICY: log-probabilities of what was done
 # ==============================================================================================
 
-def step_logp(policy, t, n, features, rho, stop, may_stop):
+def step_logp(policy, t, n, features, rho, stop, may_stop) -> torch.Tensor:
     """log pi of a step: log Beta(rho), with may_stop a stop-or-go Bernoulli first. (B,) -> (B,)."""
+    # -- exercise 5
     ratio, stopping = policy.distribution(t, n, features)
     logp = ratio.log_prob(rho)
     if may_stop:
         logp = stopping.log_prob(stop.float()) + torch.where(stop, torch.zeros_like(logp), logp)
     return logp
+    # --
 
 
-def pixel_logp(mean, x_next, sigma, block=1):
+def pixel_logp(mean, x_next, sigma, block=1) -> torch.Tensor:
     """log N(x_next; mean, sigma^2 I) without its constants, per dimension: (B,).
 
     DEVIATES: *mean* over the 3072 dimensions, where the density has their sum (ReDiF's and DDPO's
@@ -77,8 +79,10 @@ def pixel_logp(mean, x_next, sigma, block=1):
     With block > 1 the action is the mean of every block x block pixels, of std sigma / block; what
     lies within a block follows mu, without noise and without gradient.
     """
+    # -- exercise 5
     offset = F.avg_pool2d(x_next - mean, block)                     # (B, 3, H / block, W / block)
     return -(offset.square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
+    # --
 
 
 def draw_noise(shape, block, generator):
@@ -90,12 +94,14 @@ def draw_noise(shape, block, generator):
     return F.interpolate(noise / block, scale_factor=block, mode="nearest")
 
 
-def gaussian_kl(mean, mean_ref, sigma):
+def gaussian_kl(mean, mean_ref, sigma) -> torch.Tensor:
     """Gaussian KL at equal sigma: |mu - mu_ref|^2 / (2 sigma^2) per dimension. (B, ...) -> (B,).
 
     Of white noise; with --block it is a penalty on mu rather than the KL of the block means.
     """
+    # -- exercise 6
     return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
+    # --
 
 
 def draw_rho(a, b, generator):
@@ -188,7 +194,7 @@ def rollout(net, policy, z, args, alpha_bar, generator):
 # ADVANTAGES
 # ==============================================================================================
 
-def advantages(reward, group, baseline):
+def advantages(reward, group, baseline) -> torch.Tensor:
     """Centred, scaled rewards: (M * group,) -> same. Members of a group share z, side by side.
 
     'global' (default): R - group mean, divided by the std of that over the whole batch;
@@ -196,6 +202,7 @@ def advantages(reward, group, baseline):
     'batch':  (R - batch mean) / batch std (DDPO): easy noises look good, hard ones bad.
     Equal rewards give exactly 0, never noise scaled to 1.
     """
+    # -- exercise 4
     groups = reward.reshape(-1, group)                              # (M, group)
     if baseline == "batch":
         centred = groups - groups.mean()
@@ -206,20 +213,23 @@ def advantages(reward, group, baseline):
                  centred.std(correction=0))
     noise_level = 1e-6 * (1 + groups.abs().max())                   # differences below are rounding
     return torch.where(scale > noise_level, centred / scale.clamp(min=noise_level), 0.0).reshape(-1)
+    # --
 
 
 # ==============================================================================================
 # TRAINING
 # ==============================================================================================
 
-def clipped_surrogate(logp, logp_old, adv, clip_range):
+def clipped_surrogate(logp, logp_old, adv, clip_range) -> tuple[torch.Tensor, torch.Tensor]:
     """-min(ratio A, clip(ratio, 1 - c, 1 + c) A). Eq. 7, Schulman et al. 2017. All (B,).
 
     Returns (loss (B,), ratio (B,) detached). clip_range = inf is the plain policy gradient.
     """
+    # -- exercise 5
     ratio = (logp - logp_old).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.minimum(ratio * adv, clipped * adv), ratio.detach()
+    # --
 
 
 def channel_loss(logp, logp_old, adv, clip_range, estimator):

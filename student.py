@@ -50,19 +50,23 @@ def angle(t, alpha_bar, like):
     return torch.atan2((1 - ab).sqrt(), ab.sqrt())
 
 
-def v_to_x0_eps(x_t, t, v, alpha_bar):
+def v_to_x0_eps(x_t, t, v, alpha_bar) -> tuple[torch.Tensor, torch.Tensor]:
     """x0_hat = cos x_t - sin v, eps_hat = sin x_t + cos v. Salimans & Ho 2022, appendix D."""
+    # -- exercise 3
     phi = angle(t, alpha_bar, x_t)
     return phi.cos() * x_t - phi.sin() * v, phi.sin() * x_t + phi.cos() * v
+    # --
 
 
-def secant_velocity(x_t, x_next, t, t_next, alpha_bar):
+def secant_velocity(x_t, x_next, t, t_next, alpha_bar) -> torch.Tensor:
     """The v whose one jump from x_t lands exactly at x_next: v = (cos(d) x_t - x_next) / sin(d).
 
     Comparing v instead of landing points divides the squared landing error by sin(d)^2.
     """
+    # -- exercise 3
     d = angle(t, alpha_bar, x_t) - angle(t_next, alpha_bar, x_t)
     return (d.cos() * x_t - x_next) / d.sin()
+    # --
 
 
 # ==============================================================================================

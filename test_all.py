@@ -10,6 +10,7 @@ import contextlib
 import copy
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import math
@@ -1803,6 +1804,192 @@ class Study(Case):
 def with_base(args):
     args.base = "uniform" if args.base == "auto" else args.base
     return args
+
+
+# ==============================================================================================
+# assignments/: the handout, and the grader graded
+# ==============================================================================================
+
+MISTAKES = {
+    1: (ddpm, [
+        ("ab.sqrt() * x0 + (1 - ab).sqrt() * eps", "ab.sqrt() * x0 - (1 - ab).sqrt() * eps"),
+        ("ab.sqrt() * x0 + (1 - ab).sqrt() * eps", "ab * x0 + (1 - ab) * eps"),
+        ("ab.sqrt() * x0 + (1 - ab).sqrt() * eps", "ab.sqrt() * eps + (1 - ab).sqrt() * x0"),
+        ("ab = at(alpha_bar, t, x0)\n    return", "ab = at(alpha_bar, t - 1, x0)\n    return"),
+        ("ab = at(alpha_bar, t, x0)\n    return", "ab = at(alpha_bar, t[:1], x0)\n    return"),
+        ("F.mse_loss(eps_hat.float(), eps)", "F.mse_loss(eps_hat.float(), eps, reduction='sum')"),
+        ("F.mse_loss(eps_hat.float(), eps)", "F.l1_loss(eps_hat.float(), eps)"),
+        ("F.mse_loss(eps_hat.float(), eps)", "F.mse_loss(eps_hat.float(), x0)"),
+        ("F.mse_loss(eps_hat.float(), eps)", "F.mse_loss(eps_hat.detach().float(), eps)"),
+        ("net(q_sample(x0, t, eps, alpha_bar), t)", "net(x0, t)"),
+        ("net(q_sample(x0, t, eps, alpha_bar), t)", "net(q_sample(x0, t, eps, alpha_bar), t - 1)"),
+    ]),
+    2: (ddpm, [
+        ("return eta * ((1 - ab_next) / (1 - ab))", "return ((1 - ab_next) / (1 - ab))"),
+        ("eta * ((1 - ab_next) / (1 - ab)).sqrt()", "eta * ((1 - ab) / (1 - ab_next)).sqrt()"),
+        ("eta * ((1 - ab_next) / (1 - ab)).sqrt()", "eta * ((1 - ab_next) / (1 - ab))"),
+        ("* (1 - ab / ab_next).sqrt()\n    # --", "* (1 - ab).sqrt()\n    # --"),
+        ("* (1 - ab / ab_next).sqrt()\n    # --", "* (1 - ab / ab_next)\n    # --"),
+        ("(1 - ab_next - sigma.reshape(ab_next.shape) ** 2)", "(1 - ab_next)"),
+        ("(1 - ab_next - sigma.reshape(ab_next.shape) ** 2)",
+         "(1 - ab_next - sigma.reshape(ab_next.shape))"),
+        ("(1 - ab_next - sigma.reshape(ab_next.shape) ** 2)",
+         "(1 - ab_next + sigma.reshape(ab_next.shape) ** 2)"),
+        ("return ab_next.sqrt() * x0_hat + direction", "return ab_next * x0_hat + direction"),
+        ("ab_next.sqrt() * x0_hat + direction", "ab_next.sqrt() * x0_hat - direction"),
+    ]),
+    3: (student, [
+        ("return phi.cos() * x_t - phi.sin() * v,", "return phi.cos() * x_t + phi.sin() * v,"),
+        ("phi.sin() * x_t + phi.cos() * v", "phi.sin() * x_t - phi.cos() * v"),
+        ("return (d.cos() * x_t - x_next) / d.sin()", "return (x_next - d.cos() * x_t) / d.sin()"),
+        ("return (d.cos() * x_t - x_next) / d.sin()", "return d.cos() * x_t - x_next"),
+        ("return (d.cos() * x_t - x_next) / d.sin()", "return (x_t - x_next) / d.sin()"),
+        ("return (d.cos() * x_t - x_next) / d.sin()", "return (d.cos() * x_t - x_next) / d"),
+        ("d = angle(t, alpha_bar, x_t) - angle(t_next", "d = angle(t_next"),
+    ]),
+    4: (rl_distill, [
+        ("groups - groups.mean(1, keepdim=True)", "groups - groups.mean(0, keepdim=True)"),
+        ("groups - groups.mean(1, keepdim=True)", "groups"),
+        ("groups - groups.mean(1, keepdim=True)", "groups.mean(1, keepdim=True) - groups"),
+        ("                 centred.std(correction=0))", "                 centred.std())"),
+        ("centred.square().mean(1, keepdim=True).sqrt()", "centred.std(1, keepdim=True)"),
+        ("centred.square().mean(1, keepdim=True).sqrt()", "centred.square().mean(1, keepdim=True)"),
+        ("torch.where(scale > noise_level, centred / scale.clamp(min=noise_level), 0.0)",
+         "(centred / scale)"),
+        ("torch.where(scale > noise_level, centred / scale.clamp(min=noise_level), 0.0)",
+         "(centred / (scale + 1e-8) + 1e-2)"),
+        ('if baseline == "batch":', 'if baseline == "group":'),
+        ("groups = reward.reshape(-1, group) ", "groups = reward.reshape(group, -1).T "),
+    ]),
+    5: (rl_distill, [
+        ("F.avg_pool2d(x_next - mean, block)", "F.avg_pool2d(x_next - mean.detach(), block)"),
+        ("F.avg_pool2d(x_next - mean, block)", "(x_next - mean)"),
+        ("return -(offset.square() / (2 * sigma.square()[:, None, None, None])).mean",
+         "return -(offset.square() / (2 * sigma.square()[:, None, None, None])).sum"),
+        ("return -(offset.square() / (2 *", "return -(offset.square() / ("),
+        ("return -(offset.square() / (2 *", "return (offset.square() / (2 *"),
+        ("-torch.minimum(ratio * adv, clipped", "-torch.maximum(ratio * adv, clipped"),
+        ("-torch.minimum(ratio * adv, clipped * adv)", "-(ratio * adv)"),
+        ("-torch.minimum(ratio * adv, clipped * adv)", "-(clipped * adv)"),
+        ("-torch.minimum(ratio * adv, clipped * adv)", "torch.minimum(ratio * adv, clipped * adv)"),
+        ("ratio = (logp - logp_old).exp()\n    clipped", "ratio = (logp - logp.detach()).exp()\n"
+         "    clipped"),
+        ("ratio = (logp - logp_old).exp()\n    clipped", "ratio = (logp - logp_old)\n    clipped"),
+        ("clipped * adv), ratio.detach()", "clipped * adv), ratio"),
+        ("torch.where(stop, torch.zeros_like(logp), logp)", "logp"),
+        ("stopping.log_prob(stop.float()) +", "stopping.log_prob(1 - stop.float()) +"),
+        ("logp = ratio.log_prob(rho)", "logp = ratio.log_prob(1 - rho)"),
+    ]),
+    6: (rl_distill, [
+        ("((mean - mean_ref).square() / (2 *", "((mean - mean_ref).square() / ("),
+        ("(mean - mean_ref).square() / (2 * sigma.square()", "(mean - mean_ref).square() / (2 * sigma"),
+        ("((mean - mean_ref).square() /", "((mean - mean_ref).abs() /"),
+        ("((mean - mean_ref).square() /", "((mean - mean_ref).detach().square() /"),
+        ("((mean - mean_ref).square() /", "(-(mean - mean_ref).square() /"),
+        ("return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean((1,",
+         "return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).sum((1,"),
+        ("return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean((1,",
+         "return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean((0,"),
+    ]),
+}
+
+
+class Assignments(Case):
+    @classmethod
+    def setUpClass(cls):
+        folder = str(Path(__file__).resolve().parent / "assignments")
+        sys.path.insert(0, folder)
+        cls.grade, cls.handout = (importlib.import_module(n) for n in ("grade", "handout"))
+        sys.path.remove(folder)
+
+    def variant(self, module, source):
+        """A module made from other source, in the place of `module`."""
+        made = types.ModuleType(module.__name__)
+        made.__file__ = module.__file__
+        exec(compile(source, module.__file__, "exec"), made.__dict__)
+        return made
+
+    def verdicts(self, number, module, seeds=(0, 1)):
+        return [self.grade.judge(module, number, seed)["verdict"] for seed in seeds]
+
+    def source(self, module):
+        return Path(module.__file__).read_text(encoding="utf-8")
+
+    def test_the_reference_passes_and_the_handout_is_not_attempted(self):
+        for number, (module, _) in MISTAKES.items():
+            self.assertEqual(self.verdicts(number, module, range(8)), ["passes"] * 8)
+            empty = self.variant(module, self.handout.blank(self.source(module), {number}))
+            self.assertEqual(set(self.verdicts(number, empty)), {"not attempted"})
+
+    def test_every_mistake_is_rejected_with_tolerances_a_hundred_times_wider(self):
+        """And none because it crashes: a wrong value or shape is shown. NaN never passes."""
+        real = self.grade.same
+
+        def lenient(theirs, wanted, rule, tolerance=1e-4, **inputs):
+            return real(theirs, wanted, rule, 100 * tolerance, **inputs)
+        for number, (module, mistakes) in MISTAKES.items():
+            self.assertGreaterEqual(len(mistakes), 5)
+            source = self.source(module)
+            for right, wrong in mistakes:
+                with self.subTest(exercise=number, wrong=wrong):
+                    self.assertEqual(source.count(right), 1, right)
+                    broken = self.variant(module, source.replace(right, wrong))
+                    with mock.patch.object(self.grade, "same", lenient):
+                        self.assertTrue({"wrong value", "wrong shape"}
+                                        >= set(self.verdicts(number, broken)), right)
+
+    def test_zeros_never_pass(self):
+        for number, (module, _) in MISTAKES.items():
+            names = [n for n, f in vars(module).items() if callable(f) and f"# -- exercise {number}"
+                     in (inspect.getsource(f) if inspect.isfunction(f) else "")]
+            self.assertGreater(len(names), 0)
+            zeros = self.variant(module, self.source(module))
+
+            def empty(function):
+                def zero(*args, **kw):
+                    result = function(*args, **kw)
+                    return (tuple(torch.zeros_like(r) for r in result)
+                            if isinstance(result, tuple) else torch.zeros_like(result))
+                return zero
+            for name in names:
+                setattr(zeros, name, empty(getattr(module, name)))
+            self.assertTrue({"wrong value"} >= set(self.verdicts(number, zeros)))
+
+    def test_the_handout_is_the_repository_with_blanks(self):
+        self.assertEqual(self.handout.numbers(), list(MISTAKES))
+        with tempfile.TemporaryDirectory() as folder:
+            quiet(self.handout.main, [folder + "/all"])
+            quiet(self.handout.main, [folder + "/some", "--only", "2"])
+            for module in MODULES:
+                name, ours = Path(module.__file__).name, self.source(module)
+                both = [Path(folder, which, name).read_text(encoding="utf-8")
+                        for which in ("all", "some")]
+                marked = self.handout.REGION.findall(ours)
+                self.assertEqual(both[0] != ours, bool(marked))
+                self.assertEqual(both[1] != ours, any(m[1] == "2" for m in marked))
+                for text in both:
+                    compile(text, name, "exec")
+                for body in (m[2] for m in marked):
+                    self.assertNotIn(body, both[0])
+                    self.assertLessEqual(len(body.splitlines()), 15)
+            with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+                self.handout.main([folder + "/all"])
+
+    def test_whatever_the_code_does_the_grader_goes_on(self):
+        cases = {"while True: pass": "no end after", "import sys; sys.exit(0)": "importing",
+                 "import os; os._exit(3)": "its process ended",
+                 "print('hello'); 1 / 0": "importing", "def broken(:": "importing"}
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("ddpm", "student", "rl_distill"):
+                Path(folder, f"{name}.py").write_text("")
+            for code, expected in cases.items():
+                Path(folder, "ddpm.py").write_text(code)
+                result = self.grade.grade(folder, 1, 0, seconds=6)
+                self.assertEqual(result["verdict"], "error", code)
+                self.assertIn(expected, result["property"])
+            Path(folder, "ddpm.py").write_text("")            # and it falls back to nothing
+            result = self.grade.grade(folder, 1, 0)
+            self.assertIn("no attribute 'q_sample'", result["property"])
 
 
 # ==============================================================================================
