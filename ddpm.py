@@ -11,13 +11,15 @@ Writes ddpm.png and log.jsonl to a new folder under runs/. Next file: teacher.py
 """
 import argparse
 import contextlib
+import hashlib
+import io
 import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import torch
@@ -34,8 +36,9 @@ from torch import nn
 
 T = 1000                                  # number of noise levels, Ho et al. section 4
 BETA_FIRST, BETA_LAST = 1e-4, 0.02        # linear schedule, Ho et al. section 4
-FORMAT = "redif-1"                        # checkpoint format version
+FORMAT, CHECKSUM = "redif-2", 64          # checkpoint format; length of a SHA-256 in hex
 GRIDS = ("uniform", "quadratic", "logsnr")      # hand grids, see make_grid
+LOCKS, STOP = {}, {"signal": None}        # folders of this process; the signal that came
 DEMO_POINTS = 1000                        # points in the plane of the closed-form demonstration
 
 
@@ -69,19 +72,23 @@ def at(table, t, like):
     return table[t].reshape(-1, *[1] * (like.dim() - 1))
 
 
-def q_sample(x0, t, eps, alpha_bar):
+def q_sample(x0, t, eps, alpha_bar) -> torch.Tensor:
     """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps. Eq. 4, Ho et al. 2020.
 
     x0, eps: (B, ...); t: (B,) integers in 0..T.
     """
+    # -- exercise 1
     ab = at(alpha_bar, t, x0)
     return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
+    # --
 
 
-def simple_loss(net, x0, t, eps, alpha_bar):
+def simple_loss(net, x0, t, eps, alpha_bar) -> torch.Tensor:
     """L_simple = mean |eps - eps_hat(x_t, t)|^2. Eq. 14 and Algorithm 1, Ho et al. 2020."""
+    # -- exercise 1
     eps_hat = net(q_sample(x0, t, eps, alpha_bar), t)
     return F.mse_loss(eps_hat.float(), eps)
+    # --
 
 
 # ==============================================================================================
@@ -108,25 +115,29 @@ def half_log_snr(alpha_bar):
     return torch.logit(alpha_bar) / 2
 
 
-def ddim_sigma(t, t_next, eta, alpha_bar):
+def ddim_sigma(t, t_next, eta, alpha_bar) -> torch.Tensor:
     """sigma = eta sqrt((1 - ab') / (1 - ab)) sqrt(1 - ab / ab'). Eq. 16, Song et al. 2020.
 
     t, t_next: (B,) integers with t > t_next. Returns (B,); 0 where t_next = 0.
     """
+    # -- exercise 2
     ab, ab_next = alpha_bar[t], alpha_bar[t_next]
     return eta * ((1 - ab_next) / (1 - ab)).sqrt() * (1 - ab / ab_next).sqrt()
+    # --
 
 
-def ddim_step(x0_hat, eps_hat, t, t_next, eta, alpha_bar):
+def ddim_step(x0_hat, eps_hat, t, t_next, eta, alpha_bar) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and sigma of the jump t -> t_next. Eq. 12, Song et al. 2020.
 
     mean = sqrt(ab') x0_hat + sqrt(1 - ab' - sigma^2) eps_hat. eta = 0 is DDIM; eta = 1 with
     t_next = t - 1 is DDPM's posterior (Eqs. 6-7, Ho et al.). Returns mean (B, ...) and sigma (B,).
     """
+    # -- exercise 2
     sigma = ddim_sigma(t, t_next, eta, alpha_bar)
     ab_next = at(alpha_bar, t_next, x0_hat)
     direction = (1 - ab_next - sigma.reshape(ab_next.shape) ** 2).clamp(min=0).sqrt()
     return ab_next.sqrt() * x0_hat + direction * eps_hat, sigma
+    # --
 
 
 def make_grid(name, steps):
@@ -328,6 +339,10 @@ class UNet(nn.Module):
 
     def __init__(self, width, mults, blocks, attention, dropout=0.0, image_size=32):
         super().__init__()
+        sizes = (width, *mults, blocks, image_size)
+        if (not all(isinstance(n, int) and n >= 1 for n in sizes) or width * max(mults) > 4096
+                or len(mults) > 6 or blocks > 16 or image_size > 1024):
+            raise BadInput(f"a U-Net cannot have the sizes {sizes}")
         self.config = dict(width=width, mults=list(mults), blocks=blocks, attention=list(attention),
                            dropout=dropout, image_size=image_size)
         c_time = 4 * width
@@ -449,21 +464,37 @@ def chunk_size(device):
 # ==============================================================================================
 
 def save_checkpoint(path, kind, **content):
-    """Write {format, kind, **content} to a temporary name, then rename: never half a file.
+    """Write {format, kind, **content}: the file that torch.save writes, a zip, with the SHA-256 of
+    all that stands before it as the zip's comment.
 
     kind: 'teacher', 'student', ...; content: tensors, plain values, dicts and lists of them.
     """
+    memory = io.BytesIO()
+    torch.save({"format": FORMAT, "kind": kind, **content}, memory)
+    data = bytearray(memory.getvalue())
+    data[-2:] = CHECKSUM.to_bytes(2, "little")                      # length of a zip's comment
+    data += hashlib.sha256(data).hexdigest().encode()
+    write_whole(path, data)
+
+
+def write_whole(path, data):
+    """Write bytes to a temporary name, to the disk, then rename: the old file or the new, never
+    half a one, whenever the power fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, "kind": kind, **content}, file)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):                              # Windows opens no folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)                                            # the new name, too
+        os.close(folder)
 
 
 def load_checkpoint(path, kind):
@@ -475,13 +506,15 @@ def load_checkpoint(path, kind):
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"there is no checkpoint {path}; train one, or give the path of another")
+    data = path.read_bytes()
+    if hashlib.sha256(data[:-CHECKSUM]).hexdigest().encode() != data[-CHECKSUM:]:
+        raise BadInput(f"{path} cannot be read: its checksum does not fit, so it is truncated, "
+                       "changed since it was saved, or no checkpoint of this project")
     try:
-        if not zipfile.is_zipfile(path):       # what torch.save writes; a cut file has lost its end
-            raise ValueError("it is no torch zip archive")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                 # hostile bytes can make the reader raise anything
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:                 # hostile content can make the reader raise anything
         reason = (str(error).strip() or "no reason given").splitlines()[0][:90]
-        raise BadInput(f"{path} cannot be read (truncated, or no checkpoint): {reason}") from None
+        raise BadInput(f"{path} cannot be read as plain data: {reason}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BadInput(f"{path} is not a checkpoint of this project (format {FORMAT})")
     kinds = (kind,) if isinstance(kind, str) else kind
@@ -497,21 +530,28 @@ def settings(args):
 
 
 def save_state(path, kind, parts, args, update, seconds):
-    """All that --resume needs. parts: {name: network, optimizer, schedule or torch.Generator}."""
+    """All that --resume needs. parts: {name: network, optimizer, schedule, torch.Generator, or a
+    list of tensors (a running statistic)}."""
     gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     log = path.parent / "log.jsonl"
     save_checkpoint(path, f"{kind}-state", settings=settings(args), update=update, seconds=seconds,
                     log_bytes=log.stat().st_size if log.exists() else 0,
                     rng=torch.get_rng_state(), gpu_rng=gpu, parts={
-                        name: p.get_state() if isinstance(p, torch.Generator) else p.state_dict()
+                        name: p.get_state() if isinstance(p, torch.Generator) else
+                        list(p) if isinstance(p, list) else p.state_dict()
                         for name, p in parts.items()})
 
 
 def load_state(path, kind, parts, args):
     """Put parts, random numbers and log.jsonl back to where save_state found them.
 
-    Returns (update, seconds). Raises BadInput where the run had other settings.
+    Returns (update, seconds): zeros where the run was killed before its first checkpoint. Raises
+    BadInput where the run had other settings.
     """
+    if not path.exists() and {f.name for f in path.parent.iterdir()} <= {".lock", "log.jsonl"}:
+        (path.parent / "log.jsonl").unlink(missing_ok=True)
+        print("this run had no checkpoint yet, so it starts from the beginning")
+        return 0, 0.0
     state = load_checkpoint(path, f"{kind}-state")
     for name, value in settings(args).items():
         if state["settings"].get(name) != value:
@@ -519,7 +559,8 @@ def load_state(path, kind, parts, args):
                            f"{state['settings'].get(name)}, not {value}; resume with the same")
     try:
         for name, part in parts.items():
-            put_back = part.set_state if isinstance(part, torch.Generator) else part.load_state_dict
+            put_back = (part.set_state if isinstance(part, torch.Generator) else
+                        part.extend if isinstance(part, list) else part.load_state_dict)
             put_back(state["parts"][name])
         torch.set_rng_state(state["rng"])
         if len(state["gpu_rng"]) == torch.cuda.device_count():
@@ -534,13 +575,27 @@ def load_state(path, kind, parts, args):
 
 
 def load_weights(net, weights, path="checkpoint"):
-    """Copy a state dict into net, exactly; BadInput where names or shapes differ."""
+    """Copy a state dict into net, exactly; BadInput where names or shapes differ, or for NaN."""
     try:
         net.load_state_dict({k: v.float() for k, v in weights.items()})
     except (RuntimeError, AttributeError, TypeError) as error:
         raise BadInput(f"{path} does not fit the network its config describes: "
                        f"{str(error).splitlines()[-1].strip()[:120]}") from None
+    if not all(p.isfinite().all() for p in net.parameters()):
+        raise BadInput(f"{path} holds weights that are not finite; train it again")
     return net
+
+
+@contextlib.contextmanager
+def rebuilding(path, what):
+    """Within: whatever the content of a checkpoint makes go wrong is one sentence."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(f"{path} has no usable {what} ({type(error).__name__}: "
+                       f"{str(error).strip()[:90]})") from None
 
 
 def half_weights(net):
@@ -551,17 +606,20 @@ def half_weights(net):
 def load_teacher(path, device="cpu"):
     """Rebuild a teacher from its own config, frozen, in eval mode. Returns (net, checkpoint)."""
     content = load_checkpoint(path, "teacher")
-    try:
+    with rebuilding(path, "U-Net config"):
         net = load_weights(UNet(**content["config"]), content["weights"], path).to(device)
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"{path} has no usable U-Net config ({error})") from None
     return net.eval().requires_grad_(False), content
 
+
+# ==============================================================================================
+# RUNS: folders that belong to one process, stopping on request, numbers that go wrong
+# ==============================================================================================
 
 def output_folder(out, default, resume=False):
     """The folder of a run: the next free runs/default-N, or `out`, which must be new or empty.
 
-    Only looks: main makes it once all inputs are read, so that a refused command leaves nothing.
+    Only looks: claim_folder makes it once all inputs are read, so that a refused command leaves
+    nothing.
     """
     if out is None:
         if resume:
@@ -578,6 +636,95 @@ def output_folder(out, default, resume=False):
     return out
 
 
+def claim_folder(folder):
+    """Make the folder of a run and lock it: a second process on it is refused. Freed at exit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.resolve() / ".lock"
+    while path not in LOCKS:
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise BadInput(f"another process is writing to {folder}; wait for it, or give another "
+                           "--out") from None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            LOCKS[path] = file
+        else:
+            file.close()                                 # its last owner deleted it just now
+
+
+def release_folders():
+    """Give back the locks of claim_folder."""
+    for path, file in list(LOCKS.items()):
+        with contextlib.suppress(OSError):
+            path.unlink()
+        file.close()
+        del LOCKS[path]
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved."""
+
+
+def until_stopped(updates, out):
+    """Iterate over `updates`; after Ctrl-C or SIGTERM end the one at hand, which due() then saves,
+    and raise Stopped before the next. A second signal stops at once."""
+    def ask(number, frame):
+        if STOP["signal"]:
+            raise KeyboardInterrupt
+        STOP["signal"] = number
+        print("\nstopping once this update is saved; again to stop at once", file=sys.stderr)
+    STOP["signal"], before = None, {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):            # only the main thread may do this
+            before[number] = signal.signal(number, ask)
+    try:
+        for update in updates:
+            if STOP["signal"]:
+                raise Stopped(out)
+            yield update
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def due(done, every, updates):
+    """Is it time to save? Every so many updates, after the last, and when asked to stop."""
+    return done % every == 0 or done == updates or STOP["signal"] is not None
+
+
+def careful_step(optimizer, wrong, update, **values):
+    """optimizer.step(), unless one of `values` (scalar tensors) is not finite: then nothing moves,
+    and wrong[name] keeps the number of the update, for stop_if_wrong().
+
+    The step is skipped on the device (found_inf of fused optimizers), so that a GPU never waits.
+    """
+    bad = torch.stack([~v.detach().isfinite() for v in values.values()])
+    for name, is_bad in zip(values, bad):
+        before = wrong.get(name, torch.zeros((), dtype=torch.long, device=bad.device))
+        wrong[name] = torch.where((before == 0) & is_bad, update, before)
+    if bad.device.type == "cuda":
+        optimizer.found_inf = bad.any().float()
+    else:
+        stop_if_wrong(wrong)
+    optimizer.step()
+
+
+def stop_if_wrong(wrong, flag="--lr"):
+    """BadInput for {name: update}, unless all updates are 0: what was not finite, and when."""
+    for name, update in wrong.items():
+        if update:
+            raise BadInput(f"the {name} was not finite at update {int(update)}, and the run "
+                           "stopped before that step, keeping its last checkpoint; usually the "
+                           f"learning rate is too high: start again with a lower {flag}")
+
+
 def log_line(folder, **row):
     """Append one JSON object to folder/log.jsonl, the file that plots are drawn from."""
     with open(Path(folder) / "log.jsonl", "a", encoding="utf-8") as file:
@@ -588,7 +735,7 @@ def number(kind, low, high=math.inf):
     """argparse type: an int or float within low..high, both included."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:
+        if not (low <= value <= high and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"must be between {low} and {high}, not {text}")
         return value
     parse.__name__ = "whole number" if kind is int else "number"
@@ -619,13 +766,31 @@ def save_figure(figure, path):
     pyplot().close(figure)
 
 
-def run_main(main):
-    """Run a script's main: bad input ends in one sentence and exit code 2, never in a traceback."""
+def run_main(main, memory="--batch-size"):
+    """Run a script's main: bad input ends in one sentence and exit code 2, never in a traceback;
+    a stopped run in 128 + signal (Ctrl-C: 130). memory: the flags to lower where it runs out."""
+    script, code = Path(sys.argv[0]).name, 2
     try:
         main()
+        return
     except (BadInput, OSError) as error:                # OSError: full disk, unwritable folder, ...
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sentence = error
+    except Stopped as stopped:
+        flags = " ".join(word for word in sys.argv[1:] if word != "--resume")
+        out = "" if "--out" in flags else f" --out {stopped}"
+        sentence = f"stopped and saved; to go on: python {script} {flags}{out} --resume"
+        code = 128 + STOP["signal"]
+    except KeyboardInterrupt:
+        sentence, code = "interrupted; the last checkpoint, if there is one, stays", 130
+    except (RuntimeError, MemoryError) as error:        # torch.OutOfMemoryError is a RuntimeError
+        words = ("out of memory", "not enough memory", "alloc")
+        if not isinstance(error, MemoryError) and not any(w in str(error).lower() for w in words):
+            raise
+        sentence = f"memory ran out; lower {memory}, or use another --device"
+    finally:
+        release_folders()
+    print(f"{script}: {sentence}", file=sys.stderr)
+    sys.exit(code)
 
 
 # ==============================================================================================
@@ -739,7 +904,7 @@ def parse_args(argv=None):
     p = parser_for(__doc__, "python ddpm.py --batch 64 --device cuda")
     p.add_argument("--batch", type=number(int, 1), default=8, help="images per timed pass")
     p.add_argument("--out", help="folder of the result (default: next free runs/ddpm)")
-    p.add_argument("--seed", type=int, default=0, help="seed of data and noise")
+    p.add_argument("--seed", type=number(int, 0, 10 ** 9), default=0, help="of data and noise")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     return p.parse_args(argv)
 

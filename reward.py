@@ -21,10 +21,11 @@ from torch import nn
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (BadInput, autocast, half_weights, linear_alpha_bar, load_checkpoint, load_state,
-                  load_teacher, load_weights, log_line, make_grid, number, output_folder,
-                  parameter_count, parser_for, pick_device, pyplot, run_main, sample,
-                  save_checkpoint, save_figure, save_state, seeded_noise, to_unit)
+from ddpm import (BadInput, autocast, careful_step, claim_folder, due, half_weights,
+                  linear_alpha_bar, load_checkpoint, load_state, load_teacher, load_weights,
+                  log_line, make_grid, number, output_folder, parameter_count, parser_for,
+                  pick_device, pyplot, rebuilding, run_main, sample, save_checkpoint, save_figure,
+                  save_state, seeded_noise, stop_if_wrong, to_unit, until_stopped)
 from teacher import TEACHER_STEPS, device_name, draw_batch, load_images, provenance
 
 NEIGHBOURS = 5              # k of precision/recall/density/coverage, Naeem et al. 2020
@@ -94,12 +95,10 @@ def load_encoder(path, role, device="cpu"):
     direct reward backpropagation needs. (no_grad here would silently cut them off.)
     """
     content = load_checkpoint(path, role)
-    try:
+    with rebuilding(path, role):
         net = load_weights(ENCODERS[role](**content["config"]), content["weights"], path)
         content["scales"] if role == "coach" else (content["mean"], content["covariance"],
                                                    content["features"])
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"{path} has no usable {role} ({error})") from None
     net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return net, content
 
@@ -357,25 +356,27 @@ def train_encoder(role, images, labels, args, seed, out, device):
     net = ENCODERS[role](classes=int(labels.max()) + 1).to(
         device, memory_format=torch.channels_last)
     updates = max(2, args.epochs * len(images) // args.batch_size)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.05,
+                                  fused=device.type != "mps")
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, updates, pct_start=0.2)
     state_path, first, seconds_before = out / f"state-{role}.pt", 0, 0.0
     parts = dict(net=net, optimizer=optimizer, schedule=schedule, generator=generator)
     if args.resume and state_path.exists():
         first, seconds_before = load_state(state_path, role, parts, args)
-    start, net = time.time(), net.train()
+    start, net, wrong = time.time(), net.train(), {}
     progress = tqdm(range(first, updates), initial=first, total=updates, mininterval=5, desc=role)
-    for update in progress:
+    for update in until_stopped(progress, out):
         x, y = draw_labelled(images, labels, args.batch_size, generator)
         with autocast(device):
             loss = F.cross_entropy(net(x.contiguous(memory_format=torch.channels_last))[2].float(),
                                    y, label_smoothing=0.1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
+        careful_step(optimizer, wrong, update + 1, loss=loss)
         schedule.step()
         done, seconds = update + 1, seconds_before + time.time() - start
-        if done % 100 == 0 or done == updates:
+        if due(done, args.save_every, updates):
+            stop_if_wrong(wrong)
             log_line(out, encoder=role, update=done, loss=loss.item(), seconds=seconds)
             progress.set_postfix(loss=f"{loss.item():.3f}")
             save_state(state_path, role, parts, args, done, seconds)
@@ -403,7 +404,7 @@ def train_both(args, out, device):
     sets = (*load_images(args.data), *load_images(args.data, train=False))
     images, labels, test_images, test_labels = (x[:600 if args.smoke else None].to(device)
                                                 for x in sets)
-    out.mkdir(parents=True, exist_ok=True)
+    claim_folder(out)
     for role, seed in (("coach", args.seed), ("judge", args.seed + 1000)):
         if (out / f"{role}.pt").exists():      # finished before --resume
             continue
@@ -428,7 +429,7 @@ def show(args, out, device):
     _, judged = load_encoder(args.judge, "judge", device)
     teacher, _ = load_teacher(args.teacher, device)
     side = teacher.config["image_size"]
-    out.mkdir(parents=True, exist_ok=True)
+    claim_folder(out)
     x_T = seeded_noise(range(args.n), (3, side, side), device=device)
     images = sample(teacher, x_T, make_grid("uniform", TEACHER_STEPS), linear_alpha_bar(device))
     table = plot_rewards(images, coach, content["scales"], out / "rewards.png")
@@ -468,6 +469,7 @@ def parse_args(argv=None):
     p.add_argument("--seed", type=number(int, 0, 10 ** 9), default=0,
                    help="seed of the coach; the judge's is 1000 more")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    p.add_argument("--save-every", type=count, default=100, help="updates between checkpoints")
     p.add_argument("--smoke", action="store_true", help="tiny, seconds; its numbers mean nothing")
     args = p.parse_args(argv)
     if args.smoke:

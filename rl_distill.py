@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (GRIDS, T, BadInput, chunk_size, linear_alpha_bar, load_state, load_teacher,
-                  log_line, make_grid, number, output_folder, parameter_count, parser_for,
-                  pick_device, pyplot, run_main, sample, save_figure, save_state, seeded_noise,
-                  settings, wait_for)
+from ddpm import (GRIDS, T, BadInput, chunk_size, claim_folder, due, linear_alpha_bar, load_state,
+                  load_teacher, log_line, make_grid, number, output_folder, parameter_count,
+                  parser_for, pick_device, pyplot, run_main, sample, save_figure, save_state,
+                  seeded_noise, settings, stop_if_wrong, until_stopped, wait_for)
 from teacher import TEACHER_STEPS, device_name, provenance, tile
 from student import (HELD_OUT, StepPolicy, deploy, jump, land, load_student, nothing_seen, rows_of,
                      save_student, student_from_teacher)
@@ -60,16 +60,18 @@ def noise_and_targets(teacher, first_seed, n, alpha_bar, device, what):
 # THE TWO CHANNELS OF THE POLICY: log-probabilities of what was done
 # ==============================================================================================
 
-def step_logp(policy, t, n, features, rho, stop, may_stop):
+def step_logp(policy, t, n, features, rho, stop, may_stop) -> torch.Tensor:
     """log pi of a step: log Beta(rho), with may_stop a stop-or-go Bernoulli first. (B,) -> (B,)."""
+    # -- exercise 5
     ratio, stopping = policy.distribution(t, n, features)
     logp = ratio.log_prob(rho)
     if may_stop:
         logp = stopping.log_prob(stop.float()) + torch.where(stop, torch.zeros_like(logp), logp)
     return logp
+    # --
 
 
-def pixel_logp(mean, x_next, sigma, block=1):
+def pixel_logp(mean, x_next, sigma, block=1) -> torch.Tensor:
     """log N(x_next; mean, sigma^2 I) without its constants, per dimension: (B,).
 
     DEVIATES: *mean* over the 3072 dimensions, where the density has their sum (ReDiF's and DDPO's
@@ -77,8 +79,10 @@ def pixel_logp(mean, x_next, sigma, block=1):
     With block > 1 the action is the mean of every block x block pixels, of std sigma / block; what
     lies within a block follows mu, without noise and without gradient.
     """
+    # -- exercise 5
     offset = F.avg_pool2d(x_next - mean, block)                     # (B, 3, H / block, W / block)
     return -(offset.square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
+    # --
 
 
 def draw_noise(shape, block, generator):
@@ -90,12 +94,14 @@ def draw_noise(shape, block, generator):
     return F.interpolate(noise / block, scale_factor=block, mode="nearest")
 
 
-def gaussian_kl(mean, mean_ref, sigma):
+def gaussian_kl(mean, mean_ref, sigma) -> torch.Tensor:
     """Gaussian KL at equal sigma: |mu - mu_ref|^2 / (2 sigma^2) per dimension. (B, ...) -> (B,).
 
     Of white noise; with --block it is a penalty on mu rather than the KL of the block means.
     """
+    # -- exercise 6
     return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
+    # --
 
 
 def draw_rho(a, b, generator):
@@ -188,7 +194,7 @@ def rollout(net, policy, z, args, alpha_bar, generator):
 # ADVANTAGES
 # ==============================================================================================
 
-def advantages(reward, group, baseline):
+def advantages(reward, group, baseline) -> torch.Tensor:
     """Centred, scaled rewards: (M * group,) -> same. Members of a group share z, side by side.
 
     'global' (default): R - group mean, divided by the std of that over the whole batch;
@@ -196,6 +202,7 @@ def advantages(reward, group, baseline):
     'batch':  (R - batch mean) / batch std (DDPO): easy noises look good, hard ones bad.
     Equal rewards give exactly 0, never noise scaled to 1.
     """
+    # -- exercise 4
     groups = reward.reshape(-1, group)                              # (M, group)
     if baseline == "batch":
         centred = groups - groups.mean()
@@ -206,20 +213,23 @@ def advantages(reward, group, baseline):
                  centred.std(correction=0))
     noise_level = 1e-6 * (1 + groups.abs().max())                   # differences below are rounding
     return torch.where(scale > noise_level, centred / scale.clamp(min=noise_level), 0.0).reshape(-1)
+    # --
 
 
 # ==============================================================================================
 # TRAINING
 # ==============================================================================================
 
-def clipped_surrogate(logp, logp_old, adv, clip_range):
+def clipped_surrogate(logp, logp_old, adv, clip_range) -> tuple[torch.Tensor, torch.Tensor]:
     """-min(ratio A, clip(ratio, 1 - c, 1 + c) A). Eq. 7, Schulman et al. 2017. All (B,).
 
     Returns (loss (B,), ratio (B,) detached). clip_range = inf is the plain policy gradient.
     """
+    # -- exercise 5
     ratio = (logp - logp_old).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.minimum(ratio * adv, clipped * adv), ratio.detach()
+    # --
 
 
 def channel_loss(logp, logp_old, adv, clip_range, estimator):
@@ -251,7 +261,7 @@ def pixel_surrogate(net, net_ref, s, i, adv, mean_sigma, args, alpha_bar):
     return loss + args.kl * kl, ratio, kl.detach()
 
 
-def policy_update(net, net_ref, policy, optimizers, steps, adv, args, alpha_bar):
+def policy_update(net, net_ref, policy, optimizers, steps, adv, args, alpha_bar, update=1):
     """Inner epochs of one update on the stored steps; adv: {channel: (B,)}. Returns a dict of
     diagnostics."""
     choices = sum((s["n"] > 1).sum().item() for s in steps)         # the last jump chooses no rho
@@ -284,11 +294,11 @@ def policy_update(net, net_ref, policy, optimizers, steps, adv, args, alpha_bar)
                     worst = r[(r - 1).abs().argmax()].item()
                     result["ratio_t0"] = max(result["ratio_t0"], worst, key=lambda v: abs(v - 1))
         result["kl"] += torch.cat(kls).mean().item() / args.inner_epochs if kls else 0.0
-        result["grad_norm"] += apply_gradients(net, policy, optimizers) / args.inner_epochs
+        result["grad_norm"] += apply_gradients(net, policy, optimizers, update) / args.inner_epochs
     return result
 
 
-def backprop_update(net, policy, optimizers, z, target, reward, args, alpha_bar):
+def backprop_update(net, policy, optimizers, z, target, reward, args, alpha_bar, update=1):
     """Control arm without RL: gradient ascent on the reward itself, through all jumps (eta = 0).
 
     One run per noise, since all its draws would be equal; as many optimizer steps as PPO.
@@ -310,23 +320,25 @@ def backprop_update(net, policy, optimizers, z, target, reward, args, alpha_bar)
                     x, _, seen = jump(net, x, t, t_next, alpha_bar, last=seen)
                 t = t_next
             (-reward(x.clamp(-1, 1), target[i])[0].sum() / len(z)).backward()
-        norms.append(apply_gradients(net, policy, optimizers))
+        norms.append(apply_gradients(net, policy, optimizers, update))
     return dict(ratio_t0=math.nan, clip_steps=0.0, clip_pixels=0.0, kl=0.0,
                 grad_norm=sum(norms) / len(norms))
 
 
-def apply_gradients(net, policy, optimizers):
+def apply_gradients(net, policy, optimizers, update=1):
     """Clip each channel's gradient to norm 1 and step. Returns the norm before clipping."""
-    total = 0.0
-    for channel, optimizer in optimizers.items():
-        norm = torch.nn.utils.clip_grad_norm_(
-            (policy if channel == "steps" else net).parameters(), 1.0)
-        if not torch.isfinite(norm):
-            raise BadInput(f"the gradient of the {channel} channel is not finite; "
-                           "lower its learning rate")
+    norms = {f"gradient of the {channel}": torch.nn.utils.clip_grad_norm_(
+        (policy if channel == "steps" else net).parameters(), 1.0) for channel in optimizers}
+    refuse_wrong(update, **norms)
+    for optimizer in optimizers.values():
         optimizer.step()
-        total += norm.item() ** 2
-    return math.sqrt(total)
+    return math.sqrt(sum(norm.item() ** 2 for norm in norms.values()))
+
+
+def refuse_wrong(update, **values):
+    """BadInput where one of the tensors has a number that is not finite."""
+    stop_if_wrong({name.replace("_", "-"): 0 if value.isfinite().all() else update
+                   for name, value in values.items()}, "--lr-steps or --lr-pixels")
 
 
 @torch.no_grad()
@@ -389,7 +401,7 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
     print("update  reward ± std    held-out  ratio_t0  clip s/p   kl       in-group entropy  "
           "drift    grad     NFE   grid")
     start = time.time()
-    for update in range(first, args.updates):
+    for update in until_stopped(range(first, args.updates), out):
         for channel, optimizer in optimizers.items():          # rates fall linearly, as PPO's do
             optimizer.param_groups[0]["lr"] = (
                 getattr(args, f"lr_{channel}") * (1 - update / args.updates))
@@ -401,18 +413,18 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
         with torch.no_grad():
             score, raw = reward(images, target)
         score = score - args.step_cost * nfe
-        if not torch.isfinite(score).all():
-            raise BadInput(f"the reward is not finite at update {update + 1}; "
-                           "lower the learning rates")
+        refuse_wrong(update + 1, reward=score, log_probability=torch.cat(
+            [s["logp_step"] for s in steps] + [s["logp_pixel"][s["explored"]] for s in steps
+                                               if len(s["explored"])]))
         adv = dict(steps=advantages(score, size, args.baseline),        # among all of a noise,
                    pixels=advantages(score, args.draws, args.baseline)) # and of a rollout's draws
         # TRAINING
         if "backprop" in args.estimator:
             diagnostics = backprop_update(net, policy, optimizers, z, target, reward, args,
-                                          alpha_bar)
+                                          alpha_bar, update + 1)
         else:
             diagnostics = policy_update(net, net_ref, policy, optimizers, steps, adv, args,
-                                        alpha_bar)
+                                        alpha_bar, update + 1)
 
         held = deployed(net, policy, *monitor_set, reward, args.steps, alpha_bar,
                         may_stop=args.step_cost > 0)
@@ -430,7 +442,7 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
               "{clip_steps:.2f}/{clip_pixels:.2f}  {kl:.1e}  {within_group_std:.4f} "
               "{entropy:8.3f}  {drift:.1e}  {grad_norm:.1e}  {nfe:.2f}  ".format(**row)
               + " ".join(f"{g:.0f}" for g in row["grid"]), flush=True)
-        if (update + 1) % args.save_every == 0 or update + 1 == args.updates:
+        if due(update + 1, args.save_every, args.updates):
             save_state(out / "state.pt", "rl", parts, args, update + 1, row["seconds"])
     return seconds_before + time.time() - start
 
@@ -666,7 +678,7 @@ def main(argv=None):
     alpha_bar = linear_alpha_bar(device)
     teacher, net, reward = load_inputs(args, device)
     out = output_folder(args.out, "rl_distill", args.resume)
-    out.mkdir(parents=True, exist_ok=True)
+    claim_folder(out)
     print("config:", vars(args))
     print(f"device {device_name(device)}, fp32 | student {parameter_count(net) / 1e6:.2f} M, "
           f"teacher {parameter_count(teacher) / 1e6:.2f} M parameters | "
@@ -702,4 +714,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "--noises-per-update or --minibatch")

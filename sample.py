@@ -19,10 +19,10 @@ import torch
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (GRIDS, T, BadInput, chunk_size, linear_alpha_bar, load_checkpoint, load_teacher,
-                  log_line, make_grid, number, output_folder, parameter_count, parser_for,
-                  pick_device, pyplot, run_main, save_figure, seeded_noise, strictly_decreasing,
-                  to_uint8)
+from ddpm import (GRIDS, T, BadInput, chunk_size, claim_folder, linear_alpha_bar, load_checkpoint,
+                  load_teacher, log_line, make_grid, number, output_folder, parameter_count,
+                  parser_for, pick_device, pyplot, run_main, save_figure, seeded_noise,
+                  strictly_decreasing, to_uint8)
 from teacher import TEACHER_STEPS, device_name, save_picture
 from student import HELD_OUT, deploy, load_student, student_from_teacher
 from reward import Reward, encode, frechet_distance, load_encoder, moments, precision_recall
@@ -140,7 +140,7 @@ def evaluate(args, out, device):
     judge, judge_file = load_encoder(args.judge, "judge", device)
     models = [(f"{Path(m).parent.name}/{Path(m).stem}", *load_model(m, device)) for m in args.model]
     reward = Reward(args.reward, coach, coach_file["scales"])
-    out.mkdir(parents=True, exist_ok=True)
+    claim_folder(out)
     z, target = noise_and_targets(teacher, HELD_OUT, args.n, alpha_bar, device, "held-out targets")
     if args.search:
         train_set = noise_and_targets(teacher, 0, 64, alpha_bar, device, "search targets")
@@ -281,7 +281,7 @@ def main(argv=None):
     if args.eta > 0 and grid is None:
         raise BadInput("--eta above 0 needs a fixed --grid (uniform, ...): policies act at eta 0")
     out = output_folder(args.out, "sample")
-    out.mkdir(parents=True, exist_ok=True)
+    claim_folder(out)
     print("config:", vars(args))
     print(f"device {device_name(device)} | {content['kind']} {parameter_count(net) / 1e6:.2f} M "
           f"parameters | {name} grid, {steps} evaluations an image | {content['provenance']}")
@@ -302,4 +302,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "--n")

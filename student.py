@@ -13,7 +13,6 @@ Reads --teacher; writes to --out: student.pt (fp16), state.pt (for --resume), sa
 teacher, then 1, 2, 4, 8 steps), loss.png, log.jsonl. Next file: reward.py.
 """
 import copy
-import math
 import time
 
 import torch
@@ -22,11 +21,12 @@ from torch import nn
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (T, BadInput, UNet, at, autocast, chunk_size, ddim_step, half_log_snr,
-                  half_weights, linear_alpha_bar, load_checkpoint, load_state, load_teacher,
-                  load_weights, log_line, make_grid, number, output_folder, parameter_count,
-                  parser_for, pick_device, predict_x0, run_main, sample, save_checkpoint,
-                  save_state, second_order, seeded_noise, time_embedding, time_of_level)
+from ddpm import (T, BadInput, UNet, at, autocast, careful_step, chunk_size, claim_folder,
+                  ddim_step, due, half_log_snr, half_weights, linear_alpha_bar, load_checkpoint,
+                  load_state, load_teacher, load_weights, log_line, make_grid, number,
+                  output_folder, parameter_count, parser_for, pick_device, predict_x0, rebuilding,
+                  run_main, sample, save_checkpoint, save_state, second_order, seeded_noise,
+                  stop_if_wrong, time_embedding, time_of_level, until_stopped)
 from teacher import (EMA_DECAY, GRAD_CLIP, TEACHER_STEPS, device_name, ema_update, learning_rate,
                      plot_loss, provenance, save_picture)
 
@@ -50,19 +50,23 @@ def angle(t, alpha_bar, like):
     return torch.atan2((1 - ab).sqrt(), ab.sqrt())
 
 
-def v_to_x0_eps(x_t, t, v, alpha_bar):
+def v_to_x0_eps(x_t, t, v, alpha_bar) -> tuple[torch.Tensor, torch.Tensor]:
     """x0_hat = cos x_t - sin v, eps_hat = sin x_t + cos v. Salimans & Ho 2022, appendix D."""
+    # -- exercise 3
     phi = angle(t, alpha_bar, x_t)
     return phi.cos() * x_t - phi.sin() * v, phi.sin() * x_t + phi.cos() * v
+    # --
 
 
-def secant_velocity(x_t, x_next, t, t_next, alpha_bar):
+def secant_velocity(x_t, x_next, t, t_next, alpha_bar) -> torch.Tensor:
     """The v whose one jump from x_t lands exactly at x_next: v = (cos(d) x_t - x_next) / sin(d).
 
     Comparing v instead of landing points divides the squared landing error by sin(d)^2.
     """
+    # -- exercise 3
     d = angle(t, alpha_bar, x_t) - angle(t_next, alpha_bar, x_t)
     return (d.cos() * x_t - x_next) / d.sin()
+    # --
 
 
 # ==============================================================================================
@@ -345,14 +349,14 @@ def clone(net, ema, teacher, args, out, device):
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0,
                                   fused=device.type != "mps")
     pool = PathPool(teacher, args.pool, args.seed + 1, alpha_bar, device, args.fp32)
-    parts = dict(net=net, ema=ema, optimizer=optimizer, generator=generator, pool=pool)
+    parts = dict(net=net, ema=ema, optimizer=optimizer, generator=generator, pool=pool, running=[])
     first, seconds_before = 0, 0.0
     if args.resume:
         first, seconds_before = load_state(out / "state.pt", "student", parts, args)
-    start, running = time.time(), []
+    start, running, wrong = time.time(), parts["running"], {}
     progress = tqdm(range(first, args.updates), initial=first, total=args.updates, mininterval=5,
                     desc="clone")
-    for update in progress:
+    for update in until_stopped(progress, out):
         pool.grow(max(args.pool // 4, update * args.batch_size // args.pairs_per_path))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, args.updates, args.lr)
@@ -362,21 +366,21 @@ def clone(net, ema, teacher, args, out, device):
             loss = clone_loss(net, pool.paths, rows, t, t_next, alpha_bar)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), GRAD_CLIP)
-        optimizer.step()
+        grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), GRAD_CLIP)
+        careful_step(optimizer, wrong, update + 1, loss=loss, gradient=grad_norm)
         ema_update(ema, net, min(EMA_DECAY, (1 + update) / (10 + update)))
 
         running.append(loss.detach())
         done, seconds = update + 1, seconds_before + time.time() - start
         if done % args.log_every == 0 or done == args.updates:
+            stop_if_wrong(wrong)
             mean_loss = torch.stack(running).mean().item()
             running.clear()
-            if not math.isfinite(mean_loss):
-                raise BadInput(f"the loss is not finite at update {done}; lower --lr")
             log_line(out, update=done, pairs=done * args.batch_size, paths=pool.made,
                      loss=mean_loss, seconds=seconds)
             progress.set_postfix(loss=f"{mean_loss:.4f}", paths=pool.made)
-        if done % args.save_every == 0 or done == args.updates:
+        if due(done, args.save_every, args.updates):
+            stop_if_wrong(wrong)
             save_state(out / "state.pt", "student", parts, args, done, seconds)
             save_student(out / "student.pt", ema, None, provenance(
                 "student.py", args, seconds, device, updates=done, teacher_paths=pool.made))
@@ -397,14 +401,12 @@ def save_student(path, net, policy, origin, half=True, **more):
 def load_student(path, device="cpu"):
     """Rebuild student and policy, in eval mode. Returns (net, policy or None, checkpoint)."""
     content = load_checkpoint(path, "student")
-    try:
+    with rebuilding(path, "student config"):
         net, policy = JumpUNet(**content["config"]), None
         load_weights(net, content["weights"], path).to(device).eval()
         if content["policy_config"]:
             policy = StepPolicy(**content["policy_config"])
             load_weights(policy, content["policy_weights"], path).to(device).eval()
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"{path} has no usable student config ({error})") from None
     return net, policy, content
 
 
@@ -494,7 +496,7 @@ def main(argv=None):
     device = pick_device(args.device)
     teacher, _ = load_teacher(args.teacher, device)
     out = output_folder(args.out, "student", args.resume)
-    out.mkdir(parents=True, exist_ok=True)
+    claim_folder(out)
     print("config:", vars(args))
     torch.manual_seed(args.seed)
     if args.init == "teacher":

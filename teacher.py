@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +23,16 @@ import torch
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (PAPER_UNET, SMALL_UNET, T, BadInput, UNet, autocast, half_weights,
-                  linear_alpha_bar, load_state, log_line, make_grid, number, output_folder,
-                  parameter_count, parser_for, pick_device, pyplot, run_main, sample,
+from ddpm import (PAPER_UNET, SMALL_UNET, T, BadInput, UNet, autocast, careful_step, claim_folder,
+                  due, half_weights, linear_alpha_bar, load_state, log_line, make_grid, number,
+                  output_folder, parameter_count, parser_for, pick_device, pyplot, run_main, sample,
                   save_checkpoint, save_figure, save_state, seeded_noise, settings, simple_loss,
-                  to_uint8)
+                  stop_if_wrong, to_uint8, until_stopped)
 
 EMA_DECAY = 0.999           # per update; Ho et al. use 0.9999 for runs a hundred times as long
 WARMUP = 200                # updates until the learning rate is full
 GRAD_CLIP = 1.0             # largest norm of the gradient, Ho et al. section 4 (code)
+MOST_PIXELS = 50_000_000    # larger image files are skipped
 TEACHER_STEPS = 50          # DDIM steps of the teacher's own result, which is distilled
 
 # ==============================================================================================
@@ -57,36 +59,57 @@ def shapes_images(n=2000, size=32, seed=0):
 
 
 def folder_images(root, size=32):
-    """Every image below root/<class>/, resized (shorter side, centre crop) to size x size RGB.
+    """Every image below root/<class>/, upright, its central square resized to size x size RGB.
 
-    Returns (images uint8 (N, 3, size, size), labels (N,)). Files that cannot be read are skipped,
+    Returns (images uint8 (N, 3, size, size), labels (N,)). Files that cannot be used are skipped,
     counted and named. Raises BadInput where nothing is left.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset, pil_loader
-    from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+    from torchvision.transforms.functional import pil_to_tensor
     if not Path(root).is_dir():
         raise BadInput(f"--data {root}: no such folder; give cifar10, shapes, or a folder")
-    try:
-        _, class_index = find_classes(root)
-        files = make_dataset(root, class_index, extensions=IMG_EXTENSIONS, allow_empty=True)
-    except (FileNotFoundError, OSError) as error:
-        raise BadInput(f"--data {root} has no class subfolders with images ({error})") from None
+    classes = sorted(f for f in Path(root).iterdir() if f.is_dir())
+    if not classes:
+        raise BadInput(f"--data {root} has no class subfolders with images")
+    files = [(path, label) for label, folder in enumerate(classes)
+             for path in files_below(folder, set()) if path.suffix.lower() in IMG_EXTENSIONS]
     images, labels, bad = [], [], []
     for path, label in tqdm(files, desc="reading images", disable=len(files) < 1000):
         try:
-            image = pil_loader(path)
-        except (OSError, ValueError, SyntaxError):
-            bad.append(path)
-            continue
-        if image.size != (size, size):
-            image = center_crop(resize(image, size, antialias=True), size)
-        images.append(pil_to_tensor(image))
-        labels.append(label)
+            images.append(pil_to_tensor(read_image(path, size)))
+            labels.append(label)
+        except Exception:                      # decoders of hostile bytes can raise anything
+            bad.append(str(path))
     if bad:
-        print(f"skipped {len(bad)} files that are no readable images: {', '.join(bad[:3])}")
+        print(f"skipped {len(bad)} files that are no usable images: {', '.join(bad[:3])}"
+              + ", ..." * (len(bad) > 3))
     if not images:
         raise BadInput(f"--data {root} has no readable image below its class subfolders")
     return torch.stack(images), torch.tensor(labels)
+
+
+def files_below(folder, seen):
+    """All files below a folder, sorted; a folder that links lead back to is entered once."""
+    real = folder.resolve()
+    if real in seen or not os.access(folder, os.R_OK | os.X_OK):
+        return []
+    seen.add(real)
+    return [file for entry in sorted(folder.iterdir()) for file in (
+        files_below(entry, seen) if entry.is_dir() else [entry])]
+
+
+def read_image(path, size):
+    """One image file as RGB, size x size: turned as its EXIF data say, transparency on white."""
+    from PIL import Image, ImageOps
+    with warnings.catch_warnings(), Image.open(path) as image:
+        warnings.simplefilter("ignore")        # of odd metadata
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError("too large")      # a small file can unpack to all of the memory
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return ImageOps.fit(image.convert("RGB"), (size, size), Image.BILINEAR)
 
 
 def cifar10_images(root="data", train=True):
@@ -163,15 +186,15 @@ def train(net, ema, images, args, out, device):
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0,
                                   fused=device.type != "mps")
-    parts = dict(net=net, ema=ema, optimizer=optimizer, generator=generator)
+    parts = dict(net=net, ema=ema, optimizer=optimizer, generator=generator, running=[])
     first, seconds_before = 0, 0.0
     if args.resume:
         first, seconds_before = load_state(out / "state.pt", "teacher", parts, args)
 
-    start, running = time.time(), []
+    start, running, wrong = time.time(), parts["running"], {}
     progress = tqdm(range(first, args.updates), initial=first, total=args.updates, mininterval=5,
                     desc="teacher", unit_scale=args.batch_size, unit="img")
-    for update in progress:
+    for update in until_stopped(progress, out):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, args.updates, args.lr)
         x0 = draw_batch(images, args.batch_size, generator)
@@ -182,21 +205,21 @@ def train(net, ema, images, args, out, device):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), GRAD_CLIP)
-        optimizer.step()
+        careful_step(optimizer, wrong, update + 1, loss=loss, gradient=grad_norm)
         ema_update(ema, net, min(EMA_DECAY, (1 + update) / (10 + update)))     # short at first
 
         running.append(loss.detach())          # stays on the device: reading it would wait
         done = update + 1
         seconds = seconds_before + time.time() - start
         if done % args.log_every == 0 or done == args.updates:
+            stop_if_wrong(wrong)
             mean_loss = torch.stack(running).mean().item()
             running.clear()
-            if not math.isfinite(mean_loss):
-                raise BadInput(f"the loss is not finite at update {done}; lower --lr")
             log_line(out, update=done, images=done * args.batch_size, loss=mean_loss,
                      grad_norm=grad_norm.item(), lr=group["lr"], seconds=seconds)
             progress.set_postfix(loss=f"{mean_loss:.4f}")
-        if done % args.save_every == 0 or done == args.updates:
+        if due(done, args.save_every, args.updates):
+            stop_if_wrong(wrong)
             save_state(out / "state.pt", "teacher", parts, args, done, seconds)
             save_teacher(out / "teacher.pt", ema, args, done, seconds, device)
             save_samples(out / "samples.png", ema, device, n=4 if args.smoke else 64)
@@ -295,7 +318,7 @@ def main(argv=None):
     device, out = pick_device(args.device), output_folder(args.out, "teacher", args.resume)
     print("config:", vars(args))
     images, _ = load_images(args.data)
-    out.mkdir(parents=True, exist_ok=True)
+    claim_folder(out)
     torch.manual_seed(args.seed)
     shape = PAPER_UNET if args.paper_shape else {**SMALL_UNET, "width": args.width}
     net = UNet(**shape).to(device)

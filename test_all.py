@@ -10,11 +10,14 @@ import contextlib
 import copy
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import math
 import os
 import pickle
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -387,10 +390,13 @@ class Checkpoints(Case):
         self.bad_input("cannot be read", ddpm.load_checkpoint, path, "teacher")
         path.write_bytes(b"")
         self.bad_input("cannot be read", ddpm.load_checkpoint, path, "teacher")
-        torch.save({"weights": torch.zeros(1)}, path)
+        torch.save({"format": ddpm.FORMAT, "kind": "teacher"}, path)
+        self.bad_input("checksum", ddpm.load_checkpoint, path, "teacher")
+        with mock.patch.object(ddpm, "FORMAT", "redif-0"):
+            ddpm.save_checkpoint(path, "teacher")
         self.bad_input("not a checkpoint of this project", ddpm.load_checkpoint, path, "teacher")
-        torch.save({"format": ddpm.FORMAT, "kind": "teacher", "object": Path("x")}, path)
-        self.bad_input("cannot be read", ddpm.load_checkpoint, path, "teacher")
+        ddpm.save_checkpoint(path, "teacher", object=Path("x"))
+        self.bad_input("as plain data", ddpm.load_checkpoint, path, "teacher")
         path.write_bytes(pickle.dumps({"format": ddpm.FORMAT}))
         self.bad_input("", ddpm.load_checkpoint, path, "teacher")
 
@@ -399,6 +405,32 @@ class Checkpoints(Case):
         for i in range(20):
             (self.folder / "cut.pt").write_bytes(whole[:len(whole) * i // 20])
             self.bad_input("cannot be read", ddpm.load_teacher, self.folder / "cut.pt")
+
+    def test_a_changed_byte_anywhere_is_noticed_and_torch_alone_still_reads_the_file(self):
+        whole, path = (Workshop.get() / "teacher.pt").read_bytes(), self.folder / "changed.pt"
+        generator = np.random.default_rng(0)
+        for where in [0, len(whole) - 1, len(whole) - 70, *generator.integers(len(whole), size=40)]:
+            data = bytearray(whole)
+            data[where] ^= 1 << int(generator.integers(8))
+            path.write_bytes(data)
+            self.bad_input("checksum", ddpm.load_teacher, path)
+        path.write_bytes(whole + b" ")
+        self.bad_input("checksum", ddpm.load_teacher, path)
+        content = torch.load(Workshop.get() / "teacher.pt", weights_only=True)
+        self.assertEqual(content["kind"], "teacher")
+
+    def test_weights_that_are_not_finite_and_impossible_sizes_are_refused(self):
+        net = ddpm.UNet(**TINY)
+        weights = ddpm.half_weights(net)
+        weights["conv_in.bias"][0] = math.nan
+        ddpm.save_checkpoint(self.folder / "n.pt", "teacher", config=TINY, weights=weights)
+        self.bad_input("not finite", ddpm.load_teacher, self.folder / "n.pt")
+        for name, value in (("width", 10 ** 9), ("blocks", -1), ("mults", []), ("width", "8"),
+                            ("image_size", 0.5), ("attention", None)):
+            ddpm.save_checkpoint(self.folder / "s.pt", "teacher", config={**TINY, name: value},
+                                 weights=weights)
+            self.bad_input("s.pt" if name in ("mults", "attention") else "sizes",
+                           ddpm.load_teacher, self.folder / "s.pt")
 
     def test_kinds_configs_and_shapes_must_fit(self):
         self.bad_input("a student is needed", ddpm.load_checkpoint, Workshop.get() / "teacher.pt",
@@ -431,6 +463,62 @@ class Checkpoints(Case):
                 self.assertEqual(made, Path("runs") / expected)
                 made.mkdir(parents=True)
                 (made / "f").write_text("")
+
+    def test_a_folder_belongs_to_one_process_at_a_time(self):
+        ddpm.claim_folder(self.folder / "run")
+        ddpm.claim_folder(self.folder / "run")                      # mine already
+        code = ("import sys, ddpm\nfrom pathlib import Path\n"
+                "ddpm.run_main(lambda: ddpm.claim_folder(Path(sys.argv[1])))")
+        words = [sys.executable, "-c", code, str(self.folder / "run")]
+        here = Path(__file__).resolve().parent
+        second = subprocess.run(words, capture_output=True, text=True, cwd=here)
+        self.assertEqual(second.returncode, 2)
+        self.assertIn("another process is writing", second.stderr)
+        ddpm.release_folders()
+        self.assertEqual(subprocess.run(words, capture_output=True, cwd=here).returncode, 0)
+        self.assertEqual(os.listdir(self.folder / "run"), [])
+
+    def test_a_run_stops_after_the_update_at_hand_once_it_is_saved(self):
+        saved, seen = [], []
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            def main():
+                for update in ddpm.until_stopped(range(9), "runs/x"):
+                    seen.append(update)
+                    if update == 3:
+                        os.kill(os.getpid(), number)
+                    if ddpm.due(update + 1, 100, 9):
+                        saved.append(update + 1)
+            before, text = signal.getsignal(number), io.StringIO()
+            with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(text):
+                ddpm.run_main(main)
+            self.assertEqual(caught.exception.code, code)
+            self.assertIn("--out runs/x --resume", text.getvalue())
+            self.assertEqual(signal.getsignal(number), before)
+        self.assertEqual((seen, saved), ([0, 1, 2, 3] * 2, [4, 4]))
+        ddpm.STOP["signal"] = None
+
+    def test_running_out_of_memory_is_one_sentence_and_other_errors_are_not_hidden(self):
+        for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory")):
+            text = io.StringIO()
+            with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(text):
+                ddpm.run_main(mock.Mock(side_effect=error), "--this-flag")
+            self.assertEqual(caught.exception.code, 2)
+            self.assertIn("lower --this-flag", text.getvalue())
+        with self.assertRaises(RuntimeError):
+            ddpm.run_main(mock.Mock(side_effect=RuntimeError("a bug")))
+
+    def test_a_number_that_is_not_finite_stops_before_the_step(self):
+        p = torch.nn.Parameter(torch.ones(2))
+        optimizer, wrong = torch.optim.AdamW([p], 0.1, fused=True), {}
+        p.grad = torch.ones(2)
+        ddpm.careful_step(optimizer, wrong, 1, loss=torch.tensor(1.0))
+        before = p.detach().clone()
+        with self.assertRaises(ddpm.BadInput) as caught:
+            ddpm.careful_step(optimizer, wrong, 7, loss=torch.tensor(1.0),
+                              gradient=torch.tensor(math.inf))
+        self.assertIn("gradient was not finite at update 7", str(caught.exception))
+        self.close(p.detach(), before, 0)
 
     def test_an_unusable_device_is_refused(self):
         self.bad_input("cannot be used here", ddpm.pick_device, "warp-drive")
@@ -476,6 +564,29 @@ class Images(Case):
         self.assertEqual(data[1, :, 5, 5].tolist(), [50, 50, 50])
         self.assertIn("skipped 1", text)
         self.assertIn("3.png", text)
+
+    def test_hostile_files_are_skipped_and_sound_ones_upright_and_opaque(self):
+        from PIL import Image
+        red_left = np.zeros((40, 40, 3), np.uint8)
+        red_left[:, :20, 0] = 255
+        exif = Image.Exif()
+        exif[0x0112] = 6                                            # show turned clockwise
+        (self.folder / "a").mkdir()
+        Image.fromarray(red_left).save(self.folder / "a" / "1.jpg", exif=exif, quality=95)
+        Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(self.folder / "a" / "2.png")
+        Image.new("1", (9000, 9000)).save(self.folder / "a" / "huge.png")
+        Image.new("RGB", (1, 3000), (9, 9, 9)).save(self.folder / "a" / "thin.png")
+        (self.folder / "a" / "empty.png").write_bytes(b"")
+        (self.folder / "a" / "folder.png").mkdir()
+        with contextlib.suppress(OSError):
+            (self.folder / "a" / "circle").symlink_to(self.folder, target_is_directory=True)
+            (self.folder / "a" / "gone.png").symlink_to(self.folder / "nowhere")
+        (data, _), text = quiet(teacher.load_images, str(self.folder))
+        self.assertEqual(len(data), 3)
+        self.assertGreater(data[0, 0, 4, 16], 200)                  # red is above now
+        self.assertLess(data[0, 0, 28, 16], 50)
+        self.assertEqual(data[1].unique().tolist(), [255])          # clear: white paper
+        self.assertIn("skipped 3", text)
 
     def test_folders_without_images_are_refused(self):
         self.bad_input("no such folder", teacher.load_images, str(self.folder / "none"))
@@ -1374,7 +1485,10 @@ class Commands(Case):
         self.addCleanup(working.__exit__, None, None, None)
 
     def run_main(self, module, *words):
-        return quiet(module.main, [str(w) for w in words])[1]
+        try:
+            return quiet(module.main, [str(w) for w in words])[1]
+        finally:
+            ddpm.release_folders()
 
     def fails(self, module, *words):
         """The command must end with code 2 and one sentence, and write nothing. Returns the
@@ -1402,7 +1516,34 @@ class Commands(Case):
         for module in MODULES:
             source = Path(module.__file__).read_text(encoding="utf-8")
             for name in vars(module.parse_args([])):
-                self.assertRegex(source, rf"args\.{name}\b", f"{module.__name__} --{name}")
+                read = re.search(rf"args\.{name}\b", source)
+                self.assertTrue(read, f"{module.__name__} --{name}")
+
+    def test_numbers_out_of_range_are_refused_as_they_are_read(self):
+        """Every numeric flag of every script, with random and with impossible values."""
+        generator = np.random.default_rng(0)
+        for module in MODULES:
+            parser = []
+            with mock.patch("argparse.ArgumentParser.parse_args", autospec=True,
+                            side_effect=lambda self, argv: parser.append(self) or exit(3)), \
+                    self.assertRaises(SystemExit):
+                module.parse_args([])
+            flags = [a for a in parser[0]._actions if a.type is not None and not a.choices]
+            self.assertGreater(len(flags), 0)
+            for action in flags:
+                values = ["nan", "inf", "-inf", "-1", "1e400", "x", "", "1e-400j"]
+                values += [str(v) for v in generator.normal(0, 1e6, 3)]
+                for value in values:
+                    text = io.StringIO()
+                    try:
+                        with contextlib.redirect_stderr(text):
+                            module.parse_args([f"{action.option_strings[0]}={value}"])
+                    except SystemExit as stopped:
+                        self.assertEqual(stopped.code, 2)
+                        self.assertIn("error:", text.getvalue())
+                    else:                                           # then it was in range
+                        self.assertTrue(math.isfinite(float(value)) and float(value) >= 0,
+                                        f"{module.__name__} {action.option_strings[0]} {value}")
 
     def test_importing_prints_nothing_and_a_script_runs_as_a_process(self):
         done = subprocess.run([sys.executable, "-c", "import sample, sys; sys.stdout.flush()"],
@@ -1663,6 +1804,192 @@ class Study(Case):
 def with_base(args):
     args.base = "uniform" if args.base == "auto" else args.base
     return args
+
+
+# ==============================================================================================
+# assignments/: the handout, and the grader graded
+# ==============================================================================================
+
+MISTAKES = {
+    1: (ddpm, [
+        ("ab.sqrt() * x0 + (1 - ab).sqrt() * eps", "ab.sqrt() * x0 - (1 - ab).sqrt() * eps"),
+        ("ab.sqrt() * x0 + (1 - ab).sqrt() * eps", "ab * x0 + (1 - ab) * eps"),
+        ("ab.sqrt() * x0 + (1 - ab).sqrt() * eps", "ab.sqrt() * eps + (1 - ab).sqrt() * x0"),
+        ("ab = at(alpha_bar, t, x0)\n    return", "ab = at(alpha_bar, t - 1, x0)\n    return"),
+        ("ab = at(alpha_bar, t, x0)\n    return", "ab = at(alpha_bar, t[:1], x0)\n    return"),
+        ("F.mse_loss(eps_hat.float(), eps)", "F.mse_loss(eps_hat.float(), eps, reduction='sum')"),
+        ("F.mse_loss(eps_hat.float(), eps)", "F.l1_loss(eps_hat.float(), eps)"),
+        ("F.mse_loss(eps_hat.float(), eps)", "F.mse_loss(eps_hat.float(), x0)"),
+        ("F.mse_loss(eps_hat.float(), eps)", "F.mse_loss(eps_hat.detach().float(), eps)"),
+        ("net(q_sample(x0, t, eps, alpha_bar), t)", "net(x0, t)"),
+        ("net(q_sample(x0, t, eps, alpha_bar), t)", "net(q_sample(x0, t, eps, alpha_bar), t - 1)"),
+    ]),
+    2: (ddpm, [
+        ("return eta * ((1 - ab_next) / (1 - ab))", "return ((1 - ab_next) / (1 - ab))"),
+        ("eta * ((1 - ab_next) / (1 - ab)).sqrt()", "eta * ((1 - ab) / (1 - ab_next)).sqrt()"),
+        ("eta * ((1 - ab_next) / (1 - ab)).sqrt()", "eta * ((1 - ab_next) / (1 - ab))"),
+        ("* (1 - ab / ab_next).sqrt()\n    # --", "* (1 - ab).sqrt()\n    # --"),
+        ("* (1 - ab / ab_next).sqrt()\n    # --", "* (1 - ab / ab_next)\n    # --"),
+        ("(1 - ab_next - sigma.reshape(ab_next.shape) ** 2)", "(1 - ab_next)"),
+        ("(1 - ab_next - sigma.reshape(ab_next.shape) ** 2)",
+         "(1 - ab_next - sigma.reshape(ab_next.shape))"),
+        ("(1 - ab_next - sigma.reshape(ab_next.shape) ** 2)",
+         "(1 - ab_next + sigma.reshape(ab_next.shape) ** 2)"),
+        ("return ab_next.sqrt() * x0_hat + direction", "return ab_next * x0_hat + direction"),
+        ("ab_next.sqrt() * x0_hat + direction", "ab_next.sqrt() * x0_hat - direction"),
+    ]),
+    3: (student, [
+        ("return phi.cos() * x_t - phi.sin() * v,", "return phi.cos() * x_t + phi.sin() * v,"),
+        ("phi.sin() * x_t + phi.cos() * v", "phi.sin() * x_t - phi.cos() * v"),
+        ("return (d.cos() * x_t - x_next) / d.sin()", "return (x_next - d.cos() * x_t) / d.sin()"),
+        ("return (d.cos() * x_t - x_next) / d.sin()", "return d.cos() * x_t - x_next"),
+        ("return (d.cos() * x_t - x_next) / d.sin()", "return (x_t - x_next) / d.sin()"),
+        ("return (d.cos() * x_t - x_next) / d.sin()", "return (d.cos() * x_t - x_next) / d"),
+        ("d = angle(t, alpha_bar, x_t) - angle(t_next", "d = angle(t_next"),
+    ]),
+    4: (rl_distill, [
+        ("groups - groups.mean(1, keepdim=True)", "groups - groups.mean(0, keepdim=True)"),
+        ("groups - groups.mean(1, keepdim=True)", "groups"),
+        ("groups - groups.mean(1, keepdim=True)", "groups.mean(1, keepdim=True) - groups"),
+        ("                 centred.std(correction=0))", "                 centred.std())"),
+        ("centred.square().mean(1, keepdim=True).sqrt()", "centred.std(1, keepdim=True)"),
+        ("centred.square().mean(1, keepdim=True).sqrt()", "centred.square().mean(1, keepdim=True)"),
+        ("torch.where(scale > noise_level, centred / scale.clamp(min=noise_level), 0.0)",
+         "(centred / scale)"),
+        ("torch.where(scale > noise_level, centred / scale.clamp(min=noise_level), 0.0)",
+         "(centred / (scale + 1e-8) + 1e-2)"),
+        ('if baseline == "batch":', 'if baseline == "group":'),
+        ("groups = reward.reshape(-1, group) ", "groups = reward.reshape(group, -1).T "),
+    ]),
+    5: (rl_distill, [
+        ("F.avg_pool2d(x_next - mean, block)", "F.avg_pool2d(x_next - mean.detach(), block)"),
+        ("F.avg_pool2d(x_next - mean, block)", "(x_next - mean)"),
+        ("return -(offset.square() / (2 * sigma.square()[:, None, None, None])).mean",
+         "return -(offset.square() / (2 * sigma.square()[:, None, None, None])).sum"),
+        ("return -(offset.square() / (2 *", "return -(offset.square() / ("),
+        ("return -(offset.square() / (2 *", "return (offset.square() / (2 *"),
+        ("-torch.minimum(ratio * adv, clipped", "-torch.maximum(ratio * adv, clipped"),
+        ("-torch.minimum(ratio * adv, clipped * adv)", "-(ratio * adv)"),
+        ("-torch.minimum(ratio * adv, clipped * adv)", "-(clipped * adv)"),
+        ("-torch.minimum(ratio * adv, clipped * adv)", "torch.minimum(ratio * adv, clipped * adv)"),
+        ("ratio = (logp - logp_old).exp()\n    clipped", "ratio = (logp - logp.detach()).exp()\n"
+         "    clipped"),
+        ("ratio = (logp - logp_old).exp()\n    clipped", "ratio = (logp - logp_old)\n    clipped"),
+        ("clipped * adv), ratio.detach()", "clipped * adv), ratio"),
+        ("torch.where(stop, torch.zeros_like(logp), logp)", "logp"),
+        ("stopping.log_prob(stop.float()) +", "stopping.log_prob(1 - stop.float()) +"),
+        ("logp = ratio.log_prob(rho)", "logp = ratio.log_prob(1 - rho)"),
+    ]),
+    6: (rl_distill, [
+        ("((mean - mean_ref).square() / (2 *", "((mean - mean_ref).square() / ("),
+        ("(mean - mean_ref).square() / (2 * sigma.square()", "(mean - mean_ref).square() / (2 * sigma"),
+        ("((mean - mean_ref).square() /", "((mean - mean_ref).abs() /"),
+        ("((mean - mean_ref).square() /", "((mean - mean_ref).detach().square() /"),
+        ("((mean - mean_ref).square() /", "(-(mean - mean_ref).square() /"),
+        ("return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean((1,",
+         "return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).sum((1,"),
+        ("return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean((1,",
+         "return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean((0,"),
+    ]),
+}
+
+
+class Assignments(Case):
+    @classmethod
+    def setUpClass(cls):
+        folder = str(Path(__file__).resolve().parent / "assignments")
+        sys.path.insert(0, folder)
+        cls.grade, cls.handout = (importlib.import_module(n) for n in ("grade", "handout"))
+        sys.path.remove(folder)
+
+    def variant(self, module, source):
+        """A module made from other source, in the place of `module`."""
+        made = types.ModuleType(module.__name__)
+        made.__file__ = module.__file__
+        exec(compile(source, module.__file__, "exec"), made.__dict__)
+        return made
+
+    def verdicts(self, number, module, seeds=(0, 1)):
+        return [self.grade.judge(module, number, seed)["verdict"] for seed in seeds]
+
+    def source(self, module):
+        return Path(module.__file__).read_text(encoding="utf-8")
+
+    def test_the_reference_passes_and_the_handout_is_not_attempted(self):
+        for number, (module, _) in MISTAKES.items():
+            self.assertEqual(self.verdicts(number, module, range(8)), ["passes"] * 8)
+            empty = self.variant(module, self.handout.blank(self.source(module), {number}))
+            self.assertEqual(set(self.verdicts(number, empty)), {"not attempted"})
+
+    def test_every_mistake_is_rejected_with_tolerances_a_hundred_times_wider(self):
+        """And none because it crashes: a wrong value or shape is shown. NaN never passes."""
+        real = self.grade.same
+
+        def lenient(theirs, wanted, rule, tolerance=1e-4, **inputs):
+            return real(theirs, wanted, rule, 100 * tolerance, **inputs)
+        for number, (module, mistakes) in MISTAKES.items():
+            self.assertGreaterEqual(len(mistakes), 5)
+            source = self.source(module)
+            for right, wrong in mistakes:
+                with self.subTest(exercise=number, wrong=wrong):
+                    self.assertEqual(source.count(right), 1, right)
+                    broken = self.variant(module, source.replace(right, wrong))
+                    with mock.patch.object(self.grade, "same", lenient):
+                        self.assertTrue({"wrong value", "wrong shape"}
+                                        >= set(self.verdicts(number, broken)), right)
+
+    def test_zeros_never_pass(self):
+        for number, (module, _) in MISTAKES.items():
+            names = [n for n, f in vars(module).items() if callable(f) and f"# -- exercise {number}"
+                     in (inspect.getsource(f) if inspect.isfunction(f) else "")]
+            self.assertGreater(len(names), 0)
+            zeros = self.variant(module, self.source(module))
+
+            def empty(function):
+                def zero(*args, **kw):
+                    result = function(*args, **kw)
+                    return (tuple(torch.zeros_like(r) for r in result)
+                            if isinstance(result, tuple) else torch.zeros_like(result))
+                return zero
+            for name in names:
+                setattr(zeros, name, empty(getattr(module, name)))
+            self.assertTrue({"wrong value"} >= set(self.verdicts(number, zeros)))
+
+    def test_the_handout_is_the_repository_with_blanks(self):
+        self.assertEqual(self.handout.numbers(), list(MISTAKES))
+        with tempfile.TemporaryDirectory() as folder:
+            quiet(self.handout.main, [folder + "/all"])
+            quiet(self.handout.main, [folder + "/some", "--only", "2"])
+            for module in MODULES:
+                name, ours = Path(module.__file__).name, self.source(module)
+                both = [Path(folder, which, name).read_text(encoding="utf-8")
+                        for which in ("all", "some")]
+                marked = self.handout.REGION.findall(ours)
+                self.assertEqual(both[0] != ours, bool(marked))
+                self.assertEqual(both[1] != ours, any(m[1] == "2" for m in marked))
+                for text in both:
+                    compile(text, name, "exec")
+                for body in (m[2] for m in marked):
+                    self.assertNotIn(body, both[0])
+                    self.assertLessEqual(len(body.splitlines()), 15)
+            with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+                self.handout.main([folder + "/all"])
+
+    def test_whatever_the_code_does_the_grader_goes_on(self):
+        cases = {"while True: pass": "no end after", "import sys; sys.exit(0)": "importing",
+                 "import os; os._exit(3)": "its process ended",
+                 "print('hello'); 1 / 0": "importing", "def broken(:": "importing"}
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("ddpm", "student", "rl_distill"):
+                Path(folder, f"{name}.py").write_text("")
+            for code, expected in cases.items():
+                Path(folder, "ddpm.py").write_text(code)
+                result = self.grade.grade(folder, 1, 0, seconds=6)
+                self.assertEqual(result["verdict"], "error", code)
+                self.assertIn(expected, result["property"])
+            Path(folder, "ddpm.py").write_text("")            # and it falls back to nothing
+            result = self.grade.grade(folder, 1, 0)
+            self.assertIn("no attribute 'q_sample'", result["property"])
 
 
 # ==============================================================================================

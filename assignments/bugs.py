@@ -1,0 +1,61 @@
+"""Exercise 7: the main job, shortened, with one silent mistake in it.
+
+    python assignments/bugs.py none       # as it should be
+    python assignments/bugs.py a          # with mistake a (or b)
+    python assignments/bugs.py a --show   # the changed lines: after you have made up your mind
+"""
+import argparse
+import sys
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+JOB = ["--init", "teacher", "--learn", "steps", "--updates", "12", "--noises", "64",
+       "--held-out", "64"]
+# (what stands in rl_distill.py, what the mistake puts there)
+MISTAKES = {
+    "none": [],
+    "a": [("[:groups].repeat_interleave(size)", "[:groups].repeat(size)")],
+    "b": [('loss, ratio = step_surrogate(policy, s, adv["steps"][s["rows"]], args)',
+           """with torch.no_grad():
+                    s["logp_step"] = step_logp(policy, s["t"], s["n"], s["features"], s["rho"],
+                                               s["stop"], args.step_cost > 0)
+                loss, ratio = step_surrogate(policy, s, adv["steps"][s["rows"]], args)""")],
+}
+
+
+def changed(which):
+    """Source of rl_distill.py with a mistake planted."""
+    source = (ROOT / "rl_distill.py").read_text(encoding="utf-8")
+    for right, wrong in MISTAKES[which]:
+        if source.count(right) != 1:
+            sys.exit(f"bugs.py: '{right}' must stand once in rl_distill.py; use the unchanged file")
+        source = source.replace(right, wrong)
+    return source
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("which", choices=MISTAKES)
+    p.add_argument("--show", action="store_true", help="print what was changed, run nothing")
+    args, more = p.parse_known_args(argv)
+    source = changed(args.which)
+    if args.show:
+        for right, wrong in MISTAKES[args.which]:
+            print(f"- {right}\n+ {wrong}")
+        return
+    import os
+
+    import ddpm
+    os.chdir(ROOT)                               # where the bundled weights are
+    module = types.ModuleType("rl_distill")
+    module.__file__ = str(ROOT / "rl_distill.py")
+    exec(compile(source, module.__file__, "exec"), module.__dict__)
+    sys.argv[0] = "bugs.py"
+    ddpm.run_main(lambda: module.main([*JOB, *more]))
+
+
+if __name__ == "__main__":
+    main()

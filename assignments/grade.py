@@ -1,0 +1,402 @@
+"""Grade the implement-exercises in a folder, by properties with fresh random numbers.
+
+    python assignments/grade.py PATH                    # PATH: a handout that was worked on
+    python assignments/grade.py PATH --only 2 --seed 7 --json result.json
+
+Each exercise runs in a process of its own with a time limit, on the files of PATH alone. The right
+values come from formulas written out below in float64, never from the repository's functions.
+Verdicts: passes, not attempted, wrong shape, wrong value, error. Exit code 0 if all pass, else 1.
+"""
+import argparse
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+TRIALS, SECONDS = 5, 60
+
+
+class Wrong(Exception):
+    """A property that does not hold: verdict, property, and what to show."""
+
+    def __init__(self, verdict, rule, **shown):
+        super().__init__(rule)
+        self.verdict, self.rule = verdict, rule
+        self.shown = {name: text_of(value) for name, value in shown.items()}
+
+
+def text_of(value):
+    """A short text of an input or a result."""
+    if isinstance(value, torch.Tensor):
+        flat = ", ".join(f"{v:.6g}" for v in value.detach().flatten()[:6].tolist())
+        more = ", ..." if value.numel() > 6 else ""
+        return f"tensor of shape {tuple(value.shape)}: [{flat}{more}]"
+    return repr(value)[:200]
+
+
+def same(theirs, wanted, rule, tolerance=1e-4, **inputs):
+    """theirs must be a tensor of wanted's shape and values (relative to the largest of wanted)."""
+    if not isinstance(theirs, torch.Tensor):
+        raise Wrong("wrong shape", f"{rule}: a tensor is wanted", theirs=theirs, **inputs)
+    if theirs.shape != wanted.shape:
+        raise Wrong("wrong shape", f"{rule}: shape {tuple(wanted.shape)} is wanted", theirs=theirs,
+                    **inputs)
+    off = (theirs.detach().double() - wanted.double()).abs()
+    if not (off <= tolerance * max(1e-3, wanted.abs().max().item() if wanted.numel() else 1)).all():
+        raise Wrong("wrong value", rule, theirs=theirs, wanted=wanted, **inputs)
+
+
+def pair(value, rule):
+    """Their result must be two tensors."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise Wrong("wrong shape", f"{rule}: two tensors are wanted", theirs=value)
+    return value
+
+
+# ==============================================================================================
+# THE RIGHT VALUES, from the papers' formulas
+# ==============================================================================================
+
+def alpha_bars():
+    """Linear schedule of Ho et al. 2020: (1001,), in float64."""
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    return torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
+
+
+def draw(g, *shape):
+    return torch.randn(*shape, generator=g)
+
+
+def whole(g, low, high):
+    """A random whole number from low to high, both included."""
+    return int(torch.randint(low, high + 1, (), generator=g))
+
+
+def wide(values, like):
+    """(B,) -> (B, 1, ...), to go with `like`."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def images(g, B):
+    return draw(g, B, 3, whole(g, 2, 5), whole(g, 2, 5))
+
+
+def times(g, B, low=1, high=1000):
+    return torch.randint(low, high + 1, (B,), generator=g)
+
+
+def jump_times(g, B):
+    """t > t_next for each of B, some of them landing at 0."""
+    t = times(g, B, 2)
+    t_next = (t * torch.rand(B, generator=g)).long()
+    return t, torch.where(torch.arange(B) % 3 == 0, 0, t_next)
+
+
+def sigma_of(t, t_next, eta, ab):
+    """Eq. 16, Song et al. 2020."""
+    return eta * ((1 - ab[t_next]) / (1 - ab[t])).sqrt() * (1 - ab[t] / ab[t_next]).sqrt()
+
+
+# ==============================================================================================
+# THE EXERCISES: each gets their module and a torch.Generator, and raises Wrong
+# ==============================================================================================
+
+def exercise_1(ddpm, g):
+    """q_sample and L_simple"""
+    ab = alpha_bars()
+    for _ in range(TRIALS):
+        B = whole(g, 2, 6)
+        x0, t = images(g, B), times(g, B, 0)
+        eps = draw(g, *x0.shape)
+        a = wide(ab[t], x0)
+        right = a.sqrt() * x0.double() + (1 - a).sqrt() * eps.double()
+        same(ddpm.q_sample(x0, t, eps, ab.float()), right,
+             "q_sample is sqrt(ab_t) x0 + sqrt(1 - ab_t) eps", t=t, x0=x0, eps=eps)
+        points = draw(g, B, 2)
+        a = ab[t][:, None]
+        same(ddpm.q_sample(points, t, points, ab.float()),
+             (a.sqrt() + (1 - a).sqrt()) * points.double(),
+             "q_sample takes points (B, 2) as well as images", t=t)
+        same(ddpm.q_sample(x0, torch.zeros_like(t), eps, ab.float()), x0,
+             "at t = 0 q_sample gives x0 back", x0=x0)
+        guess, seen = draw(g, *x0.shape).requires_grad_(), []
+
+        def net(x_t, when):
+            seen.append((x_t, when))
+            return guess
+        loss = ddpm.simple_loss(net, x0, t, eps, ab.float())
+        same(loss, (guess.detach().double() - eps.double()).square().mean(),
+             "L_simple is the mean of (eps - eps_hat)^2 over everything", eps=eps, eps_hat=guess)
+        if len(seen) != 1:
+            raise Wrong("wrong value", "L_simple asks the network exactly once", calls=len(seen))
+        same(seen[0][0], right, "the network sees x_t, drawn by q_sample", t=t)
+        same(seen[0][1], t, "the network is told t", 1e-6)
+        if not loss.requires_grad:
+            raise Wrong("wrong value", "L_simple has a gradient with respect to eps_hat", loss=loss)
+        grad, = torch.autograd.grad(loss, guess)
+        same(grad, 2 * (guess.detach() - eps).double() / eps.numel(),
+             "the gradient of L_simple is 2 (eps_hat - eps) / (number of elements)")
+
+
+def exercise_2(ddpm, g):
+    """The DDIM / DDPM step"""
+    ab = alpha_bars()
+    for _ in range(TRIALS):
+        B = whole(g, 3, 7)
+        t, t_next = jump_times(g, B)
+        eta = torch.rand((), generator=g).item()
+        x0_hat = images(g, B)
+        eps_hat = draw(g, *x0_hat.shape)
+        sigma = sigma_of(t, t_next, eta, ab)
+        told = dict(t=t, t_next=t_next, eta=eta)
+        same(ddpm.ddim_sigma(t, t_next, eta, ab.float()), sigma,
+             "sigma is Eq. 16 of Song et al., per image", 1e-3, **told)
+        same(ddpm.ddim_sigma(t, t_next, 0.0, ab.float()), torch.zeros(B), "eta = 0: sigma is 0")
+        same(ddpm.ddim_sigma(t, torch.zeros_like(t), 1.0, ab.float()), torch.zeros(B),
+             "no noise on the jump into t = 0", t=t)
+        for e in (eta, 0.0, 1.0):
+            sigma = sigma_of(t, t_next, e, ab)
+            mean, theirs = pair(ddpm.ddim_step(x0_hat, eps_hat, t, t_next, e, ab.float()),
+                                "ddim_step returns mean and sigma")
+            a = wide(ab[t_next], x0_hat)
+            right = (a.sqrt() * x0_hat.double()
+                     + (1 - a - wide(sigma, x0_hat) ** 2).clamp(min=0).sqrt() * eps_hat.double())
+            same(mean, right, "the mean is Eq. 12 of Song et al., without its noise", 1e-3,
+                 **dict(told, eta=e))
+            same(theirs, sigma, "ddim_step returns sigma of Eq. 16, (B,)", 1e-3,
+                 **dict(told, eta=e))
+
+
+def exercise_3(student, g):
+    """The secant target"""
+    ab = alpha_bars()
+    for _ in range(TRIALS):
+        B = whole(g, 2, 6)
+        t, t_next = jump_times(g, B)
+        x_t = images(g, B)
+        x_next, v = draw(g, *x_t.shape), draw(g, *x_t.shape)
+        phi, phi_next = (wide(torch.atan2((1 - ab[k]).sqrt(), ab[k].sqrt()), x_t)
+                         for k in (t, t_next))
+        x0_hat, eps_hat = pair(student.v_to_x0_eps(x_t, t, v, ab.float()),
+                               "v_to_x0_eps returns x0_hat and eps_hat")
+        same(x0_hat, phi.cos() * x_t - phi.sin() * v, "x0_hat = cos(phi) x_t - sin(phi) v", t=t)
+        same(eps_hat, phi.sin() * x_t + phi.cos() * v, "eps_hat = sin(phi) x_t + cos(phi) v", t=t)
+        d = phi - phi_next
+        theirs = student.secant_velocity(x_t, x_next, t, t_next, ab.float())
+        same(theirs, (d.cos() * x_t.double() - x_next.double()) / d.sin(),
+             "v = (cos(d) x_t - x_next) / sin(d), d = phi_t - phi_next", 2e-3, t=t, t_next=t_next)
+        same(d.cos() * x_t - d.sin() * theirs, x_next.double(),
+             "the jump with this v lands exactly at x_next", 2e-3, t=t, t_next=t_next)
+
+
+def exercise_4(rl_distill, g):
+    """Group advantages"""
+    f = rl_distill.advantages
+    for _ in range(TRIALS):
+        M, G = whole(g, 2, 6), whole(g, 2, 8)
+        level = 3 * draw(g, M, 1)
+        r = level + draw(g, M, G) * (0.1 + torch.rand(M, 1, generator=g))
+        flat, deep = r.reshape(-1), r.double()
+        centred = deep - deep.mean(1, keepdim=True)
+        told = dict(reward=flat, group=G)
+        same(f(flat, G, "global"), (centred / centred.square().mean().sqrt()).reshape(-1),
+             "'global': (R - group mean) / std of that over the batch (divide by N)", 2e-5, **told)
+        std = centred.square().mean(1, keepdim=True).sqrt()
+        same(f(flat, G, "group"), (centred / std).reshape(-1),
+             "'group': (R - group mean) / the group's own std (divide by N)", 2e-5, **told)
+        all_centred = deep - deep.mean()
+        same(f(flat, G, "batch"),
+             (all_centred / all_centred.square().mean().sqrt()).reshape(-1),
+             "'batch': (R - batch mean) / batch std (divide by N)", 2e-5, **told)
+        for baseline in ("global", "group", "batch"):
+            same(f(torch.full((M * G,), level[0].item()), G, baseline), torch.zeros(M * G),
+                 f"'{baseline}': equal rewards give exactly 0", 0, **told)
+            same(f(flat + 5, G, baseline), f(flat, G, baseline),
+                 f"'{baseline}': a shift of all rewards changes nothing", 1e-3, **told)
+        tie = r.clone()
+        tie[0] = tie[0, 0]
+        same(f(tie.reshape(-1), G, "group")[:G], torch.zeros(G),
+             "'group': a group of equal rewards gives exactly 0, never noise scaled to 1", 0,
+             **told)
+
+
+class Policy:
+    """A step policy with fixed distributions."""
+
+    def __init__(self, a, b, p):
+        self.a, self.b, self.p = a, b, p
+
+    def distribution(self, t, n, features):
+        return (torch.distributions.Beta(self.a, self.b),
+                torch.distributions.Bernoulli(probs=self.p))
+
+
+def exercise_5(rl_distill, g):
+    """The clipped surrogate, both channels"""
+    for _ in range(TRIALS):
+        B = whole(g, 4, 9)
+        a, b = (1 + 5 * torch.rand(B, generator=g) for _ in range(2))
+        rho, p = (0.05 + 0.9 * torch.rand(B, generator=g) for _ in range(2))
+        stop = torch.arange(B) % 3 == 1
+        x = rho.double()
+        log_beta = ((a - 1) * x.log() + (b - 1) * (1 - x).log()
+                    - (torch.lgamma(a.double()) + torch.lgamma(b.double())
+                       - torch.lgamma((a + b).double())))
+        policy, told = Policy(a, b, p), dict(rho=rho, alpha=a, beta=b, stop=stop, p_stop=p)
+        t = n = torch.ones(B)
+        same(rl_distill.step_logp(policy, t, n, None, rho, stop, False), log_beta,
+             "without early stopping: log Beta(rho)", 1e-3, **told)
+        choice = torch.where(stop, p.double(), 1 - p.double()).log()
+        same(rl_distill.step_logp(policy, t, n, None, rho, stop, True),
+             choice + torch.where(stop, 0.0, log_beta),
+             "with early stopping: log Bernoulli(stop), plus log Beta(rho) where it did not stop",
+             1e-3, **told)
+
+        mean = draw(g, B, 3, 8, 8).requires_grad_()
+        sigma, step = 0.05 + torch.rand(B, generator=g), draw(g, B, 3, 8, 8)
+        x_next = mean.detach() + step
+        for block in (1, 2, 4):
+            off = torch.nn.functional.avg_pool2d(step.double(), block)
+            right = -(off ** 2 / (2 * wide(sigma.double(), off) ** 2)).mean((1, 2, 3))
+            logp = rl_distill.pixel_logp(mean, x_next, sigma, block)
+            same(logp, right, f"block {block}: -(block means of x_next - mean)^2 / (2 sigma^2), "
+                 "mean over dimensions", 1e-3, sigma=sigma)
+            if not logp.requires_grad:
+                raise Wrong("wrong value", "pixel_logp has a gradient with respect to the mean")
+
+        old, adv = draw(g, B), draw(g, B)
+        logp = (old + 0.4 * draw(g, B)).requires_grad_()
+        for clip in (0.2, 0.05, math.inf):
+            ratio = (logp.detach() - old).double().exp()
+            clipped = ratio.clamp(1 - clip, 1 + clip)
+            right = -torch.minimum(ratio * adv, clipped * adv)
+            loss, theirs = pair(rl_distill.clipped_surrogate(logp, old, adv, clip),
+                                "clipped_surrogate returns loss and ratio")
+            told = dict(logp=logp, logp_old=old, adv=adv, clip_range=clip)
+            same(loss, right, "loss = -min(ratio A, clip(ratio) A), per action", 1e-3, **told)
+            same(theirs, ratio, "ratio = exp(logp - logp_old)", 1e-3, **told)
+            if theirs.requires_grad or not loss.requires_grad:
+                raise Wrong("wrong value", "the loss has a gradient, the ratio it returns has none")
+            grad, = torch.autograd.grad(loss.sum(), logp)
+            free = ratio * adv <= clipped * adv
+            same(grad, torch.where(free, -ratio * adv, 0.0),
+                 "the gradient is -ratio A where clipping does not bind, 0 where it does", 1e-3,
+                 **told)
+
+
+def exercise_6(rl_distill, g):
+    """The closed-form KL"""
+    for _ in range(TRIALS):
+        B = whole(g, 2, 6)
+        mean = images(g, B).requires_grad_()
+        ref, sigma = draw(g, *mean.shape), 0.1 + torch.rand(B, generator=g)
+        off = mean.detach().double() - ref.double()
+        right = (off ** 2 / (2 * wide(sigma.double(), off) ** 2)).mean((1, 2, 3))
+        kl = rl_distill.gaussian_kl(mean, ref, sigma)
+        same(kl, right, "KL = |mu - mu_ref|^2 / (2 sigma^2), mean over dimensions, per image", 1e-3,
+             sigma=sigma)
+        same(rl_distill.gaussian_kl(mean, mean, sigma), torch.zeros(B), "KL of equal means is 0", 0)
+        if not kl.requires_grad:
+            raise Wrong("wrong value", "the KL has a gradient with respect to the mean")
+        grad, = torch.autograd.grad(kl.sum(), mean)
+        same(grad, off / wide(sigma.double(), off) ** 2 / off[0].numel(),
+             "the gradient of the KL is (mu - mu_ref) / sigma^2 / (number of dimensions)", 1e-3)
+
+
+EXERCISES = {1: ("ddpm", exercise_1), 2: ("ddpm", exercise_2), 3: ("student", exercise_3),
+             4: ("rl_distill", exercise_4), 5: ("rl_distill", exercise_5),
+             6: ("rl_distill", exercise_6)}
+
+# ==============================================================================================
+# RUNNING
+# ==============================================================================================
+
+
+def judge(module, number, seed):
+    """One exercise in a loaded module: dict of verdict, property and what to show."""
+    try:
+        EXERCISES[number][1](module, torch.Generator().manual_seed(seed * 100 + number))
+    except Wrong as wrong:
+        return dict(verdict=wrong.verdict, property=wrong.rule, shown=wrong.shown)
+    except NotImplementedError as error:
+        return dict(verdict="not attempted", property=str(error), shown={})
+    except Exception as error:                      # whatever theirs raises
+        return dict(verdict="error", property=f"{type(error).__name__}: {error}"[:300], shown={})
+    return dict(verdict="passes", property="", shown={})
+
+
+def work(path, number, seed, answer):
+    """In a process of its own: load the files of `path`, judge, write the answer."""
+    sys.path.insert(0, str(path))
+    torch.set_num_threads(1)
+    try:
+        result = judge(importlib.import_module(EXERCISES[number][0]), number, seed)
+    except BaseException as error:                  # an import that fails or exits
+        result = dict(verdict="error", shown={}, property="importing the files: "
+                      f"{type(error).__name__}: {error}"[:300])
+    Path(answer).write_text(json.dumps(result), encoding="utf-8")
+
+
+def grade(path, number, seed, seconds=SECONDS):
+    """One exercise of a folder, whatever its code does. Returns the dict of judge()."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        words = [sys.executable, str(Path(__file__).resolve()), str(path), "--seed", str(seed),
+                 "--only", str(number), "--answer", str(answer)]
+        try:
+            done = subprocess.run(words, timeout=seconds, capture_output=True, text=True,
+                                  stdin=subprocess.DEVNULL, cwd=folder,
+                                  env=dict(os.environ, PYTHONDONTWRITEBYTECODE="1"))
+        except subprocess.TimeoutExpired:
+            return dict(verdict="error", property=f"no end after {seconds} s", shown={})
+        if not answer.exists():
+            last = (done.stderr.strip() or "no message").splitlines()[-1]
+            return dict(verdict="error", property=f"its process ended: {last}"[:300], shown={})
+        return json.loads(answer.read_text(encoding="utf-8"))
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("path", help="folder with the files to grade")
+    p.add_argument("--only", type=int, nargs="+", choices=EXERCISES, default=list(EXERCISES))
+    p.add_argument("--seed", type=int, help="of the random inputs (default: a new one)")
+    p.add_argument("--json", help="also write the verdicts to this file")
+    p.add_argument("--answer", help=argparse.SUPPRESS)
+    args = p.parse_args(argv)
+    path = Path(args.path).resolve()
+    if not path.is_dir():
+        p.error(f"there is no folder {path}")
+    missing = [f"{name}.py" for name, _ in EXERCISES.values() if not (path / f"{name}.py").exists()]
+    if missing:
+        p.error(f"{path} has no {missing[0]}; give the folder of a handout")
+    if args.answer:
+        return work(path, args.only[0], args.seed, args.answer)
+    if args.json and Path(args.json).exists():
+        p.error(f"{args.json} exists already; give another name")
+    seed = int(time.time()) % 10 ** 6 if args.seed is None else args.seed
+    print(f"grading {path}, seed {seed}")
+    results = {}
+    for number in args.only:
+        result = results[number] = grade(path, number, seed)
+        print(f"exercise {number}, {EXERCISES[number][1].__doc__}: {result['verdict']}")
+        if result["verdict"] not in ("passes", "not attempted"):
+            print(f"    {result['property']}")
+        for name, text in result["shown"].items():
+            print(f"      {name}: {text}")
+    passed = sum(r["verdict"] == "passes" for r in results.values())
+    print(f"{passed} of {len(results)} pass")
+    if args.json:
+        Path(args.json).write_text(json.dumps(dict(seed=seed, exercises=results), indent=1),
+                                   encoding="utf-8")
+    sys.exit(0 if passed == len(results) else 1)
+
+
+if __name__ == "__main__":
+    main()
