@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import types
 import unittest
 from pathlib import Path
@@ -1519,6 +1520,63 @@ class Commands(Case):
                 read = re.search(rf"args\.{name}\b", source)
                 self.assertTrue(read, f"{module.__name__} --{name}")
 
+    def test_a_run_killed_in_the_middle_resumes_to_the_same_bits(self):
+        """A real process and SIGKILL; study/stress.py does it many times, to every script."""
+        sizes = dict(updates=120, save_every=20, log_every=1)
+        code = ("import sys, teacher, ddpm\nreal = teacher.parse_args\n"
+                "def parse_args(argv=None):\n    args = real(argv)\n"
+                f"    vars(args).update({sizes})\n    return args\n"
+                "teacher.parse_args, teacher.save_samples = parse_args, lambda *a, **k: None\n"
+                "ddpm.run_main(teacher.main)\n")
+        words = ["--smoke", "--data", "shapes", "--device", "cpu", "--out"]
+
+        def start(out, *more):
+            return subprocess.Popen(
+                [sys.executable, "-c", code, *words, str(self.folder / out), *more],
+                cwd=Path(__file__).resolve().parent, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True)
+        alone, killed = start("a"), start("b")
+        while killed.poll() is None and not (self.folder / "b" / "state.pt").exists():
+            time.sleep(0.01)
+        killed.kill()
+        killed.communicate()
+        self.assertEqual(killed.returncode, -signal.SIGKILL)
+        again = start("b", "--resume")
+        text = again.communicate()[0]
+        alone.communicate()
+        self.assertEqual((alone.returncode, again.returncode), (0, 0), text)
+        self.assertIn("resumed at update", text)
+        self.assertEqual((self.folder / "a" / "log.jsonl").read_text().count("\n"), 120)
+        self.assertEqual((self.folder / "b" / "log.jsonl").read_text().count("\n"), 120)
+        a, b = (ddpm.load_checkpoint(self.folder / f / "state.pt", "teacher-state") for f in "ab")
+        for part in ("net", "ema"):
+            for name, value in a["parts"][part].items():
+                self.assertTrue(torch.equal(value, b["parts"][part][name]), name)
+
+    def test_a_reward_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(self):
+        real, calls = rl_distill.rollout, []
+
+        def poisoned(*args):
+            images, nfe, steps = real(*args)
+            calls.append(1)
+            return (images * math.nan if len(calls) == 2 else images), nfe, steps
+        with mock.patch.object(rl_distill, "rollout", side_effect=poisoned):
+            text = self.fails_after_start(rl_distill, *inputs("teacher", "student", "coach"),
+                                          "--smoke", "--save-every", "1", "--out", "poisoned")
+        self.assertIn("the reward was not finite at update 2", text)
+        state = ddpm.load_checkpoint("poisoned/state.pt", "rl-state")
+        self.assertEqual(state["update"], 1)
+
+    def fails_after_start(self, module, *words):
+        """Like fails(), for a run that had begun and so has written something."""
+        text = io.StringIO()
+        with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(text), \
+                contextlib.redirect_stdout(text):
+            ddpm.run_main(lambda: module.main([str(w) for w in words]))
+        self.assertEqual(caught.exception.code, 2)
+        self.assertNotIn("Traceback", text.getvalue())
+        return text.getvalue().strip().splitlines()[-1]
+
     def test_numbers_out_of_range_are_refused_as_they_are_read(self):
         """Every numeric flag of every script, with random and with impossible values."""
         generator = np.random.default_rng(0)
@@ -1882,14 +1940,15 @@ MISTAKES = {
     ]),
     6: (rl_distill, [
         ("((mean - mean_ref).square() / (2 *", "((mean - mean_ref).square() / ("),
-        ("(mean - mean_ref).square() / (2 * sigma.square()", "(mean - mean_ref).square() / (2 * sigma"),
+        ("(mean - mean_ref).square() / (2 * sigma.square()",
+         "(mean - mean_ref).square() / (2 * sigma"),
         ("((mean - mean_ref).square() /", "((mean - mean_ref).abs() /"),
         ("((mean - mean_ref).square() /", "((mean - mean_ref).detach().square() /"),
         ("((mean - mean_ref).square() /", "(-(mean - mean_ref).square() /"),
         ("return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean((1,",
          "return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).sum((1,"),
-        ("return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean((1,",
-         "return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean((0,"),
+        ("return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean((1",
+         "return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean((0"),
     ]),
 }
 
@@ -1960,6 +2019,7 @@ class Assignments(Case):
         with tempfile.TemporaryDirectory() as folder:
             quiet(self.handout.main, [folder + "/all"])
             quiet(self.handout.main, [folder + "/some", "--only", "2"])
+            self.assertFalse(Path(folder, "all", "test_all.py").exists())       # it has answers
             for module in MODULES:
                 name, ours = Path(module.__file__).name, self.source(module)
                 both = [Path(folder, which, name).read_text(encoding="utf-8")

@@ -4,7 +4,8 @@
     python assignments/handout.py OUT_DIR --only 1 3   # these; the others stay solved
 
 In the sources an exercise stands between the lines '# -- exercise N' and '# --'. What stands there
-is replaced by a NotImplementedError; formula and shapes are in the docstring above it.
+is replaced by a NotImplementedError; formula and shapes are in the docstring above it. Everything
+else is copied, but for test_all.py and study/, which quote the answers.
 """
 import argparse
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 REGION = re.compile(r"^( +)# -- exercise (\d+)\n(.*?)^ +# --\n", re.M | re.S)
 COPIED = ("*.py", "requirements.txt", "README.md", "LICENSE", "checkpoints/*", "figures/*",
-          "assignments/*.md", "assignments/*.py", "study/*.py", "study/*.md")
+          "assignments/README.md", "assignments/reading.md", "assignments/grade.py")
 
 
 def blank(source, only):
@@ -41,7 +42,7 @@ def make(out, only):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder; give a new one")
     for pattern in COPIED:
-        for path in sorted(ROOT.glob(pattern)):
+        for path in sorted(p for p in ROOT.glob(pattern) if p.name != "test_all.py"):
             target = out / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix != ".py" or path.parent != ROOT:
