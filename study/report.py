@@ -62,8 +62,8 @@ def verdict(rows):
         else "not told apart"
 
 
-def tables(rows):
-    """study/README.md as a list of lines."""
+def tables(rows, missing):
+    """study/README.md as a list of lines; missing: runs that have no row yet."""
     lines = ["# What does reinforcement add, and where?", "",
              "Written by `python study/run.py`; every line of `results.jsonl` has its command and "
              f"commit. Held-out noise, n = {rows[0]['n']}; ± is the standard deviation over "
@@ -78,6 +78,9 @@ def tables(rows):
              "runs beside it). *training*: network evaluations, a backward pass counting two; 256 "
              "teacher images of 50 evaluations come on top, once for all. The search spends as "
              "many rollouts as RL steps, each try on the same 64 training noises.", ""]
+    if missing:
+        lines += [f"**Not complete: {missing} runs are still to do; `python study/run.py` goes on.**",
+                  ""]
     grouped, last = groups_of(rows), None
     for (group, init, steps, name), same in grouped.items():
         trained = "gain" in same[0]
@@ -234,12 +237,12 @@ def plot_hacking(rows, world, path, n=10):
     save_figure(figure, path)
 
 
-def write(rows, world):
+def write(rows, world, missing=0):
     """All of it. Returns nothing; says what it wrote."""
     if not rows:
         return print("no rows yet")
     out = world.folder if world.smoke else study.ROOT / "figures"
-    text = "\n".join(tables(rows)) + "\n"
+    text = "\n".join(tables(rows, missing)) + "\n"
     table = (world.folder if world.smoke else study.ROOT / "study") / "README.md"
     table.write_text(text, encoding="utf-8")
     plot_frontier(rows, out / "study_frontier.png")

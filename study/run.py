@@ -368,7 +368,8 @@ def main(argv=None):
         run_side_by_side(args, words)
     import report                                # tables and figures, from the rows
     report.write([row for row in read_results(args.smoke)
-                  if (row["weights"], row["n"]) == (world.weights, world.n)], world)
+                  if (row["weights"], row["n"]) == (world.weights, world.n)], world,
+                 len(todo(args, world.weights)))
 
 
 if __name__ == "__main__":
