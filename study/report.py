@@ -79,8 +79,8 @@ def tables(rows, missing):
              "teacher images of 50 evaluations come on top, once for all. The search spends as "
              "many rollouts as RL steps, each try on the same 64 training noises.", ""]
     if missing:
-        lines += [f"**Not complete: {missing} runs are still to do; `python study/run.py` goes on.**",
-                  ""]
+        lines += [f"**Not complete: {missing} runs are still to do (`python study/run.py` goes "
+                  "on).**", ""]
     grouped, last = groups_of(rows), None
     for (group, init, steps, name), same in grouped.items():
         trained = "gain" in same[0]
