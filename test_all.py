@@ -1534,7 +1534,7 @@ class Commands(Case):
             return subprocess.Popen(
                 [sys.executable, "-c", code, *words, str(self.folder / out), *more],
                 cwd=Path(__file__).resolve().parent, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True)
+                stderr=subprocess.STDOUT, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
         alone, killed = start("a"), start("b")
         while killed.poll() is None and not (self.folder / "b" / "state.pt").exists():
             time.sleep(0.01)
