@@ -2035,6 +2035,16 @@ class Assignments(Case):
             with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
                 self.handout.main([folder + "/all"])
 
+    def test_the_silent_bugs_are_planted_and_compile(self):
+        sys.path.insert(0, str(Path(self.grade.__file__).parent))
+        bugs = importlib.import_module("bugs")
+        sys.path.pop(0)
+        ours = self.source(rl_distill)
+        self.assertEqual(bugs.changed("none"), ours)
+        for which in ("a", "b"):
+            self.assertNotEqual(bugs.changed(which), ours)
+            self.variant(rl_distill, bugs.changed(which))
+
     def test_whatever_the_code_does_the_grader_goes_on(self):
         cases = {"while True: pass": "no end after", "import sys; sys.exit(0)": "importing",
                  "import os; os._exit(3)": "its process ended",
