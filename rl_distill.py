@@ -76,8 +76,9 @@ def pixel_logp(mean, x_next, sigma, block=1) -> torch.Tensor:
 
     DEVIATES: *mean* over the 3072 dimensions, where the density has their sum (ReDiF's and DDPO's
     code do the same). The summed ratio is e^(+-50) after the smallest change: all is clipped.
-    With block > 1 the action is the mean of every block x block pixels, of std sigma / block; what
-    lies within a block follows mu, without noise and without gradient.
+    With block > 1 the action is the mean m of every block x block pixels, of std sigma / block: the
+    sum of -m^2 / (2 (sigma / block)^2) over the blocks, still divided by all 3072 pixels, which is
+    the mean of -m^2 / (2 sigma^2) over the blocks. Within a block there is no noise, no gradient.
     """
     # -- exercise 5
     offset = F.avg_pool2d(x_next - mean, block)                     # (B, 3, H / block, W / block)

@@ -202,7 +202,9 @@ def exercise_4(rl_distill, g):
     for _ in range(TRIALS):
         M, G = whole(g, 2, 6), whole(g, 2, 8)
         level = 3 * draw(g, M, 1)
-        r = level + draw(g, M, G) * (0.1 + torch.rand(M, 1, generator=g))
+        spread = draw(g, M, G)                      # of std 1 in each group: no ties by chance
+        spread = (spread - spread.mean(1, keepdim=True)) / spread.std(1, keepdim=True)
+        r = level + spread * (0.1 + torch.rand(M, 1, generator=g))
         flat, deep = r.reshape(-1), r.double()
         centred = deep - deep.mean(1, keepdim=True)
         told = dict(reward=flat, group=G)

@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 REGION = re.compile(r"^( +)# -- exercise (\d+)\n(.*?)^ +# --\n", re.M | re.S)
 COPIED = ("*.py", "requirements.txt", "README.md", "LICENSE", "checkpoints/*", "figures/*",
-          "assignments/README.md", "assignments/reading.md", "assignments/grade.py")
+          "assignments/README.md", "assignments/reading.md", "assignments/grade.py",
+          "assignments/bugs.py")
 
 
 def blank(source, only):
