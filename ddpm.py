@@ -636,23 +636,30 @@ def output_folder(out, default, resume=False):
     return out
 
 
+def lock_file(path):
+    """An open file that this process alone has locked, or None; freed when the process dies."""
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return file.close()
+    return file
+
+
 def claim_folder(folder):
     """Make the folder of a run and lock it: a second process on it is refused. Freed at exit."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.resolve() / ".lock"
     while path not in LOCKS:
-        file = open(path, "a+", encoding="utf-8")
-        try:
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
+        file = lock_file(path)
+        if file is None:
             raise BadInput(f"another process is writing to {folder}; wait for it, or give another "
-                           "--out") from None
+                           "--out")
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             LOCKS[path] = file
         else:
@@ -729,6 +736,13 @@ def log_line(folder, **row):
     """Append one JSON object to folder/log.jsonl, the file that plots are drawn from."""
     with open(Path(folder) / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def read_log(folder):
+    """The rows that log_line wrote, [] where there are none."""
+    path = Path(folder) / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def number(kind, low, high=math.inf):

@@ -26,8 +26,8 @@ from tqdm import tqdm
 # From earlier files:
 from ddpm import (GRIDS, T, BadInput, chunk_size, claim_folder, due, linear_alpha_bar, load_state,
                   load_teacher, log_line, make_grid, number, output_folder, parameter_count,
-                  parser_for, pick_device, pyplot, run_main, sample, save_figure, save_state,
-                  seeded_noise, settings, stop_if_wrong, until_stopped, wait_for)
+                  parser_for, pick_device, pyplot, read_log, run_main, sample, save_figure,
+                  save_state, seeded_noise, settings, stop_if_wrong, until_stopped, wait_for)
 from teacher import TEACHER_STEPS, device_name, provenance, tile
 from student import (HELD_OUT, StepPolicy, deploy, jump, land, load_student, nothing_seen, rows_of,
                      save_student, student_from_teacher)
@@ -183,7 +183,8 @@ def rollout(net, policy, z, args, alpha_bar, generator):
             noise = draw_noise(x.shape, args.block, generator).to(z.device)[rows]
             s["x_next"] = mean + sigma[:, None, None, None] * noise
             s["logp_pixel"] = pixel_logp(mean, s["x_next"], sigma, args.block)
-            shared = args.draws if args.eta == 0 else 1            # landed rows leave the game
+            if args.eta > 0:                   # with eta 0 those that explored have landed
+                shared = 1
         x, t = x.index_put((rows,), s["x_next"]), t.index_put((rows,), s["t_next"])
         seen = {key: value.index_put((rows,), new[key]) for key, value in seen.items()}
         nfe[rows] += 1
@@ -280,9 +281,10 @@ def policy_update(net, net_ref, policy, optimizers, steps, adv, args, alpha_bar,
                 (loss.sum() / choices).backward()
                 ratios["steps"].append(ratio)
             if "pixels" in optimizers and len(s["explored"]):
+                a = adv["pixels"][s["rows"]]
                 for i in s["explored"].split(args.minibatch * s["shared"]):
-                    loss, ratio, kl = pixel_surrogate(net, net_ref, s, i, adv["pixels"][s["rows"]],
-                                                      mean_sigma, args, alpha_bar)
+                    loss, ratio, kl = pixel_surrogate(net, net_ref, s, i, a, mean_sigma, args,
+                                                      alpha_bar)
                     (loss.sum() / landings).backward()
                     ratios["pixels"].append(ratio)
                     kls.append(kl)
@@ -448,6 +450,25 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
     return seconds_before + time.time() - start
 
 
+def train_and_save(net, train_set, monitor_set, reward, args, out, device, **origin):
+    """Choose the first grid, train, write out/student.pt; origin: more for its provenance.
+
+    Returns (a frozen copy of the student before, seconds of training).
+    """
+    if args.base == "auto":                    # in args, so that --resume notices another choice
+        args.base = best_base(net, *(x[:64] for x in train_set), reward, args.steps,
+                              linear_alpha_bar(device))
+    print(f"the step policy starts at the {args.base} grid")
+    policy, net_ref, optimizers = learners(net, args)
+    seconds = train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args, out,
+                    device)
+    save_student(out / "student.pt", net, policy, provenance(
+        "rl_distill.py", args, seconds, device, **origin,
+        rollouts=args.updates * args.noises_per_update * args.group * args.draws),
+        half=args.learn == "steps", steps=args.steps, may_stop=args.step_cost > 0)
+    return net_ref, seconds
+
+
 # ==============================================================================================
 # RESULT: before and after on held-out noise
 # ==============================================================================================
@@ -519,10 +540,15 @@ def plot_alignment(rows, before, target, path):
     names = ["teacher DDIM uniform", before, "student after"]
     panels = [(f"teacher, {TEACHER_STEPS} evaluations", target)]
     panels += [(f"{n}, {rows[n]['nfe'].mean():.1f} evaluations", rows[n]["images"]) for n in names]
-    figure, axes = pyplot().subplots(len(panels), 1, figsize=(9, 4.6))
-    for axis, (name, images) in zip(axes, panels):
-        axis.imshow(tile(images[:12], 12), interpolation="nearest")
-        axis.set_title(name, fontsize=9, loc="left", pad=2)
+    plot_strips(panels, 12, (9, 4.6), path)
+
+
+def plot_strips(panels, columns, size, path):
+    """One strip per panel (title, images (B, 3, H, W)): the first `columns` images of each."""
+    figure, axes = pyplot().subplots(len(panels), 1, figsize=size)
+    for axis, (title, images) in zip(axes, panels):
+        axis.imshow(tile(images[:columns], columns), interpolation="nearest")
+        axis.set_title(title, fontsize=9, loc="left", pad=2)
         axis.axis("off")
     save_figure(figure, path)
 
@@ -541,9 +567,9 @@ def plot_grid(times, path):
     save_figure(figure, path)
 
 
-def plot_curves(log_path, path):
-    """Rewards, grid and spread over training, from log.jsonl."""
-    log = [json.loads(line) for line in open(log_path, encoding="utf-8")]
+def plot_curves(folder, path):
+    """Rewards, grid and spread over training, from the log of a run."""
+    log = read_log(folder)
     panels = [("reward", {"training rollouts": "reward", "held-out, eta 0": "held_out"}),
               ("spread", {"entropy of the steps": "entropy",
                           "reward std in a group": "within_group_std"})]
@@ -690,17 +716,7 @@ def main(argv=None):
         noise_and_targets(teacher, first, n, alpha_bar, device, f"{what} targets")
         for first, n, what in ((0, args.noises, "training"), (HELD_OUT, args.held_out, "held-out"),
                                (HELD_OUT + 10 ** 6, min(MONITOR, args.held_out), "monitor")))
-    if args.base == "auto":                    # in args, so that --resume notices another choice
-        args.base = best_base(net, *(x[:64] for x in train_set), reward, args.steps, alpha_bar)
-    print(f"the step policy starts at the {args.base} grid")
-    policy, net_ref, optimizers = learners(net, args)
-    seconds = train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args, out,
-                    device)
-
-    save_student(out / "student.pt", net, policy, provenance(
-        "rl_distill.py", args, seconds, device, rollouts=args.updates * args.noises_per_update
-        * args.group * args.draws), half=args.learn == "steps",
-        steps=args.steps, may_stop=args.step_cost > 0)
+    net_ref, seconds = train_and_save(net, train_set, monitor_set, reward, args, out, device)
     net, policy, _ = load_student(out / "student.pt", device)      # what is measured is the file
     rows = final_table(net, net_ref, teacher, policy, held_set, reward, args, alpha_bar)
     result = print_result(rows, args)
@@ -708,7 +724,7 @@ def main(argv=None):
     Path(out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     plot_alignment(rows, result["best_before"], held_set[1], out / "alignment.png")
     plot_grid(rows["student after"]["times"].float().cpu(), out / "grid.png")
-    plot_curves(out / "log.jsonl", out / "curves.png")
+    plot_curves(out, out / "curves.png")
     print(f"reinforced in {seconds / 60:.1f} min, {result['minutes']:.1f} min in all\n"
           f"wrote {out}/student.pt, state.pt, alignment.png, grid.png, curves.png, result.json, "
           "log.jsonl")

@@ -158,14 +158,14 @@ def evaluate(args, out, device):
             second = student_from_teacher(net, order=2).to(device).eval()
         for steps in args.steps:
             todo += [(grid, net, steps, make_grid(grid, steps)) for grid in GRIDS]
-            if content["kind"] == "teacher":
+            if second:
                 todo += [(f"{grid}, 2nd", second, steps, make_grid(grid, steps)) for grid in GRIDS]
             if args.search and steps > 1:
                 todo.append(("searched", net, steps, search_grid(net, *train_set, reward, steps,
                                                             args.search, alpha_bar)))
             if policy is not None and steps == content.get("steps"):
                 todo.append(("learned", net, steps, None))
-        if content["kind"] == "teacher":
+        if second:
             todo.append(("uniform", net, TEACHER_STEPS, make_grid("uniform", TEACHER_STEPS)))
         for grid_name, sampler, steps, grid in todo:
             result = deployed(sampler, policy, z, target, reward, steps, alpha_bar, grid,
@@ -210,7 +210,11 @@ def plot_frontier(rows, path):
             axis.plot([p[0] for p in line], [p[column] for p in line], alpha=0.8,
                       marker="osD^vP*X"[models.index(model) % 8], color=f"C{grids.index(grid)}",
                       label=f"{model}, {grid}")
-    ticks = sorted({round(r["nfe"]) for r in rows})
+    save_frontier(figure, axes, sorted({round(r["nfe"]) for r in rows}), path)
+
+
+def save_frontier(figure, axes, ticks, path):
+    """Label the two panels of a frontier, legend beside them, and write it."""
     for axis, label in zip(axes, ("Fréchet distance, judge features",
                                   "reward (likeness to the teacher)")):
         axis.set(xlabel="network evaluations", ylabel=label, xscale="log")

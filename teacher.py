@@ -25,9 +25,9 @@ from tqdm import tqdm
 # From earlier files:
 from ddpm import (PAPER_UNET, SMALL_UNET, T, BadInput, UNet, autocast, careful_step, claim_folder,
                   due, half_weights, linear_alpha_bar, load_state, log_line, make_grid, number,
-                  output_folder, parameter_count, parser_for, pick_device, pyplot, run_main, sample,
-                  save_checkpoint, save_figure, save_state, seeded_noise, settings, simple_loss,
-                  stop_if_wrong, to_uint8, until_stopped)
+                  output_folder, parameter_count, parser_for, pick_device, pyplot, read_log,
+                  run_main, sample, save_checkpoint, save_figure, save_state, seeded_noise,
+                  settings, simple_loss, stop_if_wrong, to_uint8, until_stopped)
 
 EMA_DECAY = 0.999           # per update; Ho et al. use 0.9999 for runs a hundred times as long
 WARMUP = 200                # updates until the learning rate is full
@@ -275,8 +275,7 @@ def save_samples(path, net, device, n=64):
 
 def plot_loss(folder, unit, label):
     """loss.png from log.jsonl: the loss against thousands of `unit` ('images', 'pairs')."""
-    rows = [json.loads(line) for line in open(folder / "log.jsonl", encoding="utf-8")]
-    rows = [r for r in rows if "loss" in r]
+    rows = [r for r in read_log(folder) if "loss" in r]
     figure, axis = pyplot().subplots(figsize=(6, 3.5))
     axis.plot([r[unit] / 1e3 for r in rows], [r["loss"] for r in rows], linewidth=1)
     axis.set(xlabel=f"thousand training {unit}", ylabel=label, yscale="log")

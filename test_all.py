@@ -78,6 +78,23 @@ def full(n, t):
     return torch.full((n,), t)
 
 
+def modules_of(folder, *names):
+    """The modules of these names in a folder of the repository."""
+    path = str(Path(__file__).resolve().parent / folder)
+    sys.path.insert(0, path)
+    found = [importlib.import_module(name) for name in names]
+    sys.path.remove(path)
+    return found
+
+
+def variant(module, source):
+    """A module made from other source, in the place of `module`."""
+    made = types.ModuleType(module.__name__)
+    made.__file__ = module.__file__
+    exec(compile(source, module.__file__, "exec"), made.__dict__)
+    return made
+
+
 class Case(unittest.TestCase):
     def close(self, a, b, tol=1e-5, msg=None):
         """Same shape, same dtype kind, no NaN, every difference below tol."""
@@ -1495,14 +1512,9 @@ class Commands(Case):
         """The command must end with code 2 and one sentence, and write nothing. Returns the
         sentence."""
         before = sorted(self.folder.rglob("*"))
-        text = io.StringIO()
-        with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(text), \
-                contextlib.redirect_stdout(text):
-            ddpm.run_main(lambda: module.main([str(w) for w in words]))
-        self.assertEqual(caught.exception.code, 2)
-        self.assertNotIn("Traceback", text.getvalue())
+        sentence = self.fails_after_start(module, *words)
         self.assertEqual(sorted(self.folder.rglob("*")), before, "a refused command writes nothing")
-        return text.getvalue().strip().splitlines()[-1]
+        return sentence
 
     def test_every_script_explains_itself(self):
         for module in MODULES:
@@ -1522,19 +1534,11 @@ class Commands(Case):
 
     def test_a_run_killed_in_the_middle_resumes_to_the_same_bits(self):
         """A real process and SIGKILL; study/stress.py does it many times, to every script."""
-        sizes = dict(updates=40, save_every=8, log_every=1)
-        code = ("import sys, teacher, ddpm\nreal = teacher.parse_args\n"
-                "def parse_args(argv=None):\n    args = real(argv)\n"
-                f"    vars(args).update({sizes})\n    return args\n"
-                "teacher.parse_args, teacher.save_samples = parse_args, lambda *a, **k: None\n"
-                "ddpm.run_main(teacher.main)\n")
-        words = ["--smoke", "--data", "shapes", "--device", "cpu", "--out"]
+        stress, = modules_of("study", "stress")
 
         def start(out, *more):
-            return subprocess.Popen(
-                [sys.executable, "-c", code, *words, str(self.folder / out), *more],
-                cwd=Path(__file__).resolve().parent, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+            return stress.launch("teacher", "--data", "shapes", "--out", self.folder / out, *more,
+                                 sizes=dict(updates=40, save_every=8, log_every=1))
         alone, killed = start("a"), start("b")
         while killed.poll() is None and not (self.folder / "b" / "state.pt").exists():
             time.sleep(0.01)
@@ -1783,10 +1787,7 @@ real_shapes = teacher.shapes_images
 class Study(Case):
     @classmethod
     def setUpClass(cls):
-        folder = str(Path(__file__).resolve().parent / "study")
-        sys.path.insert(0, folder)
-        cls.study, cls.report = (importlib.import_module(name) for name in ("run", "report"))
-        sys.path.remove(folder)
+        cls.study, cls.report = modules_of("study", "run", "report")
 
     def world(self, folder, smoke=True):
         return types.SimpleNamespace(folder=Path(folder), smoke=smoke, weights="w")
@@ -1806,10 +1807,10 @@ class Study(Case):
 
     def test_an_arm_is_claimed_once_until_its_worker_lets_go(self):
         with tempfile.TemporaryDirectory() as folder:
-            first = self.study.claim(f"{folder}/a.lock")
-            self.assertIsNone(self.study.claim(f"{folder}/a.lock"))
+            first = ddpm.lock_file(f"{folder}/a.lock")
+            self.assertIsNone(ddpm.lock_file(f"{folder}/a.lock"))
             first.close()
-            self.study.claim(f"{folder}/a.lock").close()
+            ddpm.lock_file(f"{folder}/a.lock").close()
 
     def test_rows_that_are_there_are_not_done_again_and_a_torn_line_is_no_row(self):
         args = self.study.parse_args(["--seeds", "0", "1", "--workers", "1"])
@@ -1956,17 +1957,7 @@ MISTAKES = {
 class Assignments(Case):
     @classmethod
     def setUpClass(cls):
-        folder = str(Path(__file__).resolve().parent / "assignments")
-        sys.path.insert(0, folder)
-        cls.grade, cls.handout = (importlib.import_module(n) for n in ("grade", "handout"))
-        sys.path.remove(folder)
-
-    def variant(self, module, source):
-        """A module made from other source, in the place of `module`."""
-        made = types.ModuleType(module.__name__)
-        made.__file__ = module.__file__
-        exec(compile(source, module.__file__, "exec"), made.__dict__)
-        return made
+        cls.grade, cls.handout, cls.bugs = modules_of("assignments", "grade", "handout", "bugs")
 
     def verdicts(self, number, module, seeds=(0, 1)):
         return [self.grade.judge(module, number, seed)["verdict"] for seed in seeds]
@@ -1977,7 +1968,7 @@ class Assignments(Case):
     def test_the_reference_passes_and_the_handout_is_not_attempted(self):
         for number, (module, _) in MISTAKES.items():
             self.assertEqual(self.verdicts(number, module, range(8)), ["passes"] * 8)
-            empty = self.variant(module, self.handout.blank(self.source(module), {number}))
+            empty = variant(module, self.handout.blank(self.source(module), {number}))
             self.assertEqual(set(self.verdicts(number, empty)), {"not attempted"})
 
     def test_every_mistake_is_rejected_with_tolerances_a_hundred_times_wider(self):
@@ -1992,7 +1983,7 @@ class Assignments(Case):
             for right, wrong in mistakes:
                 with self.subTest(exercise=number, wrong=wrong):
                     self.assertEqual(source.count(right), 1, right)
-                    broken = self.variant(module, source.replace(right, wrong))
+                    broken = variant(module, source.replace(right, wrong))
                     with mock.patch.object(self.grade, "same", lenient):
                         self.assertTrue({"wrong value", "wrong shape"}
                                         >= set(self.verdicts(number, broken)), right)
@@ -2002,7 +1993,7 @@ class Assignments(Case):
             names = [n for n, f in vars(module).items() if callable(f) and f"# -- exercise {number}"
                      in (inspect.getsource(f) if inspect.isfunction(f) else "")]
             self.assertGreater(len(names), 0)
-            zeros = self.variant(module, self.source(module))
+            zeros = variant(module, self.source(module))
 
             def empty(function):
                 def zero(*args, **kw):
@@ -2036,14 +2027,11 @@ class Assignments(Case):
                 self.handout.main([folder + "/all"])
 
     def test_the_silent_bugs_are_planted_and_compile(self):
-        sys.path.insert(0, str(Path(self.grade.__file__).parent))
-        bugs = importlib.import_module("bugs")
-        sys.path.pop(0)
         ours = self.source(rl_distill)
-        self.assertEqual(bugs.changed("none"), ours)
+        self.assertEqual(self.bugs.changed("none"), ours)
         for which in ("a", "b"):
-            self.assertNotEqual(bugs.changed(which), ours)
-            self.variant(rl_distill, bugs.changed(which))
+            self.assertNotEqual(self.bugs.changed(which), ours)
+            variant(rl_distill, self.bugs.changed(which))
 
     def test_whatever_the_code_does_the_grader_goes_on(self):
         cases = {"while True: pass": "no end after", "import sys; sys.exit(0)": "importing",
@@ -2152,7 +2140,7 @@ PLANTED = [  # (module, what the source says, the mistake, the test that notices
     (rl_distill, "one, size = i[::s[\"shared\"]], s[\"shared\"]",
      "one, size = i[::s[\"shared\"]].flip(0), s[\"shared\"]",
      "Loop.test_sharing_changes_no_gradient"),
-    (rl_distill, "shared = args.draws if args.eta == 0 else 1", "pass",
+    (rl_distill, "if args.eta > 0:                   # with", "if False:  # with",
      "Loop.test_sharing_changes_no_gradient"),
     (student, "if net.order == 2 and last is not None", "if net.order == 3",
      "Loop.test_a_teachers_copy_of_order_2_is_the_second_order_solver"),
@@ -2168,10 +2156,7 @@ class PlantedMistakes(Case):
                 source = Path(module.__file__).read_text(encoding="utf-8")
                 self.assertEqual(source.count(right), 1,
                                  f"'{right}' must stand once in {module.__name__}.py")
-                broken = types.ModuleType(module.__name__)
-                broken.__file__ = module.__file__
-                exec(compile(source.replace(right, wrong), module.__file__, "exec"),
-                     broken.__dict__)
+                broken = variant(module, source.replace(right, wrong))
                 self.assertFalse(self.passes(test, module, broken), "the mistake went unnoticed")
 
     def passes(self, test, module, broken):

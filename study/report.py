@@ -2,15 +2,15 @@
 
 Imported by study/run.py; writes study/README.md and figures/study_*.png.
 """
-import json
 import statistics
 from collections import defaultdict
 
 import torch
 
 import run as study
-from ddpm import make_grid, pyplot, save_figure
-from rl_distill import deployed
+from ddpm import make_grid, pyplot, read_log, save_figure
+from rl_distill import deployed, plot_strips
+from sample import save_frontier
 from teacher import tile
 
 COLUMNS = (("reward", "reward", 4), ("feature", "feature", 4), ("perceptual", "perceptual", 4),
@@ -119,23 +119,8 @@ def plot_frontier(rows, path):
             axis.plot([p[0] for p in points], [p[column] for p in points], label=label,
                       marker="x" if group == "cost" else marker, linestyle=dashes[group],
                       color=color, alpha=grids.get(name, 1.0), markersize=4)
-    ticks = (1, 2, 3, 4, 6, 8, 10, 20, 50)
-    for axis, label in zip(axes, ("Fréchet distance, judge features",
-                                  "reward, feature+perceptual")):
-        axis.set(xlabel="network evaluations", ylabel=label, xscale="log")
-        axis.set_xticks(ticks, [str(t) for t in ticks])
-        axis.set_xticks([], minor=True)
-        axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
-    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    save_figure(figure, path)
-
-
-def logs(arm, seed, world):
-    """The log of one trained arm, [] where it has not run."""
-    path = study.folder(arm, seed, world) / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    save_frontier(figure, axes, (1, 2, 3, 4, 6, 8, 10, 20, 50), path)
 
 
 def plot_grids(world, path):
@@ -144,7 +129,7 @@ def plot_grids(world, path):
     figure, axes = pyplot().subplots(1, len(chosen), figsize=(4 * len(chosen), 3.4), sharey=True)
     for axis, arm in zip(axes, chosen):
         for seed in (0, 1, 2):
-            log = logs(arm, seed, world)
+            log = read_log(study.folder(arm, seed, world))
             for k in range(1, 4):
                 axis.plot([r["rollouts"] for r in log], [r["grid"][k] for r in log],
                           color=f"C{k - 1}", linestyle=("-", "--", ":")[seed])
@@ -177,12 +162,7 @@ def plot_panels(world, path, n=10):
                                                                     "backprop"):
                 result = played(arm, 0, world, n)
                 panels += [] if result is None else [(f"{init}, {arm.name}", result["images"])]
-    figure, axes = pyplot().subplots(len(panels), 1, figsize=(7, 0.92 * len(panels)))
-    for axis, (name, images) in zip(axes, panels):
-        axis.imshow(tile(images, n), interpolation="nearest")
-        axis.set_title(name, fontsize=8, loc="left", pad=2)
-        axis.axis("off")
-    save_figure(figure, path)
+    plot_strips(panels, n, (7, 0.95 * len(panels)), path)
 
 
 def plot_early(world, path, n=8):
@@ -223,6 +203,7 @@ def plot_hacking(rows, world, path, n=10):
                      color=f"C{names.index(name)}")
     axes[0].set(xlabel="coach: feature cosine to the teacher's image",
                 ylabel="judge: Fréchet distance")
+    axes[0].locator_params(axis="x", nbins=5)
     axes[0].legend(fontsize=7)
     axes[0].grid(alpha=0.3)
     z, target = (x[:n] for x in world.held_set)
@@ -230,9 +211,11 @@ def plot_hacking(rows, world, path, n=10):
                       make_grid("quadratic", 2))["images"]
     arm = next(a for a in study.arms() if a.name == "backprop, feature, fast")
     after = played(arm, 0, world, n)
-    images = [target, before] + ([] if after is None else [after["images"]])
-    axes[1].imshow(tile(torch.cat(images), n), interpolation="nearest")
-    axes[1].set_title(f"teacher's 50 steps; student, 2 steps; {arm.name}", fontsize=9)
+    strips = {"teacher's 50 steps": target, "student, 2 steps": before}
+    if after is not None:
+        strips[arm.name] = after["images"]
+    axes[1].imshow(tile(torch.cat([*strips.values()]), n), interpolation="nearest")
+    axes[1].set_title("; ".join(strips), fontsize=9)
     axes[1].axis("off")
     save_figure(figure, path)
 

@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import rl_distill                                                              # noqa: E402
-from ddpm import (GRIDS, linear_alpha_bar, load_teacher, make_grid, number,    # noqa: E402
-                  pick_device, run_main)
-from student import HELD_OUT, load_student, save_student, student_from_teacher # noqa: E402
-from teacher import TEACHER_STEPS, provenance                                  # noqa: E402
+from ddpm import (GRIDS, linear_alpha_bar, load_checkpoint, load_teacher,      # noqa: E402
+                  lock_file, make_grid, number, pick_device, run_main, save_checkpoint)
+from student import HELD_OUT, load_student, student_from_teacher               # noqa: E402
+from teacher import TEACHER_STEPS                                              # noqa: E402
 from reward import TERMS, Reward, load_encoder                                 # noqa: E402
 from rl_distill import deployed, noise_and_targets, standard_error             # noqa: E402
 from sample import judged, search_grid                                         # noqa: E402
@@ -116,13 +116,17 @@ class World:
         return Reward(words, self.coach, self.coach_file["scales"])
 
     def targets(self, first, n):
-        """Noise and the teacher's images of n seeds from `first` on, from runs/study if there."""
-        path = self.folder / f"targets-{first}-{n}.pt"
+        """Noise and the teacher's images of n seeds from `first` on."""
+        name = f"targets-{first}-{n}"
+        return self.kept(name, lambda: noise_and_targets(
+            self.teacher, first, n, self.alpha_bar, self.device, name))
+
+    def kept(self, name, make):
+        """The list of tensors that make() returns, kept in runs/study from the first call on."""
+        path = self.folder / f"{name}.pt"
         if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            pair = noise_and_targets(self.teacher, first, n, self.alpha_bar, self.device, path.stem)
-            torch.save([x.cpu() for x in pair], path)
-        return [x.to(self.device) for x in torch.load(path, weights_only=True)]
+            save_checkpoint(path, "kept", tensors=[x.cpu() for x in make()])
+        return [x.to(self.device) for x in load_checkpoint(path, "kept")["tensors"]]
 
     def start(self, init):
         """The student an arm starts from."""
@@ -140,15 +144,12 @@ class World:
 
         Chosen on the noises it is compared on, so the baseline errs on the strong side.
         """
-        path = self.folder / f"hand-{init}-{steps}-{self.n}.pt"
-        if not path.exists():
+        def make():
             net = self.start(init)
             results = [deployed(net, None, *self.held_set, self.every, steps, self.alpha_bar,
                                 make_grid(grid, steps))["raw"] for grid in GRIDS]
-            temporary = path.with_suffix(f".{os.getpid()}")
-            torch.save(max(map(self.main_reward, results), key=torch.mean).cpu(), temporary)
-            os.replace(temporary, path)
-        return torch.load(path, weights_only=True).to(self.device)
+            return [max(map(self.main_reward, results), key=torch.mean)]
+        return self.kept(f"hand-{init}-{steps}-{self.n}", make)[0]
 
 
 # ==============================================================================================
@@ -183,16 +184,10 @@ def reinforce(arm, seed, world, version=""):
             (out / "log.jsonl").unlink(missing_ok=True)    # of a run that was stopped early
         out.mkdir(parents=True, exist_ok=True)
         _, net, reward = rl_distill.load_inputs(args, world.device)
-        args.base = rl_distill.best_base(net, *(x[:64] for x in world.train_set), reward,
-                                         arm.steps, world.alpha_bar)
-        policy, net_ref, optimizers = rl_distill.learners(net, args)
         with open(out / "printed.txt", "a", encoding="utf-8") as log, \
                 contextlib.redirect_stdout(log):
-            seconds = rl_distill.train(net, net_ref, policy, optimizers, world.train_set,
-                                       world.monitor_set, reward, args, out, world.device)
-        save_student(out / "student.pt", net, policy, provenance(
-            "study/run.py", args, seconds, world.device, commit=version),
-            half=args.learn == "steps", steps=arm.steps, may_stop=args.step_cost > 0)
+            rl_distill.train_and_save(net, world.train_set, world.monitor_set, reward, args, out,
+                                      world.device, commit=version)
     net, policy, content = load_student(out / "student.pt", world.device)
     return net, policy, args, content["provenance"]
 
@@ -269,26 +264,14 @@ def todo(args, weights):
     chosen = [(arm, seed) for arm in arms() if not args.only or arm.group in args.only
               for seed in (args.seeds if arm.trained else [0])]
     return [(arm, seed) for arm, seed in chosen
-            if (arm.group, arm.name, arm.init, arm.steps, seed, weights, args.held_out) not in done]
-
-
-def claim(path):
-    """An open, locked file, or None where another worker holds it; freed when this one dies."""
-    file = open(path, "w", encoding="utf-8")
-    with contextlib.suppress(ImportError):       # Windows has no fcntl: use --workers 1 there
-        import fcntl
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return file.close()
-    return file
+            if (*arm[:4], seed, weights, args.held_out) not in done]
 
 
 def run(args, world):
     """Play the arms that have no row yet and that no other worker is playing."""
     version = commit()
     for arm, seed in todo(args, world.weights):
-        lock = claim(f"{folder(arm, seed, world)}.lock")
+        lock = lock_file(f"{folder(arm, seed, world)}.lock")
         if lock is None:
             continue
         with lock:
