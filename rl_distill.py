@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 # From earlier files:
@@ -35,6 +34,7 @@ from reward import TERMS, Reward, load_encoder
 
 SIGMA_FLOOR = 0.02          # noise on the jump to t = 0 (DDIM sigma 0); in training, not deployment
 RHO_MARGIN = 1e-4           # rho stays this far from 0 and 1, where a Beta log-density is infinite
+SIZE = dict(steps="group", pixels="draws")      # flag for the rollouts of each noise in an update
 MONITOR = 32                # noises of the reward printed each update; not those of the final table
 
 # ==============================================================================================
@@ -71,35 +71,26 @@ def step_logp(policy, t, n, features, rho, stop, may_stop) -> torch.Tensor:
     # --
 
 
-def pixel_logp(mean, x_next, sigma, block=1) -> torch.Tensor:
-    """log N(x_next; mean, sigma^2 I) without its constants, per dimension: (B,).
+def pixel_logp(mean, x_next, sigma) -> torch.Tensor:
+    """log N(x_next; mean, sigma^2 I) without its constants, per dimension: (B, C, H, W) -> (B,).
 
-    DEVIATES: *mean* over the 3072 dimensions, where the density has their sum (ReDiF's and DDPO's
-    code do the same). The summed ratio is e^(+-50) after the smallest change: all is clipped.
-    With block > 1 the action is the mean m of every block x block pixels, of std sigma / block: the
-    sum of -m^2 / (2 (sigma / block)^2) over the blocks, still divided by all 3072 pixels, which is
-    the mean of -m^2 / (2 sigma^2) over the blocks. Within a block there is no noise, no gradient.
+    sigma: (B,). DEVIATES: *mean* over the 3072 dimensions, where the density has their sum (ReDiF's
+    and DDPO's code do the same). The summed ratio is e^(+-50) after the smallest change.
     """
     # -- exercise 5
-    offset = F.avg_pool2d(x_next - mean, block)                     # (B, 3, H / block, W / block)
-    return -(offset.square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
+    return -((x_next - mean).square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
     # --
 
 
-def draw_noise(shape, block, generator):
-    """Exploration noise (B, 3, H, W), rows 2i and 2i + 1 antithetic; with block > 1 white noise
-    of which only the mean of every block x block pixels is kept: its low frequencies."""
-    B, C, H, W = shape
-    noise = torch.randn(B, C, H // block, W // block, generator=generator)
+def draw_noise(shape, generator):
+    """White exploration noise (B, 3, H, W), rows 2i and 2i + 1 antithetic."""
+    noise = torch.randn(shape, generator=generator)
     noise[1::2] = -noise[0::2]
-    return F.interpolate(noise / block, scale_factor=block, mode="nearest")
+    return noise
 
 
 def gaussian_kl(mean, mean_ref, sigma) -> torch.Tensor:
-    """Gaussian KL at equal sigma: |mu - mu_ref|^2 / (2 sigma^2) per dimension. (B, ...) -> (B,).
-
-    Of white noise; with --block it is a penalty on mu rather than the KL of the block means.
-    """
+    """Gaussian KL at equal sigma: |mu - mu_ref|^2 / (2 sigma^2) per dimension. (B, ...) -> (B,)."""
     # -- exercise 6
     return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
     # --
@@ -139,21 +130,20 @@ def shared_jump(net, s, i, alpha_bar, eta):
 
 
 @torch.no_grad()
-def rollout(net, policy, z, args, alpha_bar, generator):
-    """Play the policy from start noise z (B, 3, H, W): each noise `group` times, side by side, with
-    steps of its own, and each of these `draws` times, with a landing of its own.
+def rollout(net, policy, z, channel, args, alpha_bar, generator):
+    """Play the policy from start noise z (B, 3, H, W), exploring in one channel: 'steps', where the
+    members of a group differ in their step sizes, or 'pixels', where they differ in their landings.
 
     Returns (images (B, 3, H, W) in [-1, 1], NFE (B,), list of steps). A step is a dict of what was
     seen and done, for the trajectories still running: rows (b,), x_t, t, n, last, rho, stop,
-    t_next, x_next, sigma and the log-probabilities of both channels at the time of acting.
+    t_next, x_next, sigma and the log-probability of each channel at the time of acting.
     shared: how many neighbours are in one state; explored: the rows whose pixels had noise.
     DEVIATES: with --eta 0 pixels explore only where they land at t = 0, and until then the draws
-    of a rollout are one. Earlier jumps, with the same weights, then have no gradient of their own.
+    of a noise are one. Earlier jumps, with the same weights, then have no gradient of their own.
     """
-    learn_steps, learn_pixels = args.learn in ("steps", "both"), args.learn in ("pixels", "both")
     may_stop = args.step_cost > 0
     x, t = z, torch.full((len(z),), T, device=z.device)
-    seen, shared = nothing_seen(net, z), args.draws
+    seen, shared = nothing_seen(net, z), args.draws if channel == "pixels" else 1
     nfe, steps = torch.zeros_like(t), []
     for k in range(args.steps):
         rows = (t > 0).nonzero()[:, 0]
@@ -162,12 +152,11 @@ def rollout(net, policy, z, args, alpha_bar, generator):
         s = dict(rows=rows, x_t=x[rows], t=t[rows], last=rows_of(seen, rows), shared=shared)
         s["features"] = s["last"]["features"]
         s["n"] = torch.full_like(s["t"], args.steps - k)
-        if learn_steps:                                             # action 1: how far
+        if channel == "steps":                                      # action 1: how far
             ratio, stopping = policy.distribution(s["t"], s["n"], s["features"])
-            s["rho"] = draw_rho(ratio.concentration1[::shared], ratio.concentration0[::shared],
-                                generator).repeat_interleave(shared)
-            u = torch.rand(len(rows) // shared, generator=generator).to(z.device)
-            s["stop"] = (u.repeat_interleave(shared) < stopping.probs) & may_stop & (s["n"] > 1)
+            s["rho"] = draw_rho(ratio.concentration1, ratio.concentration0, generator)
+            u = torch.rand(len(rows), generator=generator).to(z.device)
+            s["stop"] = (u < stopping.probs) & may_stop & (s["n"] > 1)
         else:
             s["rho"], _, stop_logit = policy(s["t"], s["n"], s["features"])
             s["stop"] = (stop_logit > 0) & may_stop
@@ -175,14 +164,15 @@ def rollout(net, policy, z, args, alpha_bar, generator):
         s["logp_step"] = step_logp(policy, s["t"], s["n"], s["features"], s["rho"], s["stop"],
                                    may_stop)
         every = torch.arange(len(rows), device=z.device)
-        mean, sigma, new = shared_jump(net, s, every, alpha_bar, args.eta)
-        if learn_pixels:                                            # action 2: where
+        mean, sigma, new = shared_jump(net, s, every, alpha_bar,
+                                       args.eta if channel == "pixels" else 0.0)
+        if channel == "pixels":                                     # action 2: where
             sigma = torch.where(s["t_next"] == 0, sigma.clamp(min=SIGMA_FLOOR), sigma)
         s["sigma"], s["x_next"], s["explored"] = sigma, mean, every[sigma > 0]
         if len(s["explored"]):
-            noise = draw_noise(x.shape, args.block, generator).to(z.device)[rows]
+            noise = draw_noise(x.shape, generator).to(z.device)[rows]
             s["x_next"] = mean + sigma[:, None, None, None] * noise
-            s["logp_pixel"] = pixel_logp(mean, s["x_next"], sigma, args.block)
+            s["logp_pixel"] = pixel_logp(mean, s["x_next"], sigma)
             if args.eta > 0:                   # with eta 0 those that explored have landed
                 shared = 1
         x, t = x.index_put((rows,), s["x_next"]), t.index_put((rows,), s["t_next"])
@@ -250,7 +240,7 @@ def step_surrogate(policy, s, adv, args):
 def pixel_surrogate(net, net_ref, s, i, adv, mean_sigma, args, alpha_bar):
     """Pixel channel of rows i of one stored step: loss, ratio and KL, (b,) each."""
     (mean, _, _), sigma = shared_jump(net, s, i, alpha_bar, args.eta), s["sigma"][i]
-    logp = pixel_logp(mean, s["x_next"][i], sigma, args.block)
+    logp = pixel_logp(mean, s["x_next"][i], sigma)
     loss, ratio = channel_loss(logp, s["logp_pixel"][i], adv[i], args.clip_pixels, args.estimator)
     # DEVIATES: as in ReDiF's code steps are weighted by sigma, since the score goes as 1 / sigma:
     # less variance, but the sum over steps is no longer the gradient of the expected reward
@@ -263,45 +253,42 @@ def pixel_surrogate(net, net_ref, s, i, adv, mean_sigma, args, alpha_bar):
     return loss + args.kl * kl, ratio, kl.detach()
 
 
-def policy_update(net, net_ref, policy, optimizers, steps, adv, args, alpha_bar, update=1):
-    """Inner epochs of one update on the stored steps; adv: {channel: (B,)}. Returns a dict of
+def policy_update(net, net_ref, policy, channel, optimizer, steps, adv, args, alpha_bar, update=1):
+    """Inner epochs of one update of one channel on the stored steps; adv: (B,). Returns a dict of
     diagnostics."""
     choices = sum((s["n"] > 1).sum().item() for s in steps)         # the last jump chooses no rho
     landings = sum(len(s["explored"]) for s in steps)
-    if "pixels" in optimizers:
+    if channel == "pixels":
         mean_sigma = torch.cat([s["sigma"][s["explored"]] for s in steps]).mean()
-    result = dict(ratio_t0=1.0, clip_steps=0.0, clip_pixels=0.0, kl=0.0, grad_norm=0.0)
+    result = dict(ratio_t0=1.0, clip=0.0, kl=0.0, grad_norm=0.0)
     for epoch in range(args.inner_epochs):
-        ratios, kls = dict(steps=[], pixels=[]), []
-        for optimizer in optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+        ratios, kls = [], []
+        optimizer.zero_grad(set_to_none=True)
         for s in steps:
-            if "steps" in optimizers and s["n"][0] > 1:
-                loss, ratio = step_surrogate(policy, s, adv["steps"][s["rows"]], args)
+            a = adv[s["rows"]]
+            if channel == "steps" and s["n"][0] > 1:
+                loss, ratio = step_surrogate(policy, s, a, args)
                 (loss.sum() / choices).backward()
-                ratios["steps"].append(ratio)
-            if "pixels" in optimizers and len(s["explored"]):
-                a = adv["pixels"][s["rows"]]
+                ratios.append(ratio)
+            if channel == "pixels" and len(s["explored"]):
                 for i in s["explored"].split(args.minibatch * s["shared"]):
                     loss, ratio, kl = pixel_surrogate(net, net_ref, s, i, a, mean_sigma, args,
                                                       alpha_bar)
                     (loss.sum() / landings).backward()
-                    ratios["pixels"].append(ratio)
+                    ratios.append(ratio)
                     kls.append(kl)
-        for channel, clip_range in (("steps", args.clip_steps), ("pixels", args.clip_pixels)):
-            if ratios[channel]:
-                r = torch.cat(ratios[channel])
-                clipped = ((r - 1).abs() > clip_range).float().mean().item()
-                result[f"clip_{channel}"] += clipped / args.inner_epochs
-                if epoch == 0:          # before any optimizer step: the ratio farthest from 1
-                    worst = r[(r - 1).abs().argmax()].item()
-                    result["ratio_t0"] = max(result["ratio_t0"], worst, key=lambda v: abs(v - 1))
+        if ratios:                              # none where no row had a choice
+            r = torch.cat(ratios)
+            clip_range = args.clip_steps if channel == "steps" else args.clip_pixels
+            result["clip"] += ((r - 1).abs() > clip_range).float().mean().item() / args.inner_epochs
+            if epoch == 0:                      # before any optimizer step: farthest from 1
+                result["ratio_t0"] = r[(r - 1).abs().argmax()].item()
         result["kl"] += torch.cat(kls).mean().item() / args.inner_epochs if kls else 0.0
-        result["grad_norm"] += apply_gradients(net, policy, optimizers, update) / args.inner_epochs
+        result["grad_norm"] += apply_gradients(channel, optimizer, update) / args.inner_epochs
     return result
 
 
-def backprop_update(net, policy, optimizers, z, target, reward, args, alpha_bar, update=1):
+def backprop_update(net, policy, optimizer, z, target, reward, args, alpha_bar, update=1):
     """Control arm without RL: gradient ascent on the reward itself, through all jumps (eta = 0).
 
     One run per noise, since all its draws would be equal; as many optimizer steps as PPO.
@@ -309,7 +296,7 @@ def backprop_update(net, policy, optimizers, z, target, reward, args, alpha_bar,
     """
     z, target, norms = z[::args.draws], target[::args.draws], []
     for _ in range(args.inner_epochs):
-        optimizers["pixels"].zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         for i in torch.arange(len(z), device=z.device).split(max(1, args.minibatch // args.steps)):
             x, t = z[i], torch.full((len(i),), T, device=z.device)
             seen = nothing_seen(net, x)
@@ -323,19 +310,16 @@ def backprop_update(net, policy, optimizers, z, target, reward, args, alpha_bar,
                     x, _, seen = jump(net, x, t, t_next, alpha_bar, last=seen)
                 t = t_next
             (-reward(x.clamp(-1, 1), target[i])[0].sum() / len(z)).backward()
-        norms.append(apply_gradients(net, policy, optimizers, update))
-    return dict(ratio_t0=math.nan, clip_steps=0.0, clip_pixels=0.0, kl=0.0,
-                grad_norm=sum(norms) / len(norms))
+        norms.append(apply_gradients("pixels", optimizer, update))
+    return dict(ratio_t0=math.nan, clip=0.0, kl=0.0, grad_norm=sum(norms) / len(norms))
 
 
-def apply_gradients(net, policy, optimizers, update=1):
-    """Clip each channel's gradient to norm 1 and step. Returns the norm before clipping."""
-    norms = {f"gradient of the {channel}": torch.nn.utils.clip_grad_norm_(
-        (policy if channel == "steps" else net).parameters(), 1.0) for channel in optimizers}
-    refuse_wrong(update, **norms)
-    for optimizer in optimizers.values():
-        optimizer.step()
-    return math.sqrt(sum(norm.item() ** 2 for norm in norms.values()))
+def apply_gradients(channel, optimizer, update=1):
+    """Clip the channel's gradient to norm 1 and step. Returns the norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    refuse_wrong(update, **{f"gradient of the {channel}": norm})
+    optimizer.step()
+    return norm.item()
 
 
 def refuse_wrong(update, **values):
@@ -393,25 +377,38 @@ def learners(net, args):
     return policy, net_ref.requires_grad_(False), optimizers
 
 
+def turns(args):
+    """The channel that learns in each update. DEVIATES: with --learn both they take turns, since
+    a reward that both moved at once tells neither which of them was right."""
+    names = ("steps", "pixels") if args.learn == "both" else (args.learn,)
+    return [names[update % len(names)] for update in range(args.updates)]
+
+
+def rollouts(args, updates):
+    """How many rollouts the first `updates` updates play."""
+    return args.noises_per_update * sum(getattr(args, SIZE[c]) for c in turns(args)[:updates])
+
+
 def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args, out, device):
     """The loop: SAMPLING, ADVANTAGES, TRAINING, one printed line per update. Returns seconds."""
     alpha_bar, (z_all, target_all) = linear_alpha_bar(device), train_set
-    generator, size = torch.Generator().manual_seed(args.seed), args.group * args.draws
+    generator, channels = torch.Generator().manual_seed(args.seed), turns(args)
     parts = dict(net=net, policy=policy, generator=generator, **optimizers)
     first, seconds_before = 0, 0.0
     if args.resume:
         first, seconds_before = load_state(out / "state.pt", "rl", parts, args)
-    print("update  reward ± std    held-out  ratio_t0  clip s/p   kl       in-group entropy  "
+    print("update channel  reward ± std    held-out  ratio_t0  clip  kl       in-group  entropy  "
           "drift    grad     NFE   grid")
     start = time.time()
     for update in until_stopped(range(first, args.updates), out):
-        for channel, optimizer in optimizers.items():          # rates fall linearly, as PPO's do
-            optimizer.param_groups[0]["lr"] = (
-                getattr(args, f"lr_{channel}") * (1 - update / args.updates))
-        # SAMPLING: each noise is repeated, side by side
+        channel = channels[update]
+        optimizer, size = optimizers[channel], getattr(args, SIZE[channel])
+        optimizer.param_groups[0]["lr"] = (                    # falls linearly, as PPO's does
+            getattr(args, f"lr_{channel}") * (1 - update / args.updates))
+        # SAMPLING: each noise `size` times, side by side
         pick = draw_groups(len(z_all), args.noises_per_update, size, generator).to(device)
         z, target = z_all[pick], target_all[pick]
-        images, nfe, steps = rollout(net, policy, z, args, alpha_bar, generator)
+        images, nfe, steps = rollout(net, policy, z, channel, args, alpha_bar, generator)
         # ADVANTAGES
         with torch.no_grad():
             score, raw = reward(images, target)
@@ -419,21 +416,21 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
         refuse_wrong(update + 1, reward=score, log_probability=torch.cat(
             [s["logp_step"] for s in steps] + [s["logp_pixel"][s["explored"]] for s in steps
                                                if len(s["explored"])]))
-        adv = dict(steps=advantages(score, size, args.baseline),        # among all of a noise,
-                   pixels=advantages(score, args.draws, args.baseline)) # and of a rollout's draws
+        adv = advantages(score, size, args.baseline)
         # TRAINING
         if "backprop" in args.estimator:
-            diagnostics = backprop_update(net, policy, optimizers, z, target, reward, args,
+            diagnostics = backprop_update(net, policy, optimizer, z, target, reward, args,
                                           alpha_bar, update + 1)
         else:
-            diagnostics = policy_update(net, net_ref, policy, optimizers, steps, adv, args,
-                                        alpha_bar, update + 1)
+            diagnostics = policy_update(net, net_ref, policy, channel, optimizer, steps, adv,
+                                        args, alpha_bar, update + 1)
 
         held = deployed(net, policy, *monitor_set, reward, args.steps, alpha_bar,
                         may_stop=args.step_cost > 0)
-        row = dict(update=update + 1, rollouts=(update + 1) * len(z), reward=score.mean().item(),
-                   reward_std=score.std().item(), **diagnostics, entropy=entropy(policy, steps),
+        row = dict(update=update + 1, channel=channel, rollouts=rollouts(args, update + 1),
+                   reward=score.mean().item(), reward_std=score.std().item(), **diagnostics,
                    held_out=(held["reward"] - args.step_cost * held["nfe"]).mean().item(),
+                   entropy=entropy(policy, steps),
                    within_group_std=score.reshape(-1, size).std(1).mean().item(),
                    drift=drift(net, net_ref), nfe=held["nfe"].mean().item(),
                    grid=held["times"].float().mean(0).tolist(),
@@ -441,9 +438,9 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
                    terms={k: v.mean().item() for k, v in raw.items()},
                    seconds=seconds_before + time.time() - start)
         log_line(out, **row)
-        print("{update:6d} {reward:7.4f} ±{reward_std:6.4f} {held_out:9.4f}  {ratio_t0:.6f}  "
-              "{clip_steps:.2f}/{clip_pixels:.2f}  {kl:.1e}  {within_group_std:.4f} "
-              "{entropy:8.3f}  {drift:.1e}  {grad_norm:.1e}  {nfe:.2f}  ".format(**row)
+        print("{update:6d} {channel:7s} {reward:7.4f} ±{reward_std:6.4f} {held_out:9.4f}  "
+              "{ratio_t0:.6f}  {clip:.2f}  {kl:.1e}  {within_group_std:.4f} {entropy:8.3f}  "
+              "{drift:.1e}  {grad_norm:.1e}  {nfe:.2f}  ".format(**row)
               + " ".join(f"{g:.0f}" for g in row["grid"]), flush=True)
         if due(update + 1, args.save_every, args.updates):
             save_state(out / "state.pt", "rl", parts, args, update + 1, row["seconds"])
@@ -464,7 +461,7 @@ def train_and_save(net, train_set, monitor_set, reward, args, out, device, **ori
                     device)
     save_student(out / "student.pt", net, policy, provenance(
         "rl_distill.py", args, seconds, device, **origin,
-        rollouts=args.updates * args.noises_per_update * args.group * args.draws),
+        rollouts=rollouts(args, args.updates)),
         half=args.learn == "steps", steps=args.steps, may_stop=args.step_cost > 0)
     return net_ref, seconds
 
@@ -570,13 +567,16 @@ def plot_grid(times, path):
 def plot_curves(folder, path):
     """Rewards, grid and spread over training, from the log of a run."""
     log = read_log(folder)
-    panels = [("reward", {"training rollouts": "reward", "held-out, eta 0": "held_out"}),
-              ("spread", {"entropy of the steps": "entropy",
-                          "reward std in a group": "within_group_std"})]
+    panels = [("reward", {"training rollouts": "reward"}, {"held-out, eta 0": "held_out"}),
+              ("spread", {"reward std in a group": "within_group_std"},
+               {"entropy of the steps": "entropy"})]
     figure, axes = pyplot().subplots(1, 3, figsize=(12, 3.4))
-    for axis, (label, curves) in zip(axes[::2], panels):
-        for name, key in curves.items():
-            axis.plot([r["rollouts"] for r in log], [r[key] for r in log], label=name)
+    for axis, (label, by_channel, curves) in zip(axes[::2], panels):
+        lines = [(f"{name}, {c}", key, [r for r in log if r["channel"] == c])
+                 for c in SIZE for name, key in by_channel.items()]
+        for name, key, rows in lines + [(name, key, log) for name, key in curves.items()]:
+            if rows:
+                axis.plot([r["rollouts"] for r in rows], [r[key] for r in rows], label=name)
         axis.set(xlabel="rollouts", ylabel=label)
         axis.legend()
     for k in range(1, len(log[0]["grid"]) - 1):
@@ -609,7 +609,7 @@ def parse_args(argv=None):
     a("--order", type=int, choices=[1, 2], help="with --init teacher, a jump is a step of: 1 DDIM, "
       "2 (default) DPM-Solver++(2M)")
     a("--learn", choices=["steps", "pixels", "both"], default="steps",
-      help="channels of the action")
+      help="channel of the action; both: in turns")
     a("--steps", type=number(int, 1, 64), default=4, help="K, most evaluations per image, 1..16")
     a("--reward", default="feature+perceptual", help=f"sum of {', '.join(TERMS)}; term:weight")
     a("--step-cost", type=share, default=0.0, help="c, reward paid per evaluation; above 0 the "
@@ -624,10 +624,10 @@ def parse_args(argv=None):
     a("--updates", type=count, default=60, help="policy updates, 20..500")
     a("--noises", type=count, default=256, help="training noises, each with one target, 128..8192")
     a("--noises-per-update", type=count, default=16, help="M, noises per update, 8..512")
-    a("--group", type=number(int, 2), help="G, rollouts of each noise that differ in their steps, "
-      "4..16 (default 8; 1 with --learn pixels)")
-    a("--draws", type=number(int, 2), help="P, landings of each rollout, even, 8..256 (default 16; "
-      "64 with --learn pixels, 1 with --learn steps); with --eta 0 they share its network calls")
+    a("--group", type=number(int, 2), help="G, rollouts of each noise when the steps learn, 4..16 "
+      "(default 8)")
+    a("--draws", type=number(int, 2), help="P, the same when the pixels learn, even, 8..256 "
+      "(default 64); with --eta 0 they share their network calls up to the landing")
     a("--inner-epochs", type=count, help="PPO's passes over a batch, 1..8 (default 4)")
     a("--clip-steps", type=number(float, 1e-9), default=0.2, help="clip range of steps, 0.1..0.3")
     a("--clip-pixels", type=number(float, 1e-9), default=1e-4,
@@ -637,8 +637,6 @@ def parse_args(argv=None):
     a("--lr-pixels", type=rate, default=3e-6, help="the same of the U-Net, 1e-6..1e-4")
     a("--eta", type=number(float, 0, 1), default=0.0, help="exploration of the pixels before the "
       "last jump, Eq. 16 DDIM; 0: only the last jump explores, 0..0.3")
-    a("--block", type=count, default=1, help="pixels per side that share their exploration noise; "
-      "1: white noise, 2..8: low frequencies")
     a("--kl", type=share, default=0.0, help="weight of the KL to the cloned student, 0..1")
     a("--minibatch", type=count, default=128, help="states per backward pass of the U-Net (memory)")
     a("--held-out", type=number(int, 2), default=256, help="noises of the final table")
@@ -651,17 +649,15 @@ def parse_args(argv=None):
         p.error("--group needs --learn steps or both: with fixed steps use --draws")
     if args.learn == "steps" and args.draws:
         p.error("--draws needs --learn pixels or both: without them all landings are equal")
-    group, draws = dict(steps=(8, 1), pixels=(1, 64), both=(8, 16))[args.learn]
-    if args.smoke:
-        group, draws = min(group, 2), min(draws, 2)
-    args.group, args.draws = args.group or group, args.draws or draws
+    args.group, args.draws = args.group or (2 if args.smoke else 8), args.draws or (
+        2 if args.smoke else 64)
     if args.init == "student" and args.order:
         p.error("--order belongs to --init teacher: the cloned student learned its own jumps")
     args.order = args.order or (2 if args.init == "teacher" else 1)
     if args.estimator == "reinforce" and args.inner_epochs:
         p.error("--inner-epochs belongs to ppo and backprop: REINFORCE uses a batch once")
     args.inner_epochs = args.inner_epochs or (1 if args.estimator == "reinforce" else 4)
-    if args.draws > 1 and args.draws % 2:
+    if args.draws % 2:
         p.error("--draws must be even: exploration noise comes in antithetic pairs")
     if args.noises < args.noises_per_update:
         p.error("--noises must be at least --noises-per-update")
@@ -669,10 +665,10 @@ def parse_args(argv=None):
         p.error("--estimator backprop needs --learn pixels and no --step-cost")
     if args.step_cost > 0 and args.learn == "pixels":
         p.error("--step-cost needs --learn steps or both: only the step policy can save a step")
-    if args.learn == "steps" and (args.kl > 0 or args.block > 1 or args.eta > 0):
-        p.error("--kl, --block and --eta belong to the pixel channel: add --learn pixels or both")
-    if "backprop" in args.estimator and (args.kl > 0 or args.block > 1 or args.eta > 0):
-        p.error("--estimator backprop has no exploration and no KL: leave out --kl, --block, --eta")
+    if args.learn == "steps" and (args.kl > 0 or args.eta > 0):
+        p.error("--kl and --eta belong to the pixel channel: add --learn pixels or both")
+    if "backprop" in args.estimator and (args.kl > 0 or args.eta > 0):
+        p.error("--estimator backprop has no exploration and no KL: leave out --kl and --eta")
     if args.steps == 1 and args.learn == "steps":
         p.error("--steps 1 leaves no step size to learn; use --learn pixels or more steps")
     return args
@@ -689,9 +685,6 @@ def load_inputs(args, device):
         if policy is not None or net.config["image_size"] != teacher.config["image_size"]:
             raise BadInput(f"{args.student} was reinforced already, or made for other images than "
                            "the teacher's; give a cloned student of this teacher")
-    if net.config["image_size"] % args.block:
-        raise BadInput(f"--block {args.block} does not divide the image side, "
-                       f"{net.config['image_size']}")
     coach, coach_file = load_encoder(args.coach, "coach", device)
     reward = Reward(args.reward, coach, coach_file["scales"])
     if "backprop" in args.estimator and not reward.differentiable:
@@ -709,8 +702,7 @@ def main(argv=None):
     print("config:", vars(args))
     print(f"device {device_name(device)}, fp32 | student {parameter_count(net) / 1e6:.2f} M, "
           f"teacher {parameter_count(teacher) / 1e6:.2f} M parameters | "
-          f"{args.noises_per_update * args.group * args.draws} rollouts an update, "
-          f"{args.steps} steps each")
+          f"{rollouts(args, args.updates)} rollouts of {args.steps} steps")
 
     train_set, held_set, monitor_set = (
         noise_and_targets(teacher, first, n, alpha_bar, device, f"{what} targets")

@@ -18,11 +18,11 @@ JOB = ["--init", "teacher", "--learn", "steps", "--updates", "12", "--noises", "
 MISTAKES = {
     "none": [],
     "a": [("[:groups].repeat_interleave(size)", "[:groups].repeat(size)")],
-    "b": [('loss, ratio = step_surrogate(policy, s, adv["steps"][s["rows"]], args)',
+    "b": [('loss, ratio = step_surrogate(policy, s, a, args)',
            """with torch.no_grad():
                     s["logp_step"] = step_logp(policy, s["t"], s["n"], s["features"], s["rho"],
                                                s["stop"], args.step_cost > 0)
-                loss, ratio = step_surrogate(policy, s, adv["steps"][s["rows"]], args)""")],
+                loss, ratio = step_surrogate(policy, s, a, args)""")],
 }
 
 

@@ -71,7 +71,8 @@ def arms():
             out.append(Arm("backprop", estimator, init, k,
                            ("--learn", "pixels", "--estimator", estimator)))
         if k > 1:
-            out.append(Arm("both", "RL both", init, k, ("--learn", "both")))
+            out.append(Arm("both", "RL both, in turns", init, k,
+                           ("--learn", "both", "--updates", "40")))
     for term in TERMS:
         out.append(Arm("rewards", f"RL pixels, {term}", "student", 2,
                        ("--learn", "pixels", "--reward", term)))
@@ -194,14 +195,11 @@ def reinforce(arm, seed, world, version=""):
 
 def training_cost(args):
     """Network evaluations that training spent; a backward pass counts as two."""
-    rollouts = args.noises_per_update * args.group     # the draws of each share its calls
-    trained = dict(steps=0, pixels=1, both=1)[args.learn]       # calls that have a gradient
-    more = 0
-    if args.estimator == "backprop":
-        trained = args.steps
-    if args.estimator == "backprop-last":
-        more = args.steps - 1                                  # forward to the last call
-    return args.updates * rollouts * (args.steps + args.inner_epochs * (more + 3 * trained))
+    trained = args.steps if args.estimator == "backprop" else 1     # calls that have a gradient
+    again = args.steps - 1 if args.estimator == "backprop-last" else 0      # forward to the last
+    update = dict(steps=args.group * args.steps,                    # the draws share their calls
+                  pixels=args.steps + args.inner_epochs * (again + 3 * trained))
+    return args.noises_per_update * sum(update[c] for c in rl_distill.turns(args))
 
 
 def play(arm, seed, world, version=""):
@@ -213,7 +211,7 @@ def play(arm, seed, world, version=""):
     if arm.group == "search":                   # as many rollouts as RL steps gets
         net, began = world.start(arm.init), time.time()
         args = rl_distill.parse_args([*UPDATES, *["--smoke"] * world.smoke])
-        rollouts = args.updates * args.noises_per_update * args.group
+        rollouts = rl_distill.rollouts(args, args.updates)
         some = torch.randperm(len(world.train_set[0]),
                               generator=torch.Generator().manual_seed(seed))[:SEARCH_NOISES]
         z, target = (x[some.to(world.device)] for x in world.train_set)
