@@ -61,7 +61,10 @@ def noise_and_targets(teacher, first_seed, n, alpha_bar, device, what):
 # ==============================================================================================
 
 def step_logp(policy, t, n, features, rho, stop, may_stop) -> torch.Tensor:
-    """log pi of a step: log Beta(rho), with may_stop a stop-or-go Bernoulli first. (B,) -> (B,)."""
+    """log pi of a step: log Beta(rho); with may_stop also log Bernoulli(stop), and then a step that
+    stopped has no rho. rho, stop: (B,). The Beta and the Bernoulli are policy.distribution(t, n,
+    features). Returns (B,); where n = 1 the jump goes to 0 and the value is not used.
+    """
     # -- exercise 5
     ratio, stopping = policy.distribution(t, n, features)
     logp = ratio.log_prob(rho)

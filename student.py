@@ -51,7 +51,8 @@ def angle(t, alpha_bar, like):
 
 
 def v_to_x0_eps(x_t, t, v, alpha_bar) -> tuple[torch.Tensor, torch.Tensor]:
-    """x0_hat = cos x_t - sin v, eps_hat = sin x_t + cos v. Salimans & Ho 2022, appendix D."""
+    """x0_hat = cos(phi_t) x_t - sin(phi_t) v, eps_hat = sin(phi_t) x_t + cos(phi_t) v. Appendix D,
+    Salimans & Ho 2022. x_t, v: (B, ...), t: (B,); phi_t = angle(t, alpha_bar, x_t)."""
     # -- exercise 3
     phi = angle(t, alpha_bar, x_t)
     return phi.cos() * x_t - phi.sin() * v, phi.sin() * x_t + phi.cos() * v
@@ -59,9 +60,8 @@ def v_to_x0_eps(x_t, t, v, alpha_bar) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def secant_velocity(x_t, x_next, t, t_next, alpha_bar) -> torch.Tensor:
-    """The v whose one jump from x_t lands exactly at x_next: v = (cos(d) x_t - x_next) / sin(d).
-
-    Comparing v instead of landing points divides the squared landing error by sin(d)^2.
+    """The v whose one jump, x_next = cos(d) x_t - sin(d) v with d = phi_t - phi_next, lands exactly
+    at x_next. x_t, x_next, v: (B, ...); t, t_next: (B,) integers, t > t_next.
     """
     # -- exercise 3
     d = angle(t, alpha_bar, x_t) - angle(t_next, alpha_bar, x_t)

@@ -5,7 +5,7 @@
 
 In the sources an exercise stands between the lines '# -- exercise N' and '# --'. What stands there
 is replaced by a NotImplementedError; formula and shapes are in the docstring above it. Everything
-else is copied, but for test_all.py and study/, which quote the answers.
+else is copied, but for the tests, which quote the answers, and the code of the study.
 """
 import argparse
 import re
@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 REGION = re.compile(r"^( +)# -- exercise (\d+)\n(.*?)^ +# --\n", re.M | re.S)
 COPIED = ("*.py", "requirements.txt", "README.md", "LICENSE", "checkpoints/*", "figures/*",
-          "assignments/README.md", "assignments/reading.md", "assignments/grade.py",
-          "assignments/bugs.py")
+          "study/README.md", "assignments/README.md", "assignments/reading.md",
+          "assignments/grade.py", "assignments/bugs.py")
 
 
 def blank(source, only):
