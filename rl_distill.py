@@ -637,7 +637,8 @@ def parse_args(argv=None):
       help="clip range of the pixels' log-density per dimension, 1e-5..1e-3")
     a("--lr-steps", type=rate, default=2e-3, help="first learning rate of the step policy, "
       "falls to 0; 5e-4..5e-3")
-    a("--lr-pixels", type=rate, default=3e-6, help="the same of the U-Net, 1e-6..1e-4")
+    a("--lr-pixels", type=rate, help="the same of the U-Net, 1e-6..1e-4 (default 3e-6; 6e-5 with "
+      "--init teacher, which has farther to go)")
     a("--eta", type=number(float, 0, 1), default=0.0, help="exploration of the pixels before the "
       "last jump, Eq. 16 DDIM; 0: only the last jump explores, 0..0.3")
     a("--kl", type=share, default=0.0, help="weight of the KL to the cloned student, 0..1")
@@ -659,6 +660,7 @@ def parse_args(argv=None):
     args.order = args.order or (2 if args.init == "teacher" else 1)
     if args.estimator == "reinforce" and args.inner_epochs:
         p.error("--inner-epochs belongs to ppo and backprop: REINFORCE uses a batch once")
+    args.lr_pixels = args.lr_pixels or (6e-5 if args.init == "teacher" else 3e-6)
     args.inner_epochs = args.inner_epochs or (1 if args.estimator == "reinforce" else 4)
     if args.draws % 2:
         p.error("--draws must be even: exploration noise comes in antithetic pairs")

@@ -22,12 +22,18 @@ TITLES = {
     "steps": "Step sizes reinforced, and the same on the average of its grids",
     "search": "Random search of a grid, with as many rollouts",
     "pixels": "Landings reinforced",
-    "both": "Both channels",
+    "both": "Both channels in turns",
     "backprop": "The reward's own gradient in place of the policy gradient",
     "rewards": "One reward alone (the columns are the same for all)",
     "cost": "A price per evaluation: the number of steps becomes part of what is learned",
     "ablation": "The policy gradient, varied",
 }
+INITS = {"teacher": "teacher, DDIM", "teacher, 2nd": "teacher, 2nd order", "student": "student"}
+BRIEF = {("hand", "uniform"): "uniform grid", ("hand", "quadratic"): "quadratic grid",
+         ("search", "random search"): "searched grid", ("steps", "RL steps"): "RL steps",
+         ("pixels", "RL pixels"): "RL landings", ("both", "RL both, in turns"): "RL both",
+         ("backprop", "backprop-last"): "own gradient, last jump",
+         ("backprop", "backprop"): "own gradient, all jumps"}
 
 
 def mean_std(values, digits):
@@ -62,6 +68,24 @@ def verdict(rows):
         else "not told apart"
 
 
+def brief(rows, key, digits):
+    """Markdown table of one quantity: a line per sampler, a column per number of evaluations.
+
+    Trained samplers are mean ± standard deviation over the seeds.
+    """
+    counts = sorted({r["steps"] for r in rows if r["group"] == "hand"})
+    found = groups_of(rows)
+    lines = ["| evaluations | " + " | ".join(map(str, counts)) + " |",
+             "|---|" + "---|" * len(counts)]
+    for init, start in INITS.items():
+        for (group, name), label in BRIEF.items():
+            cells = [mean_std((r[key] for r in found[group, init, k, name]), digits)
+                     if (group, init, k, name) in found else "" for k in counts]
+            if any(cells):
+                lines.append(f"| {start}, {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def tables(rows, missing):
     """study/README.md as a list of lines; missing: runs that have no row yet."""
     lines = ["# What does reinforcement add, and where?", "",
@@ -81,6 +105,9 @@ def tables(rows, missing):
     if missing:
         lines += [f"**Not complete: {missing} runs are still to do (`python study/run.py` goes "
                   "on).**", ""]
+    lines += ["## In short", "", "Reward (0: the teacher's 50-step image):", "",
+              *brief(rows, "reward", 3), "", "Fréchet distance in the judge's features:", "",
+              *brief(rows, "frechet", 2), ""]
     grouped, last = groups_of(rows), None
     for (group, init, steps, name), same in grouped.items():
         trained = "gain" in same[0]
@@ -100,26 +127,32 @@ def tables(rows, missing):
 
 
 def plot_frontier(rows, path):
-    """Fréchet distance and reward against evaluations, all methods."""
-    figure, axes = pyplot().subplots(1, 2, figsize=(12, 4.6))
-    styles = {"teacher": ("o", "tab:blue"), "teacher, 2nd": ("s", "tab:green"),
-              "student": ("D", "tab:red")}
+    """Fréchet distance and reward against evaluations, all methods; + where steps cost."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(13, 5))
+    colors = dict(zip(INITS, ("tab:blue", "tab:green", "tab:red")))
+    styles = {"uniform grid": (":", "."), "quadratic grid": ("-", "."), "searched grid": ("", "x"),
+              "RL steps": ("--", "o"), "RL landings": ("--", "s"), "RL both": ("--", "D"),
+              "own gradient, last jump": ("-.", "v"), "own gradient, all jumps": ("-.", "^"),
+              "RL steps, by cost": ("", "+")}
     lines = defaultdict(list)
     for (group, init, steps, name), same in groups_of(rows).items():
-        if group in ("hand", "steps", "pixels", "both", "cost") and name != "its average grid":
-            label = (f"{init}, {name}" if group != "cost" else f"{init}, RL steps, by step cost")
-            lines[label, init, group].append([statistics.fmean(r[c] for r in same)
-                                              for c in ("nfe", "frechet", "reward")])
-    dashes = dict(hand=":", steps="-", pixels="--", both="-.", cost="none")
-    grids = dict(zip(study.GRIDS, (0.9, 0.6, 0.3)))
-    for (label, init, group), points in lines.items():
-        marker, color = styles[init]
-        points, name = sorted(points), label.split(", ")[-1]
+        label = "RL steps, by cost" if group == "cost" else BRIEF.get((group, name))
+        if label:
+            lines[init, label].append([statistics.fmean(r[c] for r in same)
+                                       for c in ("nfe", "frechet", "reward")])
+    for (init, label), points in sorted(lines.items(), key=lambda item: list(styles).index(
+            item[0][1])):
+        points, (dashes, marker) = sorted(points), styles[label]
         for axis, column in zip(axes, (1, 2)):
-            axis.plot([p[0] for p in points], [p[column] for p in points], label=label,
-                      marker="x" if group == "cost" else marker, linestyle=dashes[group],
-                      color=color, alpha=grids.get(name, 1.0), markersize=4)
+            axis.plot([p[0] for p in points], [p[column] for p in points], markersize=5,
+                      linestyle=dashes, marker=marker, color=colors[init], linewidth=1,
+                      label=f"{INITS[init]}, {label}")
     axes[0].set_yscale("log")
+    axes[0].set_yticks((1.5, 2, 3, 5, 10, 20), ("1.5", "2", "3", "5", "10", "20"))
+    axes[0].set_yticks([], minor=True)
+    axes[1].set_yscale("symlog", linthresh=0.1)
+    ticks = (-5, -2, -1, -0.5, -0.2, -0.1, 0)
+    axes[1].set_yticks(ticks, map(str, ticks))
     save_frontier(figure, axes, (1, 2, 3, 4, 6, 8, 10, 20, 50), path)
 
 

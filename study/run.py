@@ -36,7 +36,7 @@ from sample import judged, search_grid                                         #
 
 RUNS = ROOT / "runs" / "study"
 NFE, LONG = (1, 2, 3, 4, 6, 8), (10, 20)        # evaluations of hand grids; of the teacher also
-LEARNED = {"student": (2, 4, 8), "teacher": (2, 4), "teacher, 2nd": (4, 8)}   # of learned grids
+LEARNED = {"student": (2, 4, 8), "teacher": (2, 4), "teacher, 2nd": (4, 6, 8)}   # of learned grids
 UPDATES = ("--updates", "20")                   # of every trained arm: the CPU scale
 SEARCH_NOISES = 64                              # noises that each try of the search is scored on
 COSTS = {"student": ("0.003", "0.01", "0.03"), "teacher, 2nd": ("0.03", "0.1")}
@@ -67,9 +67,13 @@ def arms():
         out.append(Arm("search", "random search", init, k))
     for init, k in (("student", 1), ("student", 2), ("student", 4), ("teacher, 2nd", 4)):
         out.append(Arm("pixels", "RL pixels", init, k, ("--learn", "pixels")))
+        slow = ("--lr-pixels", "3e-6") if init != "student" else ()     # the student's own rate
+        if slow:
+            out.append(Arm("pixels", "RL pixels, student's rate", init, k,
+                           ("--learn", "pixels", *slow)))
         for estimator in ("backprop", "backprop-last")[:k]:             # equal at one evaluation
             out.append(Arm("backprop", estimator, init, k,
-                           ("--learn", "pixels", "--estimator", estimator)))
+                           ("--learn", "pixels", "--estimator", estimator, *slow)))
         if k > 1:
             out.append(Arm("both", "RL both, in turns", init, k,
                            ("--learn", "both", "--updates", "40")))
