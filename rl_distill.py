@@ -75,10 +75,11 @@ def step_logp(policy, t, n, features, rho, stop, may_stop) -> torch.Tensor:
 
 
 def pixel_logp(mean, x_next, sigma) -> torch.Tensor:
-    """log N(x_next; mean, sigma^2 I) without its constants, per dimension: (B, C, H, W) -> (B,).
+    """log N(x_next; mean, sigma^2 I), only what depends on the mean, per dimension. mean, x_next:
+    (B, C, H, W), sigma: (B,). Returns (B,).
 
-    sigma: (B,). DEVIATES: *mean* over the 3072 dimensions, where the density has their sum (ReDiF's
-    and DDPO's code do the same). The summed ratio is e^(+-50) after the smallest change.
+    DEVIATES: *mean* over the 3072 dimensions, where the density has their sum (ReDiF's and DDPO's
+    code do the same). The summed ratio is e^(+-50) after the smallest change.
     """
     # -- exercise 5
     return -((x_next - mean).square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
@@ -198,7 +199,7 @@ def advantages(reward, group, baseline) -> torch.Tensor:
     Equal rewards give exactly 0, never noise scaled to 1.
     """
     # -- exercise 4
-    groups = reward.reshape(-1, group)                              # (M, group)
+    groups = reward.double().reshape(-1, group)         # (M, group); the mean of ties is exact
     if baseline == "batch":
         centred = groups - groups.mean()
         scale = centred.std(correction=0)
@@ -207,7 +208,8 @@ def advantages(reward, group, baseline) -> torch.Tensor:
         scale = (centred.square().mean(1, keepdim=True).sqrt() if baseline == "group" else
                  centred.std(correction=0))
     noise_level = 1e-6 * (1 + groups.abs().max())                   # differences below are rounding
-    return torch.where(scale > noise_level, centred / scale.clamp(min=noise_level), 0.0).reshape(-1)
+    scaled = torch.where(scale > noise_level, centred / scale.clamp(min=noise_level), 0.0)
+    return scaled.reshape(-1).to(reward.dtype)
     # --
 
 

@@ -1882,6 +1882,7 @@ MISTAKES = {
         ("net(q_sample(x0, t, eps, alpha_bar), t)", "net(q_sample(x0, t, eps, alpha_bar), t - 1)"),
     ]),
     2: (ddpm, [
+        (".clamp(min=0).sqrt()\n    return ab_next.sqrt()", ".sqrt()\n    return ab_next.sqrt()"),
         ("return eta * ((1 - ab_next) / (1 - ab))", "return ((1 - ab_next) / (1 - ab))"),
         ("eta * ((1 - ab_next) / (1 - ab)).sqrt()", "eta * ((1 - ab) / (1 - ab_next)).sqrt()"),
         ("eta * ((1 - ab_next) / (1 - ab)).sqrt()", "eta * ((1 - ab_next) / (1 - ab))"),
@@ -1907,6 +1908,7 @@ MISTAKES = {
     4: (rl_distill, [
         ("groups - groups.mean(1, keepdim=True)", "groups - groups.mean(0, keepdim=True)"),
         ("groups - groups.mean(1, keepdim=True)", "groups"),
+        ("groups = reward.double()", "groups = reward"),
         ("groups - groups.mean(1, keepdim=True)", "groups.mean(1, keepdim=True) - groups"),
         ("                 centred.std(correction=0))", "                 centred.std())"),
         ("centred.square().mean(1, keepdim=True).sqrt()", "centred.std(1, keepdim=True)"),
@@ -1916,7 +1918,8 @@ MISTAKES = {
         ("torch.where(scale > noise_level, centred / scale.clamp(min=noise_level), 0.0)",
          "(centred / (scale + 1e-8) + 1e-2)"),
         ('if baseline == "batch":', 'if baseline == "group":'),
-        ("groups = reward.reshape(-1, group) ", "groups = reward.reshape(group, -1).T "),
+        ("groups = reward.double().reshape(-1, group) ",
+         "groups = reward.double().reshape(group, -1).T "),
     ]),
     5: (rl_distill, [
         ("return -((x_next - mean)", "return -((x_next - mean.detach())"),
@@ -2106,8 +2109,8 @@ PLANTED = [  # (module, what the source says, the mistake, the test that notices
      "Metrics.test_frechet_distance_of_known_gaussians"),
     (rl_distill, ".repeat_interleave(size)", ".repeat(size)",
      "Advantages.test_groups_hold_one_noise_each"),
-    (rl_distill, "groups = reward.reshape(-1, group) ",
-     "groups = reward.reshape(group, -1).T.contiguous().flip(0)[:, :group] ",
+    (rl_distill, "groups = reward.double().reshape(-1, group) ",
+     "groups = reward.double().reshape(group, -1).T.contiguous().flip(0)[:, :group] ",
      "Advantages.test_global_and_group_and_batch_agree_with_loops"),
     (rl_distill, "centred = groups - groups.mean(1, keepdim=True)",
      "centred = groups - groups.mean(0, keepdim=True)",

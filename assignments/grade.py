@@ -43,16 +43,16 @@ def text_of(value):
 def same(theirs, wanted, rule, tolerance=1e-4, **inputs):
     """theirs must be a tensor of wanted's shape and values (relative to the largest of wanted)."""
     if not isinstance(theirs, torch.Tensor):
-        raise Wrong("wrong shape", f"{rule}: a tensor is wanted", theirs=theirs, **inputs)
+        raise Wrong("wrong shape", f"{rule}: a tensor is wanted", yours=theirs, **inputs)
     if theirs.shape != wanted.shape:
-        raise Wrong("wrong shape", f"{rule}: shape {tuple(wanted.shape)} is wanted", theirs=theirs,
+        raise Wrong("wrong shape", f"{rule}: shape {tuple(wanted.shape)} is wanted", yours=theirs,
                     **inputs)
     theirs, wanted = theirs.detach().double(), wanted.double()
     off = (theirs - wanted).abs().nan_to_num(nan=math.inf)
     allowed = tolerance * max(1e-3, wanted.abs().max().item() if wanted.numel() else 1)
     if not (off <= allowed).all():
         at = tuple(int(i) for i in torch.unravel_index(off.argmax(), off.shape))
-        raise Wrong("wrong value", rule, theirs=theirs, wanted=wanted, farthest_off=(
+        raise Wrong("wrong value", rule, yours=theirs, wanted=wanted, farthest_off=(
             f"at {at}: {theirs[at].item():.6g} for {wanted[at].item():.6g}, allowed +- "
             f"{allowed:.1e}"), **inputs)
 
@@ -60,7 +60,7 @@ def same(theirs, wanted, rule, tolerance=1e-4, **inputs):
 def pair(value, rule):
     """Their result must be two tensors."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise Wrong("wrong shape", f"{rule}: two tensors are wanted", theirs=value)
+        raise Wrong("wrong shape", f"{rule}: two tensors are wanted", yours=value)
     return value
 
 
@@ -176,6 +176,12 @@ def exercise_2(ddpm, g):
                  **dict(told, eta=e))
             same(theirs, sigma, "ddim_step returns sigma of Eq. 16, (B,)", 1e-3,
                  **dict(told, eta=e))
+    t = torch.arange(2, 1001)                       # here rounding can make 1 - ab' - sigma^2 < 0
+    t_next = torch.ones_like(t)
+    mean, _ = ddpm.ddim_step(torch.zeros(999, 1), torch.ones(999, 1), t, t_next, 1.0, ab.float())
+    if not mean.isfinite().all():
+        raise Wrong("wrong value", "rounding must not put a negative number under the root of Eq. "
+                    "12", eta=1.0, t_next=1, t=t[~mean.isfinite().reshape(-1)])
 
 
 def exercise_3(student, g):
@@ -194,10 +200,11 @@ def exercise_3(student, g):
         same(eps_hat, phi.sin() * x_t + phi.cos() * v, "eps_hat = sin(phi) x_t + cos(phi) v", t=t)
         d = phi - phi_next
         theirs = student.secant_velocity(x_t, x_next, t, t_next, ab.float())
+        told = dict(t=t, t_next=t_next, x_t=x_t, x_next=x_next)
         same(theirs, (d.cos() * x_t.double() - x_next.double()) / d.sin(),
-             "v = (cos(d) x_t - x_next) / sin(d), d = phi_t - phi_next", 2e-3, t=t, t_next=t_next)
+             "secant_velocity is the v whose jump lands at x_next", 2e-3, **told)
         same(d.cos() * x_t - d.sin() * theirs, x_next.double(),
-             "the jump with this v lands exactly at x_next", 2e-3, t=t, t_next=t_next)
+             "the jump with this v lands exactly at x_next", 2e-3, **told)
 
 
 def exercise_4(rl_distill, g):
@@ -222,15 +229,17 @@ def exercise_4(rl_distill, g):
              (all_centred / all_centred.square().mean().sqrt()).reshape(-1),
              "'batch': (R - batch mean) / batch std (divide by N)", 2e-5, **told)
         for baseline in ("global", "group", "batch"):
-            same(f(torch.full((M * G,), level[0].item()), G, baseline), torch.zeros(M * G),
-                 f"'{baseline}': equal rewards give exactly 0", 0, **told)
+            equal = torch.full((M * G,), level[0].item())
+            same(f(equal, G, baseline), torch.zeros(M * G),
+                 f"'{baseline}': equal rewards give exactly 0", 0, reward=equal, group=G)
             same(f(flat + 5, G, baseline), f(flat, G, baseline),
                  f"'{baseline}': a shift of all rewards changes nothing", 1e-3, **told)
         tie = r.clone()
         tie[0] = tie[0, 0]
-        same(f(tie.reshape(-1), G, "group")[:G], torch.zeros(G),
-             "'group': a group of equal rewards gives exactly 0, never noise scaled to 1", 0,
-             **told)
+        for baseline in ("global", "group"):
+            same(f(tie.reshape(-1), G, baseline)[:G], torch.zeros(G), f"'{baseline}': where the "
+                 "rewards of one group are equal, its advantages are exactly 0", 0,
+                 reward=tie.reshape(-1), group=G)
 
 
 class Policy:
@@ -272,7 +281,7 @@ def exercise_5(rl_distill, g):
         right = -(off ** 2 / (2 * wide(sigma.double(), off) ** 2)).mean((1, 2, 3))
         logp = rl_distill.pixel_logp(mean, x_next, sigma)
         same(logp, right, "-(x_next - mean)^2 / (2 sigma^2), mean over dimensions, per image", 1e-3,
-             sigma=sigma)
+             sigma=sigma, mean=mean, x_next=x_next)
         if not logp.requires_grad:
             raise Wrong("wrong value", "pixel_logp has a gradient with respect to the mean")
 
@@ -287,8 +296,10 @@ def exercise_5(rl_distill, g):
             told = dict(logp=logp, logp_old=old, adv=adv, clip_range=clip)
             same(loss, right, "loss = -min(ratio A, clip(ratio) A), per action", 1e-3, **told)
             same(theirs, ratio, "ratio = exp(logp - logp_old)", 1e-3, **told)
-            if theirs.requires_grad or not loss.requires_grad:
-                raise Wrong("wrong value", "the loss has a gradient, the ratio it returns has none")
+            if theirs.requires_grad:
+                raise Wrong("wrong value", "the ratio that is returned is detached")
+            if not loss.requires_grad:
+                raise Wrong("wrong value", "the loss has a gradient with respect to logp")
             grad, = torch.autograd.grad(loss.sum(), logp)
             free = ratio * adv <= clipped * adv
             same(grad, torch.where(free, -ratio * adv, 0.0),
@@ -306,7 +317,7 @@ def exercise_6(rl_distill, g):
         right = (off ** 2 / (2 * wide(sigma.double(), off) ** 2)).mean((1, 2, 3))
         kl = rl_distill.gaussian_kl(mean, ref, sigma)
         same(kl, right, "KL = |mu - mu_ref|^2 / (2 sigma^2), mean over dimensions, per image", 1e-3,
-             sigma=sigma)
+             sigma=sigma, mean=mean, mean_ref=ref)
         same(rl_distill.gaussian_kl(mean, mean, sigma), torch.zeros(B), "KL of equal means is 0", 0)
         if not kl.requires_grad:
             raise Wrong("wrong value", "the KL has a gradient with respect to the mean")
