@@ -7,7 +7,7 @@ Few-step sampling as a Markov decision process (ReDiF, arXiv 2512.22802), writte
     reward  at the end only: likeness to the teacher's image from the same noise - step_cost * NFE
 
     python rl_distill.py                                  # bundled weights, no data, no network
-    python rl_distill.py --init teacher --learn steps     # a better grid for the teacher itself
+    python rl_distill.py --init teacher --steps 8 --learn steps     # a grid for the teacher itself
     python rl_distill.py --smoke                          # seconds, numbers mean nothing
 
 Reads --teacher, --student, --coach; writes to --out: student.pt, state.pt (for --resume),
@@ -598,7 +598,7 @@ def plot_curves(folder, path):
 
 def parse_args(argv=None):
     """Command line of rl_distill.py."""
-    p = parser_for(__doc__, "python rl_distill.py --steps 2 --reward feature:2+mse --learn both")
+    p = parser_for(__doc__, "python rl_distill.py --steps 4 --reward feature:2+mse --learn steps")
     count, share, rate = number(int, 1), number(float, 0, 1e6), number(float, 1e-9, 1)
     a = p.add_argument_group("inputs and outputs").add_argument
     a("--teacher", default="checkpoints/teacher.pt", help="checkpoint of teacher.py")
@@ -613,9 +613,9 @@ def parse_args(argv=None):
     a("--init", choices=["student", "teacher"], default="student", help="cloned, or teacher's copy")
     a("--order", type=int, choices=[1, 2], help="with --init teacher, a jump is a step of: 1 DDIM, "
       "2 (default) DPM-Solver++(2M)")
-    a("--learn", choices=["steps", "pixels", "both"], default="steps",
+    a("--learn", choices=["steps", "pixels", "both"], default="both",
       help="channel of the action; both: in turns")
-    a("--steps", type=number(int, 1, 64), default=4, help="K, most evaluations per image, 1..16")
+    a("--steps", type=number(int, 1, 64), default=2, help="K, most evaluations per image, 1..16")
     a("--reward", default="feature+perceptual", help=f"sum of {', '.join(TERMS)}; term:weight")
     a("--step-cost", type=share, default=0.0, help="c, reward paid per evaluation; above 0 the "
       "policy may stop early, 0..0.2")
@@ -676,7 +676,7 @@ def parse_args(argv=None):
         p.error("--kl and --eta belong to the pixel channel: add --learn pixels or both")
     if "backprop" in args.estimator and (args.kl > 0 or args.eta > 0):
         p.error("--estimator backprop has no exploration and no KL: leave out --kl and --eta")
-    if args.steps == 1 and args.learn == "steps":
+    if args.steps == 1 and args.learn != "pixels":
         p.error("--steps 1 leaves no step size to learn; use --learn pixels or more steps")
     return args
 

@@ -1015,7 +1015,8 @@ class Metrics(Case):
 
 def rl_args(*words):
     """Arguments with four rollouts of each noise."""
-    args = rl_distill.parse_args(["--noises", "8", "--noises-per-update", "4", *words])
+    args = rl_distill.parse_args(["--learn", "steps", "--steps", "4", "--noises", "8",
+                                  "--noises-per-update", "4", *words])
     args.group = args.draws = 4
     return args
 
@@ -1747,11 +1748,11 @@ class Commands(Case):
                 ("fixed steps use --draws", rl_distill, *good, "--learn", "pixels", "--group", "4"),
                 ("uses a batch once", rl_distill, *good, "--estimator", "reinforce",
                  "--inner-epochs", "2"),
-                ("all landings are equal", rl_distill, *good, "--draws", "4"),
+                ("all landings are equal", rl_distill, *good, "--learn", "steps", "--draws", "4"),
                 ("--resume needs", rl_distill, *good, "--resume"),
                 ("no run to resume", rl_distill, *good, "--resume", "--out", "nowhere"),
                 ("cannot be used", rl_distill, *good, "--device", "warp-drive"),
-                ("belong to the pixel channel", rl_distill, *good, "--kl", "1"),
+                ("belong to the pixel channel", rl_distill, *good, "--learn", "steps", "--kl", "1"),
                 ("no exploration", rl_distill, *good, "--learn", "pixels", "--estimator",
                  "backprop", "--kl", "0.1"),
                 ("nothing to --resume", student, "--updates", "0", "--resume", "--out", "empty"),

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-JOB = ["--init", "teacher", "--learn", "steps", "--updates", "12", "--noises", "64",
+JOB = ["--init", "teacher", "--learn", "steps", "--steps", "4", "--updates", "12", "--noises", "64",
        "--held-out", "64"]
 # (what stands in rl_distill.py, what the mistake puts there)
 MISTAKES = {
