@@ -626,7 +626,7 @@ def parse_args(argv=None):
       help="policy gradient; backprop: the reward's own gradient, no RL, through all jumps or only "
       "the last")
     a("--baseline", choices=["global", "group", "batch"], default="global", help="see advantages()")
-    a("--updates", type=count, default=60, help="policy updates, 20..500")
+    a("--updates", type=count, default=40, help="policy updates, 20..500")
     a("--noises", type=count, default=256, help="training noises, each with one target, 128..8192")
     a("--noises-per-update", type=count, default=16, help="M, noises per update, 8..512")
     a("--group", type=number(int, 2), help="G, rollouts of each noise when the steps learn, 4..16 "

@@ -1753,6 +1753,7 @@ class Commands(Case):
                 ("no run to resume", rl_distill, *good, "--resume", "--out", "nowhere"),
                 ("cannot be used", rl_distill, *good, "--device", "warp-drive"),
                 ("belong to the pixel channel", rl_distill, *good, "--learn", "steps", "--kl", "1"),
+                ("leaves no step size", rl_distill, *good, "--steps", "1"),
                 ("no exploration", rl_distill, *good, "--learn", "pixels", "--estimator",
                  "backprop", "--kl", "0.1"),
                 ("nothing to --resume", student, "--updates", "0", "--resume", "--out", "empty"),

@@ -36,7 +36,7 @@ from sample import judged, search_grid                                         #
 
 RUNS = ROOT / "runs" / "study"
 NFE, LONG = (1, 2, 3, 4, 6, 8), (10, 20)        # evaluations of hand grids; of the teacher also
-LEARNED = {"student": (2, 4, 8), "teacher": (2, 4), "teacher, 2nd": (4, 6, 8)}   # of learned grids
+LEARNED = {"student": (2, 4, 8), "teacher": (2, 4), "teacher, 2nd": (4, 8)}   # of learned grids
 UPDATES = ("--updates", "20")                   # of every trained arm: the CPU scale
 SEARCH_NOISES = 64                              # noises that each try of the search is scored on
 COSTS = {"student": ("0.01", "0.03"), "teacher, 2nd": ("0.1",)}
