@@ -222,13 +222,14 @@ def plot_early(world, path, n=8):
 
 
 def plot_hacking(rows, world, path, n=10):
-    """Coach's cosine against the judge's distance, one reward each; images of the extreme case."""
-    figure, axes = pyplot().subplots(1, 2, figsize=(12, 3.8), width_ratios=(1, 1.5))
-    marks = [("student, quadratic grid", r) for r in rows if r["group"] == "hand" and
+    """Coach against judge at two evaluations of the student, every reward and estimator: to the
+    right the coach is happier, upwards the judge is less so. Images of the extreme cases."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(13, 4.2), width_ratios=(1, 1.5))
+    marks = [("before, quadratic grid", r) for r in rows if r["group"] == "hand" and
              (r["init"], r["steps"], r["name"]) == ("student", 2, "quadratic")]
     marks += [(r["name"], r) for r in rows
               if r["group"] == "rewards" or (r["group"], r["init"], r["steps"]) in (
-                  ("pixels", "student", 2), ("backprop", "student", 2))]
+                  ("pixels", "student", 2), ("both", "student", 2), ("backprop", "student", 2))]
     names = list(dict.fromkeys(name for name, _ in marks))
     for name in names:
         same = [r for other, r in marks if other == name]
@@ -240,15 +241,17 @@ def plot_hacking(rows, world, path, n=10):
     axes[0].legend(fontsize=7)
     axes[0].grid(alpha=0.3)
     z, target = (x[:n] for x in world.held_set)
-    before = deployed(world.start("student"), None, z, target, world.every, 2, world.alpha_bar,
-                      make_grid("quadratic", 2))["images"]
-    arm = next(a for a in study.arms() if a.name == "backprop, feature, fast")
-    after = played(arm, 0, world, n)
-    strips = {"teacher's 50 steps": target, "student, 2 steps": before}
-    if after is not None:
-        strips[arm.name] = after["images"]
+    strips = {"teacher's 50 steps": target, "before": deployed(
+        world.start("student"), None, z, target, world.every, 2, world.alpha_bar,
+        make_grid("quadratic", 2))["images"]}
+    for arm in study.arms():
+        if (arm.group, arm.name, arm.init, arm.steps) in (
+                ("backprop", "backprop", "student", 2),
+                ("rewards", "backprop, feature, fast", "student", 2)):
+            after = played(arm, 0, world, n)
+            strips.update({arm.name: after["images"]} if after else {})
     axes[1].imshow(tile(torch.cat([*strips.values()]), n), interpolation="nearest")
-    axes[1].set_title("; ".join(strips), fontsize=9)
+    axes[1].set_title("from above: " + "; ".join(strips), fontsize=8)
     axes[1].axis("off")
     save_figure(figure, path)
 
