@@ -39,7 +39,7 @@ NFE, LONG = (1, 2, 3, 4, 6, 8), (10, 20)        # evaluations of hand grids; of 
 LEARNED = {"student": (2, 4, 8), "teacher": (2, 4), "teacher, 2nd": (4, 8)}   # of learned grids
 UPDATES = ("--updates", "20")                   # of every trained arm: the CPU scale
 SEARCH_NOISES = 64                              # noises that each try of the search is scored on
-COSTS = {"student": ("0.01", "0.03"), "teacher, 2nd": ("0.1",)}
+COSTS = (("student", "0.01"), ("teacher, 2nd", "0.1"), ("student", "0.03"))
 
 
 class Arm(NamedTuple):
@@ -83,9 +83,8 @@ def arms():
     out.append(Arm("rewards", "backprop, feature, fast", "student", 2, (
         "--learn", "pixels", "--reward", "feature", "--estimator", "backprop",
         "--lr-pixels", "1e-4", "--updates", "60")))
-    for init, costs in COSTS.items():
-        out += [Arm("cost", f"RL steps, cost {c}", init, 8, ("--learn", "steps", "--step-cost", c))
-                for c in costs]
+    out += [Arm("cost", f"RL steps, cost {c}", init, 8, ("--learn", "steps", "--step-cost", c))
+            for init, c in COSTS]
     for name, *flags in (("REINFORCE (PPO with 1 epoch)", "--estimator", "reinforce"),
                          ("REINFORCE, 4 x rate", "--estimator", "reinforce", "--lr-steps", "8e-3"),
                          ("PPO, batch baseline", "--baseline", "batch"),
