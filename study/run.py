@@ -213,7 +213,8 @@ def play(arm, seed, world, version=""):
                                     make_grid(arm.name, arm.steps)), {})]
     if arm.group == "search":                   # as many rollouts as RL steps gets
         net, began = world.start(arm.init), time.time()
-        args = rl_distill.parse_args([*UPDATES, *["--smoke"] * world.smoke])
+        args = rl_distill.parse_args(
+            [*UPDATES, "--learn", "steps", "--steps", str(arm.steps), *["--smoke"] * world.smoke])
         rollouts = rl_distill.rollouts(args, args.updates)
         some = torch.randperm(len(world.train_set[0]),
                               generator=torch.Generator().manual_seed(seed))[:SEARCH_NOISES]
