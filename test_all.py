@@ -1859,6 +1859,20 @@ class Study(Case):
             self.assertEqual(verdict(rows(*gains))[2], "not told apart", gains)
         self.assertEqual(self.report.mean_std([1.0, 2.0, 3.0], 1), "2.0 ± 1.0")
 
+    def test_the_readme_prints_what_the_rows_say(self):
+        rows, root = self.study.read_results(), Path(ddpm.__file__).parent
+        self.assertEqual(len({(r["weights"], r["n"]) for r in rows}), 1)
+        text = (root / "README.md").read_text(encoding="utf-8")
+        for key, digits in (("reward", 3), ("frechet", 2)):
+            for line in self.report.brief(rows, key, digits):
+                self.assertIn(line + "\n", text)
+        spent = {(r["init"], r["steps"]): r["train_nfe"] for r in rows if r["group"] == "steps"}
+        for row in rows:
+            if row["group"] == "search":                # the fair duel
+                self.assertEqual(row["train_nfe"], spent[row["init"], row["steps"]])
+            self.assertRegex(row["command"], r"^python (rl_distill|study/run)\.py ")
+            self.assertRegex(row["commit"], "^[0-9a-f]{7,}")
+
 
 def with_base(args):
     args.base = "uniform" if args.base == "auto" else args.base
