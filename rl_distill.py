@@ -374,18 +374,21 @@ def learners(net, args):
     """Step policy at the hand grid --base, frozen copy of the student, an optimizer per channel."""
     device = next(net.parameters()).device
     policy, net_ref = StepPolicy(net.features, args.base).to(device), copy.deepcopy(net)
-    optimizers = {}
-    if args.learn in ("steps", "both"):
-        optimizers["steps"] = torch.optim.Adam(policy.parameters(), lr=args.lr_steps)
-    if args.learn in ("pixels", "both"):
-        optimizers["pixels"] = torch.optim.Adam(net.parameters(), lr=args.lr_pixels)
+    learner = dict(steps=(policy, args.lr_steps), pixels=(net, args.lr_pixels))
+    optimizers = {channel: torch.optim.Adam(module.parameters(), lr=rate)
+                  for channel, (module, rate) in learner.items() if channel in channels(args)}
     return policy, net_ref.requires_grad_(False), optimizers
+
+
+def channels(args):
+    """The channels of the action that learn."""
+    return ("steps", "pixels") if args.learn == "both" else (args.learn,)
 
 
 def turns(args):
     """The channel that learns in each update. DEVIATES: with --learn both they take turns, since
     a reward that both moved at once tells neither which of them was right."""
-    names = ("steps", "pixels") if args.learn == "both" else (args.learn,)
+    names = channels(args)
     return [names[update % len(names)] for update in range(args.updates)]
 
 
@@ -397,7 +400,7 @@ def rollouts(args, updates):
 def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args, out, device):
     """The loop: SAMPLING, ADVANTAGES, TRAINING, one printed line per update. Returns seconds."""
     alpha_bar, (z_all, target_all) = linear_alpha_bar(device), train_set
-    generator, channels = torch.Generator().manual_seed(args.seed), turns(args)
+    generator, turn = torch.Generator().manual_seed(args.seed), turns(args)
     parts = dict(net=net, policy=policy, generator=generator, **optimizers)
     first, seconds_before = 0, 0.0
     if args.resume:
@@ -406,7 +409,7 @@ def train(net, net_ref, policy, optimizers, train_set, monitor_set, reward, args
           "drift    grad     NFE   grid")
     start = time.time()
     for update in until_stopped(range(first, args.updates), out):
-        channel = channels[update]
+        channel = turn[update]
         optimizer, size = optimizers[channel], getattr(args, SIZE[channel])
         optimizer.param_groups[0]["lr"] = (                    # falls linearly, as PPO's does
             getattr(args, f"lr_{channel}") * (1 - update / args.updates))
@@ -655,8 +658,8 @@ def parse_args(argv=None):
         p.error("--group needs --learn steps or both: with fixed steps use --draws")
     if args.learn == "steps" and args.draws:
         p.error("--draws needs --learn pixels or both: without them all landings are equal")
-    args.group, args.draws = args.group or (2 if args.smoke else 8), args.draws or (
-        2 if args.smoke else 64)
+    args.group = args.group or (2 if args.smoke else 8)
+    args.draws = args.draws or (2 if args.smoke else 64)
     if args.init == "student" and args.order:
         p.error("--order belongs to --init teacher: the cloned student learned its own jumps")
     args.order = args.order or (2 if args.init == "teacher" else 1)
