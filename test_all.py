@@ -1789,8 +1789,8 @@ class Study(Case):
     def setUpClass(cls):
         cls.study, cls.report = modules_of("study", "run", "report")
 
-    def world(self, folder, smoke=True):
-        return types.SimpleNamespace(folder=Path(folder), smoke=smoke, weights="w")
+    def world(self, folder, smoke=True, weights="w"):
+        return types.SimpleNamespace(folder=Path(folder), smoke=smoke, weights=weights)
 
     def test_every_arm_is_there_once_and_its_command_parses(self):
         arms = self.study.arms()
@@ -1813,18 +1813,28 @@ class Study(Case):
             ddpm.lock_file(f"{folder}/a.lock").close()
 
     def test_rows_that_are_there_are_not_done_again_and_a_torn_line_is_no_row(self):
-        args = self.study.parse_args(["--seeds", "0", "1", "--workers", "1"])
-        first, seed = self.study.todo(args, "w")[0]
-        row = dict(group=first.group, name=first.name, init=first.init, steps=first.steps,
-                   seed=seed, weights="w", n=args.held_out)
+        study = self.study
+        args = study.parse_args(["--seeds", "0", "1", "--workers", "1"])
+        again = study.parse_args(["--seeds", "0", "1", "--workers", "1", "--again"])
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "rows.jsonl"
-            with mock.patch.object(self.study, "results_file", lambda smoke: path):
-                everything = self.study.todo(args, "w")
+            path, world = Path(folder) / "rows.jsonl", self.world(folder)
+            with mock.patch.object(study, "results_file", lambda smoke: path):
+                everything = study.todo(args, world)
+                (arm, seed), (other, _) = everything[:2]
+                row = dict(group=arm.group, name=arm.name, init=arm.init, steps=arm.steps,
+                           seed=seed, weights="w", n=args.held_out)
                 path.write_text(json.dumps(row) + "\n" + json.dumps(row)[:30])
-                self.assertEqual(self.study.read_results(), [row])
-                self.assertEqual(self.study.todo(args, "w"), everything[1:])
-                self.assertEqual(self.study.todo(args, "other"), everything)
+                self.assertEqual(study.read_results(), [row])
+                self.assertEqual(study.todo(args, world), everything[1:])
+                self.assertEqual(study.todo(args, self.world(folder, weights="v")), everything)
+                self.assertEqual(study.todo(again, world), everything)   # another machine's row
+                study.append([dict(row, name=other.name)], other, 0, world)
+                self.assertEqual(study.todo(again, world), [everything[0], *everything[2:]])
+                study.append([dict(row, ms=1.0)], arm, seed, world)
+                self.assertEqual(study.todo(again, world), everything[2:])
+                study.tidy(False)                                        # the newest row stays
+                self.assertEqual([r.get("ms") for r in map(json.loads, path.read_text()
+                                                           .splitlines())], [1.0, None])
 
     def test_training_cost_counts_what_an_update_really_evaluates(self):
         for words in (["--learn", "steps"], ["--learn", "pixels"], ["--learn", "both"],

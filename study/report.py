@@ -16,7 +16,7 @@ from teacher import tile
 COLUMNS = (("reward", "reward", 4), ("feature", "feature", 4), ("perceptual", "perceptual", 4),
            ("mse", "MSE", 4), ("histogram", "histogram", 3), ("frechet", "Fréchet", 3),
            ("precision", "prec.", 3), ("recall", "recall", 3), ("density", "dens.", 3),
-           ("coverage", "cover.", 3), ("ms", "ms", 1))
+           ("coverage", "cover.", 3))
 TITLES = {
     "hand": "Hand grids, no training",
     "steps": "Step sizes reinforced, and the same on the average of its grids",
@@ -98,8 +98,8 @@ def tables(rows, missing):
              "seed is beyond two errors on one side, and their mean beyond two standard "
              "deviations of the seeds; the seeds share noises and baseline, and no correction is "
              "made for the many rows. Fréchet distance, precision, recall, density and coverage "
-             "are in the judge's features. *ms*: per image, as it ran (on CPUs: one thread, other "
-             "runs beside it). *training*: network evaluations, a backward pass counting two; 256 "
+             "are in the judge's features. *ms*: per image of a batch of 64 with that many "
+             "evaluations, measured alone on all cores. *training*: network evaluations, a backward pass counting two; 256 "
              "teacher images of 50 evaluations come on top, once for all. The search spends as "
              "many rollouts as RL steps, each try on the same 64 training noises.", ""]
     if missing:
@@ -109,16 +109,22 @@ def tables(rows, missing):
               *brief(rows, "reward", 3), "", "Fréchet distance in the judge's features:", "",
               *brief(rows, "frechet", 2), ""]
     grouped, last = groups_of(rows), None
+    ms = {(init, k): same[0]["ms"] for (group, init, k, _), same in grouped.items()
+          if group == "clock"}
     for (group, init, steps, name), same in grouped.items():
+        if group == "clock":
+            continue
         trained = "gain" in same[0]
         if group != last:
-            head = ["start", "sampler", "K", "evaluations", *(c[1] for c in COLUMNS)]
+            head = ["start", "sampler", "K", "evaluations", *(c[1] for c in COLUMNS), "ms"]
             head += ["gain", "error", "told apart?", "training", "min", "seeds"] * trained
             lines += ["", f"## {TITLES[group]}", "", "| " + " | ".join(head) + " |",
                       "|" + "---|" * len(head)]
             last = group
         cells = [init, name, str(steps), mean_std((r["nfe"] for r in same), 2)]
         cells += [mean_std((r[key] for r in same), digits) for key, _, digits in COLUMNS]
+        nfe = statistics.fmean(r["nfe"] for r in same)
+        cells.append(f"{ms[init, steps] * nfe / steps:.1f}" if (init, steps) in ms else "")
         if trained:
             cells += [*verdict(same), f"{same[0]['train_nfe'] / 1000:.0f} k",
                       f"{statistics.fmean(r['minutes'] for r in same):.1f}", str(len(same))]
@@ -156,33 +162,32 @@ def plot_frontier(rows, path):
     save_frontier(figure, axes, (1, 2, 3, 4, 6, 8, 10, 20, 50), path)
 
 
-def plot_grids(world, path):
+def plot_grids(rows, path, steps=4):
     """Learned times over training, four evaluations, every seed."""
-    chosen = [arm for arm in study.arms() if arm.group == "steps" and arm.steps == 4]
+    chosen = [same for (group, _, k, name), same in groups_of(rows).items()
+              if (group, k, name) == ("steps", steps, "RL steps")]
     figure, axes = pyplot().subplots(1, len(chosen), figsize=(4 * len(chosen), 3.4), sharey=True)
-    for axis, arm in zip(axes, chosen):
-        for seed in (0, 1, 2):
-            log = read_log(study.folder(arm, seed, world))
-            for k in range(1, 4):
-                axis.plot([r["rollouts"] for r in log], [r["grid"][k] for r in log],
-                          color=f"C{k - 1}", linestyle=("-", "--", ":")[seed])
-        for k, t in enumerate(make_grid("quadratic", 4)[1:-1]):
+    for axis, same in zip(axes, chosen):
+        for row in same:
+            updates = range(1, len(row["grids"]) + 1)
+            for k in range(1, steps):
+                axis.plot(updates, [grid[k] for grid in row["grids"]], color=f"C{k - 1}",
+                          linestyle=("-", "--", ":", "-.")[row["seed"]])
+        for k, t in enumerate(make_grid("quadratic", steps)[1:-1]):
             axis.axhline(t, color=f"C{k}", alpha=0.3)
-        axis.set(title=f"{arm.init} (faint: quadratic)", xlabel="rollouts")
+        axis.set(title=f"{INITS[same[0]['init']]} (faint: quadratic)", xlabel="updates")
     axes[0].set_ylabel("mean t after each step")
     save_figure(figure, path)
 
 
 def played(arm, seed, world, n):
-    """deployed() of a trained arm on the first n held-out noises, None where it has not run."""
-    if not (study.folder(arm, seed, world) / "student.pt").exists():
-        return None
+    """deployed() of a trained arm on the first n held-out noises, from its checkpoint."""
     net, policy, args, _ = study.reinforce(arm, seed, world)
     return deployed(net, policy, *(x[:n] for x in world.held_set), world.every, arm.steps,
                     world.alpha_bar, may_stop=args.step_cost > 0)
 
 
-def plot_panels(world, path, n=10):
+def plot_panels(rows, world, arms, path, n=10):
     """The same noise through the teacher's 50 steps and through every method at 4 evaluations."""
     z, target = (x[:n] for x in world.held_set)
     panels = [("teacher, 50 evaluations", target)]
@@ -190,11 +195,8 @@ def plot_panels(world, path, n=10):
         panels += [(f"{init}, quadratic grid", deployed(
             world.start(init), None, z, target, world.every, 4, world.alpha_bar,
             make_grid("quadratic", 4))["images"])]
-        for arm in study.arms():
-            if (arm.init, arm.steps) == (init, 4) and arm.group in ("steps", "pixels", "both",
-                                                                    "backprop"):
-                result = played(arm, 0, world, n)
-                panels += [] if result is None else [(f"{init}, {arm.name}", result["images"])]
+        panels += [(f"{init}, {arm.name}", played(arm, 0, world, n)["images"])
+                   for arm in arms if arm.init == init]
     plot_strips(panels, n, (7, 0.95 * len(panels)), path)
 
 
@@ -221,7 +223,7 @@ def plot_early(world, path, n=8):
     save_figure(figure, path)
 
 
-def plot_hacking(rows, world, path, n=10):
+def plot_hacking(rows, world, arms, path, n=10):
     """Coach against judge at two evaluations of the student, every reward and estimator: to the
     right the coach is happier, upwards the judge is less so. Images of the extreme cases."""
     figure, axes = pyplot().subplots(1, 2, figsize=(13, 4.2), width_ratios=(1, 1.5))
@@ -244,30 +246,42 @@ def plot_hacking(rows, world, path, n=10):
     strips = {"teacher's 50 steps": target, "before": deployed(
         world.start("student"), None, z, target, world.every, 2, world.alpha_bar,
         make_grid("quadratic", 2))["images"]}
-    for arm in study.arms():
-        if (arm.group, arm.name, arm.init, arm.steps) in (
-                ("backprop", "backprop", "student", 2),
-                ("rewards", "backprop, feature, fast", "student", 2)):
-            after = played(arm, 0, world, n)
-            strips.update({arm.name: after["images"]} if after else {})
+    strips.update({arm.name: played(arm, 0, world, n)["images"] for arm in arms})
     axes[1].imshow(tile(torch.cat([*strips.values()]), n), interpolation="nearest")
     axes[1].set_title("from above: " + "; ".join(strips), fontsize=8)
     axes[1].axis("off")
     save_figure(figure, path)
 
 
+# Figures with images: which trained arms (seed 0) they show
+SHOWN = {
+    plot_panels: lambda arm: arm.steps == 4 and arm.group in ("steps", "pixels", "both",
+                                                              "backprop"),
+    plot_early: lambda arm: arm.group == "cost" and arm.init == "student",
+    plot_hacking: lambda arm: (arm.name, arm.init, arm.steps) in (
+        ("backprop", "student", 2), ("backprop, feature, fast", "student", 2)),
+}
+
+
 def write(rows, world, missing=0):
-    """All of it. Returns nothing; says what it wrote."""
+    """All of it. Returns nothing; says what it wrote, and which figures had to stay as they were."""
     if not rows:
         return print("no rows yet")
     out = world.folder if world.smoke else study.ROOT / "figures"
-    text = "\n".join(tables(rows, missing)) + "\n"
     table = (world.folder if world.smoke else study.ROOT / "study") / "README.md"
-    table.write_text(text, encoding="utf-8")
+    table.write_text("\n".join(tables(rows, missing)) + "\n", encoding="utf-8")
     plot_frontier(rows, out / "study_frontier.png")
-    plot_grids(world, out / "study_grids.png")
-    plot_panels(world, out / "study_panels.png")
-    plot_early(world, out / "study_early.png")
-    plot_hacking(rows, world, out / "study_hacking.png")
-    print(f"{len(rows)} rows: wrote {table.relative_to(study.ROOT)} and "
-          f"{out.relative_to(study.ROOT)}/study_*.png")
+    plot_grids(rows, out / "study_grids.png")
+    written = [table, out / "study_frontier.png", out / "study_grids.png"]
+    for plot, shows in SHOWN.items():
+        path = out / f"study_{plot.__name__.removeprefix('plot_')}.png"
+        arms = [arm for arm in study.arms() if shows(arm)]
+        absent = {arm.group for arm in arms
+                  if not (study.folder(arm, 0, world) / "student.pt").exists()}
+        if absent:
+            print(f"{path.name} stays as it is: its images need runs of another machine; python "
+                  f"study/run.py --again --seeds 0 --only {' '.join(sorted(absent))} repeats them")
+            continue
+        plot(rows, world, arms, path)
+        written.append(path)
+    print(f"{len(rows)} rows: wrote " + ", ".join(str(p.relative_to(study.ROOT)) for p in written))

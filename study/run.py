@@ -2,18 +2,20 @@
 
     python study/run.py --seeds 0 1 2          # all of it; an interrupted study goes on
     python study/run.py --only hand steps      # some groups of arms
+    python study/run.py --again                # replaces the rows that another machine made
     python study/run.py --report               # tables and figures again, from what is there
 
 Every line of study/results.jsonl is one deployed sampler on held-out noise: reward and its terms,
-the judge's metrics, cost of its training, command, commit. Rows that are there are skipped; to
-start over, delete that file and runs/study, which keeps the checkpoints. Tables go to
-study/README.md, figures to figures/. On CPUs the arms run side by side, one thread each.
+the judge's metrics, cost of its training, command, commit. Rows that are there are skipped;
+runs/study keeps the checkpoints, which the figures with images need. Tables go to study/README.md,
+figures to figures/. On CPUs the arms run side by side, one thread each; the clock comes last, alone.
 """
 import argparse
 import contextlib
 import hashlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -26,9 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import rl_distill                                                              # noqa: E402
-from ddpm import (GRIDS, linear_alpha_bar, load_checkpoint, load_teacher,      # noqa: E402
-                  lock_file, make_grid, number, pick_device, run_main, save_checkpoint)
-from student import HELD_OUT, load_student, student_from_teacher               # noqa: E402
+from ddpm import (GRIDS, STOP, Stopped, linear_alpha_bar, load_checkpoint,     # noqa: E402
+                  load_teacher, lock_file, make_grid, number, pick_device, read_log, run_main,
+                  save_checkpoint, wait_for)
+from student import HELD_OUT, deploy, load_student, student_from_teacher       # noqa: E402
 from teacher import TEACHER_STEPS                                              # noqa: E402
 from reward import TERMS, Reward, load_encoder                                 # noqa: E402
 from rl_distill import deployed, noise_and_targets, standard_error             # noqa: E402
@@ -52,7 +55,7 @@ class Arm(NamedTuple):
 
     @property
     def trained(self):
-        return self.group != "hand"
+        return self.group not in ("hand", "clock")
 
 
 def arms():
@@ -90,10 +93,13 @@ def arms():
                          ("PPO, batch baseline", "--baseline", "batch"),
                          ("PPO, group std", "--baseline", "group")):
         out.append(Arm("ablation", name, "teacher, 2nd", 4, ("--learn", "steps", *flags)))
+    out += [arm._replace(group="clock", name="ms") for arm in out
+            if (arm.group, arm.name) == ("hand", "uniform")]
     return sorted(out, key=lambda arm: GROUPS.index(arm.group))
 
 
-GROUPS = ("hand", "steps", "pixels", "backprop", "search", "both", "rewards", "cost", "ablation")
+GROUPS = ("hand", "steps", "pixels", "backprop", "search", "both", "rewards", "cost",
+          "ablation", "clock")
 
 
 class World:
@@ -228,9 +234,22 @@ def play(arm, seed, world, version=""):
     result = deployed(net, policy, *where, may_stop=args.step_cost > 0)
     rows = [(arm.name, result, cost)]
     if arm.group == "steps":                    # what does reading the state buy?
+        cost["grids"] = [[round(t) for t in row["grid"]] for row in read_log(args.out)]
         average = result["times"].float().mean(0).round().long().tolist()
         rows.append(("its average grid", deployed(net, None, *where, average), cost))
     return rows
+
+
+def clock(arm, world, n=64, rounds=5):
+    """Milliseconds per image of a sampler in a batch of n, alone on the machine: median of rounds."""
+    net, z, seconds = world.start(arm.init), world.held_set[0][:n], []
+    for _ in range(rounds + 1):                 # the first one warms up
+        wait_for(world.device)
+        start = time.time()
+        deploy(net, z, arm.steps, world.alpha_bar, grid=make_grid("uniform", arm.steps))
+        wait_for(world.device)
+        seconds.append(time.time() - start)
+    return 1000 * statistics.median(seconds[1:]) / len(z)
 
 
 def key(row):
@@ -260,33 +279,47 @@ def commit():
     return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed.strip() else "")
 
 
-def todo(args, weights):
-    """(arm, seed) of everything that has no row yet."""
+def done_here(arm, seed, world):
+    """The empty file that says that this arm's rows were made on this machine."""
+    return Path(f"{folder(arm, seed, world)}.done")
+
+
+def todo(args, world):
+    """(arm, seed) of everything that has no row yet; with --again also what another machine did."""
     done = {key(row) for row in read_results(args.smoke)}
     chosen = [(arm, seed) for arm in arms() if not args.only or arm.group in args.only
               for seed in (args.seeds if arm.trained else [0])]
     return [(arm, seed) for arm, seed in chosen
-            if (*arm[:4], seed, weights, args.held_out) not in done]
+            if (*arm[:4], seed, world.weights, args.held_out) not in done
+            or args.again and not done_here(arm, seed, world).exists()]
 
 
-def run(args, world):
-    """Play the arms that have no row yet and that no other worker is playing."""
+def run(args, world, alone=False):
+    """Play the arms that have no row yet and that no other worker is playing; alone: the clock."""
     version = commit()
-    for arm, seed in todo(args, world.weights):
+    for arm, seed in todo(args, world):
+        if (arm.group == "clock") != alone:
+            continue
         lock = lock_file(f"{folder(arm, seed, world)}.lock")
         if lock is None:
             continue
         with lock:
-            if (arm, seed) in todo(args, world.weights):           # not done in the meantime
+            if (arm, seed) in todo(args, world):                   # not done in the meantime
                 run_one(arm, seed, world, version, args)
 
 
 def run_one(arm, seed, world, version, args):
     """Play one arm and append its rows."""
     command = f"python study/run.py --only {arm.group} --seeds {seed} --held-out {world.n}"
+    same = dict(group=arm.group, init=arm.init, steps=arm.steps, seed=seed, weights=world.weights,
+                n=world.n, commit=version)
+    if arm.group == "clock":
+        ms = clock(arm, world)
+        print(f"{arm.init:12s} K {arm.steps:2d} {ms:.2f} ms per image", flush=True)
+        return append([dict(same, name=arm.name, command=command, ms=ms)], arm, seed, world)
     if arm.flags:
         command = " ".join(["python rl_distill.py", *arguments(arm, seed, world)[0]])
-    lines = []
+    rows = []
     for name, result, cost in play(arm, seed, world, version):
         result["reward"] = world.main_reward(result["raw"])
         if arm.trained:
@@ -294,31 +327,47 @@ def run_one(arm, seed, world, version, args):
             gain = result["reward"] - world.best_hand(arm.init, fair)
             cost.update(gain=gain.mean().item(), gain_error=standard_error(gain))
         times = result["times"].float()
-        row = dict(group=arm.group, name=name, init=arm.init, steps=arm.steps, seed=seed,
-                   weights=world.weights, n=world.n,
-                   **judged(result, world.judge, world.judge_file),
-                   times=times.mean(0).tolist(), times_std=times.std(0).tolist(),
-                   **{"commit": version, "command": command, **cost})
-        lines.append(json.dumps(row) + "\n")
+        row = judged(result, world.judge, world.judge_file)
+        del row["ms"]                           # others run beside: the clock comes later, alone
+        rows.append(dict(name=name, command=command, **row, times=times.mean(0).tolist(),
+                         times_std=times.std(0).tolist(), **{**same, **cost}))
         print(f"{arm.init:12s} {name:24s} K {arm.steps:2d} seed {seed} reward "
               f"{row['reward']:8.4f} Fréchet {row['frechet']:8.4f}", flush=True)
-    with open(results_file(args.smoke), "a", encoding="utf-8") as file:
-        file.write("".join(lines))              # at once: all rows of a run, or none
+    append(rows, arm, seed, world)
+
+
+def append(rows, arm, seed, world):
+    """Add the rows of an arm to the results, all of them or none."""
+    with open(results_file(world.smoke), "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    done_here(arm, seed, world).touch()
+
+
+def tidy(smoke):
+    """Leave only the newest of equal rows in the results."""
+    path, rows = results_file(smoke), read_results(smoke)
+    new = path.with_suffix(".new")
+    new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(new, path)
 
 
 def run_side_by_side(args, words):
     """One process per worker, one thread each, until none is left; raises if one failed."""
     workers = [subprocess.Popen([sys.executable, __file__, *words, "--worker"],
-                                env=dict(os.environ, OMP_NUM_THREADS="1"))
+                                env=dict(os.environ, OMP_NUM_THREADS="1"),
+                                start_new_session=True)            # Ctrl-C is passed on, once
                for _ in range(args.workers)]
     try:
         codes = [worker.wait() for worker in workers]
     except KeyboardInterrupt:
+        print("stopping once the updates at hand are saved", file=sys.stderr)
         for worker in workers:
             worker.terminate()
+        for worker in workers:
+            worker.wait()
         raise
     if any(codes):
-        raise SystemExit(f"study/run.py: a worker ended with exit code {max(codes)}; "
+        raise SystemExit(f"study/run.py: a worker ended with exit code {max(map(abs, codes))}; "
                          "the same command goes on where it stopped")
 
 
@@ -331,6 +380,8 @@ def parse_args(argv=None):
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--workers", type=number(int, 1, 64), help="processes (default: one per core "
                    "on CPUs, else one)")
+    p.add_argument("--again", action="store_true", help="also what has rows, unless they were made "
+                   "on this machine: their checkpoints are missing, and a rerun checks them")
     p.add_argument("--report", action="store_true", help="only tables and figures")
     p.add_argument("--smoke", action="store_true", help="tiny sizes; numbers mean nothing")
     p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -347,14 +398,21 @@ def main(argv=None):
     args = parse_args(words)
     world = World(args)
     if args.worker:
-        return run(args, world)
+        try:
+            return run(args, world)
+        except Stopped:                         # asked to stop, and saved
+            sys.exit(128 + STOP["signal"])
     if not args.report:
-        print(f"{len(todo(args, world.weights))} runs to do, {args.workers} at a time")
-        run_side_by_side(args, words)
+        left = todo(args, world)
+        print(f"{len(left)} runs to do, {args.workers} at a time")
+        if any(arm.group != "clock" for arm, _ in left):
+            run_side_by_side(args, words)
+        run(args, world, alone=True)
+        tidy(args.smoke)
     import report                                # tables and figures, from the rows
     report.write([row for row in read_results(args.smoke)
                   if (row["weights"], row["n"]) == (world.weights, world.n)], world,
-                 len(todo(args, world.weights)))
+                 len(todo(args, world)))
 
 
 if __name__ == "__main__":
