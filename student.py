@@ -36,6 +36,7 @@ LAND_SHARE = 1 / 2          # share of pairs that land at t = 0, where every dep
 SHORTEST_JUMP = 10          # shortest jump trained (rounding noise grows as 1 / sin(d))
 CONCENTRATION = 40.0        # of the initial Beta policy: std of rho about 0.07; usual range 10..100
 STOP_LOGIT = -2.5           # initial logit of stopping early: 8 percent a step
+STOP_GAIN = 4.0             # of its change: it has far to go, and 0 decides in deployment; 1..10
 HELD_OUT = 10 ** 9          # seeds from here on are never trained on, in any file
 
 # ==============================================================================================
@@ -196,7 +197,7 @@ class StepPolicy(nn.Module):
         shift, log_spread, stop = self.head(self.body(torch.cat([clock, seen], 1))).unbind(1)
         shift, log_spread = bounded(shift, 8), bounded(log_spread, 2)
         mean = torch.sigmoid(torch.logit(self.hand_ratio(t, n)) + shift)
-        return mean, CONCENTRATION * log_spread.exp(), STOP_LOGIT + stop
+        return mean, CONCENTRATION * log_spread.exp(), STOP_LOGIT + STOP_GAIN * stop
 
     def distribution(self, t, n, features):
         """The Beta over rho and the Bernoulli over stopping, as torch distributions."""

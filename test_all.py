@@ -1365,11 +1365,24 @@ class Loop(Case):
                 self.close(a, b, 1e-4 * (1e-3 + b.abs().max().item()))
             self.assertGreater(max(g.abs().max() for g in grads[0]), 1e-3)
 
+    def test_where_evaluations_cost_and_bring_nothing_the_policy_learns_to_stop(self):
+        args = rl_args("--step-cost", "0.1")
+        net, ref, policy, optimizer, z = self.parts(args)
+        g, saved = rng(), []
+        for _ in range(20):                     # as many updates as an arm of the study has
+            _, nfe, steps = self.play(net, policy, z, args, g)
+            saved.append(nfe.float().mean().item())
+            adv = rl_distill.advantages(-args.step_cost * nfe, 4, "global")
+            self.update(net, ref, policy, optimizer, steps, adv, args)
+        self.assertGreater(sum(saved[:5]) / 5, 3)
+        _, times, _ = student.deploy(net, z, 4, self.ab, policy, may_stop=True)
+        self.assertEqual((times[:, :-1] > 0).sum(1).tolist(), [1] * 16)
+
     def test_where_steps_cost_some_rollouts_stop_early_and_their_rows_are_kept_apart(self):
         args = rl_args("--step-cost", "0.1")
         net, _, policy, _, z = self.parts(args)
         with torch.no_grad():
-            policy.head.bias[2] = -student.STOP_LOGIT                               # a coin flip
+            policy.head.bias[2] = -student.STOP_LOGIT / student.STOP_GAIN           # a coin flip
         _, nfe, steps = self.play(net, policy, z, args)
         self.assertGreater(len(set(nfe.tolist())), 1)
         self.assertEqual(sum(len(s["rows"]) for s in steps), nfe.sum().item())
@@ -1875,7 +1888,7 @@ class Study(Case):
         text = (root / "README.md").read_text(encoding="utf-8")
         for key, digits in (("reward", 3), ("frechet", 2)):
             for line in self.report.brief(rows, key, digits):
-                self.assertIn(line + "\n", text)
+                self.assertTrue(line + "\n" in text, f"not in README: {line}")
         spent = {(r["init"], r["steps"]): r["train_nfe"] for r in rows if r["group"] == "steps"}
         for row in rows:
             if row["group"] == "search":                # the fair duel

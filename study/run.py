@@ -42,7 +42,7 @@ NFE, LONG = (1, 2, 3, 4, 6, 8), (10, 20)        # evaluations of hand grids; of 
 LEARNED = {"student": (2, 4, 8), "teacher": (2, 4), "teacher, 2nd": (4, 8)}   # of learned grids
 UPDATES = ("--updates", "20")                   # of every trained arm: the CPU scale
 SEARCH_NOISES = 64                              # noises that each try of the search is scored on
-COSTS = (("student", "0.01"), ("teacher, 2nd", "0.1"), ("student", "0.03"))
+COSTS = {"student": ("0.01", "0.03", "0.1"), "teacher, 2nd": ("0.1", "0.3")}
 
 
 class Arm(NamedTuple):
@@ -87,7 +87,7 @@ def arms():
         "--learn", "pixels", "--reward", "feature", "--estimator", "backprop",
         "--lr-pixels", "1e-4", "--updates", "60")))
     out += [Arm("cost", f"RL steps, cost {c}", init, 8, ("--learn", "steps", "--step-cost", c))
-            for init, c in COSTS]
+            for init, costs in COSTS.items() for c in costs]
     for name, *flags in (("REINFORCE (PPO with 1 epoch)", "--estimator", "reinforce"),
                          ("REINFORCE, 4 x rate", "--estimator", "reinforce", "--lr-steps", "8e-3"),
                          ("PPO, batch baseline", "--baseline", "batch"),
@@ -337,9 +337,12 @@ def run_one(arm, seed, world, version, args):
 
 
 def append(rows, arm, seed, world):
-    """Add the rows of an arm to the results, all of them or none."""
-    with open(results_file(world.smoke), "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    """Add the rows of an arm to the results, all of them or none, after a line cut off by a crash
+    too."""
+    path = results_file(world.smoke)
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("\n" * torn + "".join(json.dumps(row) + "\n" for row in rows))
     done_here(arm, seed, world).touch()
 
 
