@@ -1818,6 +1818,17 @@ class Study(Case):
         folders = {self.study.folder(a, s, self.world("x")) for a in arms for s in (0, 1)}
         self.assertEqual(len(folders), 2 * len(arms))
 
+    def test_a_run_is_found_again_until_its_code_changes(self):
+        with tempfile.TemporaryDirectory() as folder:
+            texts = ['"""Doc."""\ndef f(x):\n    """Doc."""\n    return x + 1  # why\n',
+                     'def f(x):\n    """Other."""\n    return x + 1\n',
+                     'def f(x):\n    return x + 2\n']
+            for i, text in enumerate(texts):
+                (Path(folder) / f"{i}.py").write_text(text)
+            prints = [self.study.fingerprint(f"{folder}/{i}.py") for i in range(3)]
+        self.assertEqual(prints[0], prints[1])
+        self.assertNotEqual(prints[1], prints[2])
+
     def test_an_arm_is_claimed_once_until_its_worker_lets_go(self):
         with tempfile.TemporaryDirectory() as folder:
             first = ddpm.lock_file(f"{folder}/a.lock")

@@ -200,25 +200,26 @@ def plot_panels(rows, world, arms, path, n=10):
     plot_strips(panels, n, (7, 0.95 * len(panels)), path)
 
 
-def plot_early(world, path, n=8):
-    """Where steps cost: how many evaluations the noises get, and the images at both ends."""
-    best = None
-    for arm in study.arms():
-        if arm.group == "cost" and arm.init == "student":
-            result = played(arm, 0, world, world.n)
-            if result and (best is None or result["nfe"].std() > best[1]["nfe"].std()):
-                best = arm, result
-    if best is None:
-        return
-    arm, result = best
-    order = result["nfe"].argsort(stable=True)
-    figure, axes = pyplot().subplots(1, 2, figsize=(10, 3), width_ratios=(1, 2))
-    axes[0].hist(result["nfe"].tolist(), bins=[k + 0.5 for k in range(9)], rwidth=0.8)
-    axes[0].set(xlabel="evaluations", ylabel="noises", title=f"student, {arm.name}")
-    images = torch.cat([result["images"][order[:n]], result["images"][order[-n:]]])
-    axes[1].imshow(tile(images, n), interpolation="nearest")
-    axes[1].set_title(f"above: fewest ({result['nfe'].min():.0f}), "
-                      f"below: most ({result['nfe'].max():.0f})", fontsize=9)
+def plot_early(rows, world, arms, path, n=8):
+    """Where steps cost: how many evaluations the noises get, and the images at both ends, as the
+    teacher and as the student has them; whether noises that are hard in one evaluation get more."""
+    results = {arm: played(arm, 0, world, world.n) for arm in arms}
+    figure, axes = pyplot().subplots(1, 2, figsize=(12, 3.4), width_ratios=(1, 1.9))
+    axes[0].hist([r["nfe"].tolist() for r in results.values()], bins=[k + 0.5 for k in range(9)],
+                 label=[arm.name.removeprefix("RL steps, ") for arm in arms])
+    axes[0].set(xlabel="evaluations", ylabel="noises", title="student, at most 8")
+    axes[0].legend()
+    arm = max(arms, key=lambda arm: results[arm]["nfe"].std())
+    nfe, images = results[arm]["nfe"], results[arm]["images"]
+    once = deployed(world.start("student"), None, *world.held_set, world.every, 1, world.alpha_bar,
+                    make_grid("uniform", 1))
+    hard = torch.corrcoef(torch.stack([nfe, -world.main_reward(once["raw"])]))[0, 1]
+    order = nfe.argsort(stable=True)
+    strips = [x[i] for i in (order[:n], order[-n:]) for x in (world.held_set[1], images)]
+    axes[1].imshow(tile(torch.cat(strips), n), interpolation="nearest")
+    axes[1].set_title(f"{arm.name.removeprefix('RL steps, ')}, from above: fewest "
+                      f"({nfe.min():.0f}), teacher and student; most ({nfe.max():.0f}), likewise\n"
+                      f"correlation with the error in one evaluation {hard:.2f}", fontsize=8)
     axes[1].axis("off")
     save_figure(figure, path)
 

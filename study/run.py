@@ -11,7 +11,9 @@ runs/study keeps the checkpoints, which the figures with images need. Tables go 
 figures to figures/. On CPUs the arms run side by side, one thread each; the clock comes last, alone.
 """
 import argparse
+import ast
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -39,7 +41,7 @@ from sample import judged, search_grid                                         #
 
 RUNS = ROOT / "runs" / "study"
 NFE, LONG = (1, 2, 3, 4, 6, 8), (10, 20)        # evaluations of hand grids; of the teacher also
-LEARNED = {"student": (2, 4, 8), "teacher": (2, 4), "teacher, 2nd": (4, 8)}   # of learned grids
+LEARNED = {"student": (2, 3, 4, 6, 8), "teacher": (2, 4), "teacher, 2nd": (3, 4, 6, 8)}   # learned
 UPDATES = ("--updates", "20")                   # of every trained arm: the CPU scale
 SEARCH_NOISES = 64                              # noises that each try of the search is scored on
 COSTS = {"student": ("0.01", "0.03", "0.1"), "teacher, 2nd": ("0.1", "0.3")}
@@ -166,10 +168,21 @@ class World:
 # RUNNING
 # ==============================================================================================
 
+@functools.cache
+def fingerprint(*files):
+    """Hash of the code in these files; comments and docstrings do not count."""
+    trees = [ast.parse(Path(file).read_text(encoding="utf-8")) for file in files]
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            node.body = node.body[1:]
+    return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()
+
+
 def folder(arm, seed, world):
-    """Where the run of a trained arm lives; another command is another folder."""
+    """Where the run of a trained arm lives; another command or other code is another folder."""
     words = f"{arm.group} {arm.name} {arm.init} {arm.steps} {seed}"
-    code = hashlib.sha256(" ".join((*UPDATES, *arm.flags)).encode()).hexdigest()[:6]
+    code = fingerprint(*(ROOT / f"{n}.py" for n in ("ddpm", "student", "reward", "rl_distill")))
+    code = hashlib.sha256(" ".join((*UPDATES, *arm.flags, code)).encode()).hexdigest()[:6]
     return world.folder / ("".join(c if c.isalnum() or c == "." else "-" for c in words)
                            + f"-{code}")
 
