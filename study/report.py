@@ -99,9 +99,10 @@ def tables(rows, missing):
              "deviations of the seeds; the seeds share noises and baseline, and no correction is "
              "made for the many rows. Fréchet distance, precision, recall, density and coverage "
              "are in the judge's features. *ms*: per image of a batch of 64 with that many "
-             "evaluations, measured alone on all cores. *training*: network evaluations, a backward pass counting two; 256 "
-             "teacher images of 50 evaluations come on top, once for all. The search spends as "
-             "many rollouts as RL steps, each try on the same 64 training noises.", ""]
+             "evaluations, measured alone on all cores. *training*: network evaluations, a "
+             "backward pass counting two; 256 teacher images of 50 evaluations come on top, once "
+             "for all. *min*: minutes on one CPU thread, other runs on the other cores. The search "
+             "spends as many rollouts as RL steps, each try on the same 64 training noises.", ""]
     if missing:
         lines += [f"**Not complete: {missing} runs are still to do (`python study/run.py` goes "
                   "on).**", ""]
@@ -265,7 +266,7 @@ SHOWN = {
 
 
 def write(rows, world, missing=0):
-    """All of it. Returns nothing; says what it wrote, and which figures had to stay as they were."""
+    """All of it. Says what it wrote, and which figures had to stay as they were."""
     if not rows:
         return print("no rows yet")
     out = world.folder if world.smoke else study.ROOT / "figures"

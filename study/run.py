@@ -8,7 +8,7 @@
 Every line of study/results.jsonl is one deployed sampler on held-out noise: reward and its terms,
 the judge's metrics, cost of its training, command, commit. Rows that are there are skipped;
 runs/study keeps the checkpoints, which the figures with images need. Tables go to study/README.md,
-figures to figures/. On CPUs the arms run side by side, one thread each; the clock comes last, alone.
+figures to figures/. On CPUs the arms run side by side, one thread each; the clock comes last.
 """
 import argparse
 import ast
@@ -41,10 +41,10 @@ from sample import judged, search_grid                                         #
 
 RUNS = ROOT / "runs" / "study"
 NFE, LONG = (1, 2, 3, 4, 6, 8), (10, 20)        # evaluations of hand grids; of the teacher also
-LEARNED = {"student": (2, 3, 4, 6, 8), "teacher": (2, 4), "teacher, 2nd": (3, 4, 6, 8)}   # learned
-UPDATES = ("--updates", "20")                   # of every trained arm: the CPU scale
+LEARNED = {"student": (2, 3, 4, 6, 8), "teacher": (2, 4), "teacher, 2nd": (3, 4, 6, 8)}  # grids
+UPDATES = ("--updates", "20")                   # of most trained arms: the CPU scale
 SEARCH_NOISES = 64                              # noises that each try of the search is scored on
-COSTS = {"student": ("0.01", "0.03", "0.1"), "teacher, 2nd": ("0.1", "0.3")}
+COSTS = {"student": ("0.01", "0.03", "0.1"), "teacher, 2nd": ("0.3",)}  # prices per evaluation
 
 
 class Arm(NamedTuple):
@@ -88,7 +88,8 @@ def arms():
     out.append(Arm("rewards", "backprop, feature, fast", "student", 2, (
         "--learn", "pixels", "--reward", "feature", "--estimator", "backprop",
         "--lr-pixels", "1e-4", "--updates", "60")))
-    out += [Arm("cost", f"RL steps, cost {c}", init, 8, ("--learn", "steps", "--step-cost", c))
+    out += [Arm("cost", f"RL steps, cost {c}", init, 8,
+                ("--learn", "steps", "--step-cost", c, "--updates", "40"))
             for init, costs in COSTS.items() for c in costs]
     for name, *flags in (("REINFORCE (PPO with 1 epoch)", "--estimator", "reinforce"),
                          ("REINFORCE, 4 x rate", "--estimator", "reinforce", "--lr-steps", "8e-3"),
@@ -172,8 +173,9 @@ class World:
 def fingerprint(*files):
     """Hash of the code in these files; comments and docstrings do not count."""
     trees = [ast.parse(Path(file).read_text(encoding="utf-8")) for file in files]
+    documented = (ast.Module, ast.FunctionDef, ast.ClassDef)
     for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+        if isinstance(node, documented) and ast.get_docstring(node):
             node.body = node.body[1:]
     return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()
 
@@ -254,7 +256,7 @@ def play(arm, seed, world, version=""):
 
 
 def clock(arm, world, n=64, rounds=5):
-    """Milliseconds per image of a sampler in a batch of n, alone on the machine: median of rounds."""
+    """Milliseconds per image of a sampler in a batch of n, alone on the machine; median."""
     net, z, seconds = world.start(arm.init), world.held_set[0][:n], []
     for _ in range(rounds + 1):                 # the first one warms up
         wait_for(world.device)
