@@ -327,7 +327,7 @@ def run_one(arm, seed, world, version, args):
     """Play one arm and append its rows."""
     command = f"python study/run.py --only {arm.group} --seeds {seed} --held-out {world.n}"
     same = dict(group=arm.group, init=arm.init, steps=arm.steps, seed=seed, weights=world.weights,
-                n=world.n, commit=version)
+                n=world.n, commit=version, torch=torch.__version__)
     if arm.group == "clock":
         ms = clock(arm, world)
         print(f"{arm.init:12s} K {arm.steps:2d} {ms:.2f} ms per image", flush=True)
