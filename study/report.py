@@ -202,25 +202,31 @@ def plot_panels(rows, world, arms, path, n=10):
 
 
 def plot_early(rows, world, arms, path, n=8):
-    """Where steps cost: how many evaluations the noises get, and the images at both ends, as the
-    teacher and as the student has them; whether noises that are hard in one evaluation get more."""
+    """Where steps cost: how many evaluations the noises get; images of those that get the fewest
+    and the most, where they differ most; what goes with getting more (correlations)."""
     results = {arm: played(arm, 0, world, world.n) for arm in arms}
-    figure, axes = pyplot().subplots(1, 2, figsize=(12, 3.4), width_ratios=(1, 1.9))
+    figure, axes = pyplot().subplots(1, 2, figsize=(12, 3.4), width_ratios=(1, 1.6))
     axes[0].hist([r["nfe"].tolist() for r in results.values()], bins=[k + 0.5 for k in range(9)],
                  label=[arm.name.removeprefix("RL steps, ") for arm in arms])
-    axes[0].set(xlabel="evaluations", ylabel="noises", title="student, at most 8")
+    axes[0].set(xlabel="evaluations", ylabel="noises", title="student, at most 8, seed 0")
     axes[0].legend()
-    arm = max(arms, key=lambda arm: results[arm]["nfe"].std())
-    nfe, images = results[arm]["nfe"], results[arm]["images"]
-    once = deployed(world.start("student"), None, *world.held_set, world.every, 1, world.alpha_bar,
-                    make_grid("uniform", 1))
-    hard = torch.corrcoef(torch.stack([nfe, -world.main_reward(once["raw"])]))[0, 1]
-    order = nfe.argsort(stable=True)
-    strips = [x[i] for i in (order[:n], order[-n:]) for x in (world.held_set[1], images)]
+    arm = min(arms, key=lambda arm: results[arm]["nfe"].long().bincount().max())
+    (z, target), once = world.held_set, deployed(
+        world.start("student"), None, *world.held_set, world.every, 1, world.alpha_bar,
+        make_grid("uniform", 1))
+    what = {"contrast of the teacher's image": target.std((1, 2, 3)),
+            "error in one evaluation": -world.main_reward(once["raw"])}
+    counts = [played(arm, seed, world, world.n)["nfe"] for seed in (0, 1, 2)
+              if (study.folder(arm, seed, world) / "student.pt").exists()]
+    told = [f"{name} " + ", ".join(f"{torch.corrcoef(torch.stack([nfe, x]))[0, 1]:.2f}"
+                                   for nfe in counts) for name, x in what.items()]
+    order, nfe = counts[0].argsort(stable=True), counts[0]
+    strips = [x[i] for i in (order[:n], order[-n:]) for x in (target, results[arm]["images"])]
     axes[1].imshow(tile(torch.cat(strips), n), interpolation="nearest")
     axes[1].set_title(f"{arm.name.removeprefix('RL steps, ')}, from above: fewest "
                       f"({nfe.min():.0f}), teacher and student; most ({nfe.max():.0f}), likewise\n"
-                      f"correlation with the error in one evaluation {hard:.2f}", fontsize=8)
+                      "correlation of the evaluations (by seed) with " + ";\n".join(told),
+                      fontsize=8)
     axes[1].axis("off")
     save_figure(figure, path)
 
