@@ -1893,6 +1893,15 @@ class Study(Case):
             self.assertEqual(verdict(rows(*gains))[2], "not told apart", gains)
         self.assertEqual(self.report.mean_std([1.0, 2.0, 3.0], 1), "2.0 ± 1.0")
 
+    def test_the_figure_of_grids_needs_no_row_and_no_run(self):
+        row = dict(group="steps", name="RL steps", init="student", steps=4, seed=1,
+                   grids=[[1000, 600, 300, 90, 0], [1000, 590, 280, 80, 0]])
+        with tempfile.TemporaryDirectory() as folder:
+            for rows in ([], [row], [row, dict(row, init="teacher")]):
+                path = Path(folder) / f"{len(rows)}.png"
+                self.report.plot_grids(rows, path)
+                self.assertGreater(path.stat().st_size, 1000)
+
     def test_the_readme_prints_what_the_rows_say(self):
         rows, root = self.study.read_results(), Path(ddpm.__file__).parent
         self.assertEqual(len({(r["weights"], r["n"]) for r in rows}), 1)

@@ -8,7 +8,7 @@ from collections import defaultdict
 import torch
 
 import run as study
-from ddpm import make_grid, pyplot, read_log, save_figure
+from ddpm import make_grid, pyplot, save_figure
 from rl_distill import deployed, plot_strips
 from sample import save_frontier
 from teacher import tile
@@ -167,8 +167,10 @@ def plot_grids(rows, path, steps=4):
     """Learned times over training, four evaluations, every seed."""
     chosen = [same for (group, _, k, name), same in groups_of(rows).items()
               if (group, k, name) == ("steps", steps, "RL steps")]
-    figure, axes = pyplot().subplots(1, len(chosen), figsize=(4 * len(chosen), 3.4), sharey=True)
-    for axis, same in zip(axes, chosen):
+    panels = max(1, len(chosen))                # an empty one where no such run has a row yet
+    figure, axes = pyplot().subplots(1, panels, figsize=(4 * panels, 3.4), sharey=True,
+                                     squeeze=False)
+    for axis, same in zip(axes[0], chosen):
         for row in same:
             updates = range(1, len(row["grids"]) + 1)
             for k in range(1, steps):
@@ -177,7 +179,7 @@ def plot_grids(rows, path, steps=4):
         for k, t in enumerate(make_grid("quadratic", steps)[1:-1]):
             axis.axhline(t, color=f"C{k}", alpha=0.3)
         axis.set(title=f"{INITS[same[0]['init']]} (faint: quadratic)", xlabel="updates")
-    axes[0].set_ylabel("mean t after each step")
+    axes[0, 0].set_ylabel("mean t after each step")
     save_figure(figure, path)
 
 
@@ -211,17 +213,18 @@ def plot_early(rows, world, arms, path, n=8):
     axes[0].set(xlabel="evaluations", ylabel="noises", title="student, at most 8, seed 0")
     axes[0].legend()
     arm = min(arms, key=lambda arm: results[arm]["nfe"].long().bincount().max())
-    (z, target), once = world.held_set, deployed(
+    target, once = world.held_set[1], deployed(
         world.start("student"), None, *world.held_set, world.every, 1, world.alpha_bar,
         make_grid("uniform", 1))
     what = {"contrast of the teacher's image": target.std((1, 2, 3)),
             "error in one evaluation": -world.main_reward(once["raw"])}
-    counts = [played(arm, seed, world, world.n)["nfe"] for seed in (0, 1, 2)
-              if (study.folder(arm, seed, world) / "student.pt").exists()]
-    told = [f"{name} " + ", ".join(f"{torch.corrcoef(torch.stack([nfe, x]))[0, 1]:.2f}"
-                                   for nfe in counts) for name, x in what.items()]
-    order, nfe = counts[0].argsort(stable=True), counts[0]
-    strips = [x[i] for i in (order[:n], order[-n:]) for x in (target, results[arm]["images"])]
+    nfe, images = results[arm]["nfe"], results[arm]["images"]
+    counts = [nfe] + [played(arm, seed, world, world.n)["nfe"] for seed in (1, 2)
+                      if study.is_trained(arm, seed, world)]
+    told = [f"{name} " + ", ".join(f"{torch.corrcoef(torch.stack([c, x]))[0, 1]:.2f}"
+                                   for c in counts) for name, x in what.items()]
+    order = nfe.argsort(stable=True)
+    strips = [x[i] for i in (order[:n], order[-n:]) for x in (target, images)]
     axes[1].imshow(tile(torch.cat(strips), n), interpolation="nearest")
     axes[1].set_title(f"{arm.name.removeprefix('RL steps, ')}, from above: fewest "
                       f"({nfe.min():.0f}), teacher and student; most ({nfe.max():.0f}), likewise\n"
@@ -284,8 +287,7 @@ def write(rows, world, missing=0):
     for plot, shows in SHOWN.items():
         path = out / f"study_{plot.__name__.removeprefix('plot_')}.png"
         arms = [arm for arm in study.arms() if shows(arm)]
-        absent = {arm.group for arm in arms
-                  if not (study.folder(arm, 0, world) / "student.pt").exists()}
+        absent = {arm.group for arm in arms if not study.is_trained(arm, 0, world)}
         if absent:
             print(f"{path.name} stays as it is: its images need runs of another machine; python "
                   f"study/run.py --again --seeds 0 --only {' '.join(sorted(absent))} repeats them")

@@ -189,6 +189,11 @@ def folder(arm, seed, world):
                            + f"-{code}")
 
 
+def is_trained(arm, seed, world):
+    """Is the checkpoint of this arm on this machine, made by this code?"""
+    return (folder(arm, seed, world) / "student.pt").exists()
+
+
 def arguments(arm, seed, world):
     """The command of a trained arm, as rl_distill.py reads it. Returns (words, parsed)."""
     words = [*UPDATES, *arm.flags, "--steps", str(arm.steps), "--seed", str(seed)]
@@ -203,7 +208,7 @@ def reinforce(arm, seed, world, version=""):
     provenance)."""
     _, args = arguments(arm, seed, world)
     out = Path(args.out)
-    if not (out / "student.pt").exists():
+    if not is_trained(arm, seed, world):
         args.resume = (out / "state.pt").exists()
         if not args.resume:
             (out / "log.jsonl").unlink(missing_ok=True)    # of a run that was stopped early
