@@ -21,16 +21,19 @@ from torch import nn
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (BadInput, autocast, careful_step, claim_folder, due, half_weights,
-                  linear_alpha_bar, load_checkpoint, load_state, load_teacher, load_weights,
-                  log_line, make_grid, number, output_folder, parameter_count, parser_for,
-                  pick_device, pyplot, rebuilding, run_main, sample, save_checkpoint, save_figure,
-                  save_state, seeded_noise, stop_if_wrong, to_unit, until_stopped)
-from teacher import TEACHER_STEPS, device_name, draw_batch, load_images, provenance
+from ddpm import linear_alpha_bar, parameter_count, seeded_noise
+from teacher import LOG_EVERY, load_teacher, targets
+from harness.checkpoints import (half_weights, load_checkpoint, load_state, load_weights, provenance,
+                                 rebuilding, save_checkpoint, save_state)
+from harness.figures import new_figure, save_figure
+from harness.images import fingerprint, load_images, to_unit
+from harness.runs import (BadInput, autocast, claim_run, device_name, log_line, number, parser_for,
+                          pick_device, run_flags, run_main)
 
 NEIGHBOURS = 5              # k of precision/recall/density/coverage, Naeem et al. 2020
 REFERENCE = 5000            # real images whose judge features are kept for precision/recall
 BINS = 32                   # of the intensity histogram, per colour channel
+SAVE_EVERY = 200            # updates
 
 # ==============================================================================================
 # ENCODERS: images (B, 3, 32, 32) in [-1, 1] -> (list of feature maps, features (B, C), logits)
@@ -92,15 +95,14 @@ def load_encoder(path, role, device="cpu"):
     """Frozen encoder in eval mode from a checkpoint of reward.py. Returns (net, checkpoint).
 
     requires_grad_(False) freezes the weights alone: gradients still reach the *images*, which
-    direct reward backpropagation needs. (no_grad here would silently cut them off.)
+    the reward's own gradient needs. (no_grad here would silently cut them off.)
     """
     content = load_checkpoint(path, role)
     with rebuilding(path, role):
         net = load_weights(ENCODERS[role](**content["config"]), content["weights"], path)
-        content["scales"] if role == "coach" else (content["mean"], content["covariance"],
-                                                   content["features"])
-    net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return net, content
+        for name in ("scales",) if role == "coach" else ("mean", "covariance", "features"):
+            content[name]
+    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), content
 
 
 class View(NamedTuple):
@@ -221,8 +223,8 @@ def parse_reward(spec):
 # ==============================================================================================
 
 def moments(features):
-    """Mean (C,) and covariance (C, C) in fp64 of features (N, C), N >= 2."""
-    features = features.double()
+    """Mean (C,) and covariance (C, C) in fp64 on the CPU of features (N, C), N >= 2."""
+    features = features.cpu().double()
     centred = features - features.mean(0)
     return features.mean(0), centred.T @ centred / (len(features) - 1)
 
@@ -231,13 +233,24 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). Heusel et al. 2017 (on Inception features).
 
     tr (C1 C2)^(1/2) is the sum of the square roots of the eigenvalues of S C2 S, S = C1^(1/2),
-    symmetric, positive semi-definite: rank-deficient covariances need no epsilon. fp64, a float.
+    symmetric, positive semi-definite: rank-deficient covariances need no epsilon. A float.
     """
-    mean1, cov1, mean2, cov2 = (x.double() for x in (mean1, cov1, mean2, cov2))
+    mean1, cov1, mean2, cov2 = (x.cpu().double() for x in (mean1, cov1, mean2, cov2))
     values, vectors = torch.linalg.eigh(cov1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
     return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
+
+
+def judged(images, judge, judge_file):
+    """The judge on (N, 3, H, W) images in [-1, 1]: {frechet, precision, recall, density, coverage}.
+
+    Frechet distance to all training images, the others to REFERENCE of them; compare at equal N.
+    """
+    features = encode(judge, images)
+    return dict(frechet=frechet_distance(*moments(features), judge_file["mean"],
+                                         judge_file["covariance"]),
+                **precision_recall(judge_file["features"].float(), features))
 
 
 def precision_recall(real, fake, k=NEIGHBOURS):
@@ -305,7 +318,7 @@ def plot_rewards(images, coach, scales, path):
     Returns {'distortion term': [mean reward at levels 0, 1/8, .. 1]}.
     """
     levels, target, table = [i / 8 for i in range(9)], look(coach, images), {}
-    figure, axes = pyplot().subplots(2, len(DISTORTIONS), figsize=(12, 4.6), height_ratios=[1, 2.4])
+    figure, axes = new_figure(2, len(DISTORTIONS), (12, 4.6), height_ratios=[1, 2.4])
     for column, kind in enumerate(DISTORTIONS):
         generator = torch.Generator().manual_seed(0)
         seen = [look(coach, distort(images, kind, level, generator)) for level in levels]
@@ -343,43 +356,43 @@ def random_crop(x, generator, padding=4):
 
 
 def draw_labelled(images, labels, batch_size, generator):
-    """Random augmented batch: (images (B, 3, H, W) in [-1, 1], labels (B,))."""
-    index = torch.randint(len(images), (batch_size,), generator=generator)
-    x = draw_batch(images[index.to(images.device)], batch_size, generator, in_order=True)
-    return random_crop(x, generator), labels[index.to(labels.device)]
+    """Random images, cropped and half of them mirrored: (B, 3, H, W) in [-1, 1], labels (B,)."""
+    index = torch.randint(len(images), (batch_size,), generator=generator).to(images.device)
+    mirror = (torch.rand(batch_size, generator=generator) < 0.5).to(images.device)
+    x = random_crop(images[index].float() / 127.5 - 1, generator)
+    return torch.where(mirror[:, None, None, None], x.flip(-1), x), labels[index]
 
 
-def train_encoder(role, images, labels, args, seed, out, device):
+def train_encoder(role, images, labels, args, out, device):
     """Cross-entropy, label smoothing, AdamW, one-cycle learning rate. Returns (net, seconds)."""
+    seed = args.seed + 1000 * (role == "judge")
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     net = ENCODERS[role](classes=int(labels.max()) + 1).to(
-        device, memory_format=torch.channels_last)
+        device, memory_format=torch.channels_last).train()
     updates = max(2, args.epochs * len(images) // args.batch_size)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.05,
-                                  fused=device.type != "mps")
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, updates, pct_start=0.2)
     state_path, first, seconds_before = out / f"state-{role}.pt", 0, 0.0
     parts = dict(net=net, optimizer=optimizer, schedule=schedule, generator=generator)
     if args.resume and state_path.exists():
-        first, seconds_before = load_state(state_path, role, parts, args)
-    start, net, wrong = time.time(), net.train(), {}
-    progress = tqdm(range(first, updates), initial=first, total=updates, mininterval=5, desc=role)
-    for update in until_stopped(progress, out):
+        first, seconds_before = load_state(state_path, parts)
+    start = time.time()
+    for update in tqdm(range(first, updates), initial=first, total=updates, mininterval=5,
+                       desc=role):
         x, y = draw_labelled(images, labels, args.batch_size, generator)
         with autocast(device):
-            loss = F.cross_entropy(net(x.contiguous(memory_format=torch.channels_last))[2].float(),
-                                   y, label_smoothing=0.1)
+            logits = net(x.contiguous(memory_format=torch.channels_last))[2]
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=0.1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        careful_step(optimizer, wrong, update + 1, loss=loss)
+        optimizer.step()
         schedule.step()
         done, seconds = update + 1, seconds_before + time.time() - start
-        if due(done, args.save_every, updates):
-            stop_if_wrong(wrong)
+        if done % LOG_EVERY == 0 or done == updates:
             log_line(out, encoder=role, update=done, loss=loss.item(), seconds=seconds)
-            progress.set_postfix(loss=f"{loss.item():.3f}")
-            save_state(state_path, role, parts, args, done, seconds)
+        if done % SAVE_EVERY == 0 or done == updates:
+            save_state(state_path, parts, done, seconds)
     return net.eval().requires_grad_(False), seconds_before + time.time() - start
 
 
@@ -399,43 +412,34 @@ def judge_reference(net, images):
     return dict(mean=mean, covariance=covariance, features=features[pick].half())
 
 
-def train_both(args, out, device):
+def train_both(args, out, device, sets):
     """Train coach and judge, measure what belongs to them, write coach.pt and judge.pt."""
-    sets = (*load_images(args.data), *load_images(args.data, train=False))
-    images, labels, test_images, test_labels = (x[:600 if args.smoke else None].to(device)
-                                                for x in sets)
-    claim_folder(out)
-    for role, seed in (("coach", args.seed), ("judge", args.seed + 1000)):
+    images, labels, test_images, test_labels = (x.to(device) for x in sets)
+    for role in ENCODERS:
         if (out / f"{role}.pt").exists():      # finished before --resume
             continue
-        net, seconds = train_encoder(role, images, labels, args, seed, out, device)
+        net, seconds = train_encoder(role, images, labels, args, out, device)
         load_weights(net, half_weights(net))   # what the file holds is what is measured
         share = accuracy(net, test_images, test_labels)
-        some = images[:32 if args.smoke else 512].float() / 127.5 - 1
+        some = images[:512].float() / 127.5 - 1
         extra = (dict(scales=term_scales(net, some)) if role == "coach" else
                  judge_reference(net, images))
         save_checkpoint(out / f"{role}.pt", role, config=dict(classes=net.classify.out_features),
                         weights=half_weights(net), **extra, provenance=provenance(
-                            "reward.py", args, seconds, device, seed=seed, accuracy=share))
+                            "reward.py", args, seconds, device, accuracy=share))
         log_line(out, encoder=role, accuracy=share, seconds=seconds)
         print(f"{role}: {parameter_count(net) / 1e6:.2f} M parameters, "
               f"test accuracy {share:.4f}, {seconds / 60:.1f} min")
     print(f"wrote {out}/coach.pt, judge.pt, log.jsonl")
 
 
-def show(args, out, device):
+def show(coach, scales, teacher, n, out, device):
     """Figure and table of the rewards on graded distortions of the teacher's own samples."""
-    coach, content = load_encoder(args.coach, "coach", device)
-    _, judged = load_encoder(args.judge, "judge", device)
-    teacher, _ = load_teacher(args.teacher, device)
     side = teacher.config["image_size"]
-    claim_folder(out)
-    x_T = seeded_noise(range(args.n), (3, side, side), device=device)
-    images = sample(teacher, x_T, make_grid("uniform", TEACHER_STEPS), linear_alpha_bar(device))
-    table = plot_rewards(images, coach, content["scales"], out / "rewards.png")
-    for role, content_of in (("coach", content), ("judge", judged)):
-        print(f"{role}: test accuracy {content_of['provenance']['accuracy']:.4f}")
-    print(f"\nstandardised reward of {args.n} teacher samples, distorted   (0: like the teacher)")
+    z = seeded_noise(range(n), (3, side, side), device=device)
+    images = targets(teacher, z, linear_alpha_bar(device))
+    table = plot_rewards(images, coach, scales, out / "rewards.png")
+    print(f"\nstandardised reward of {n} teacher samples, distorted   (0: like the teacher)")
     print(f"{'distortion':>10s} {'level':>6s} " + " ".join(f"{name:>11s}" for name in TERMS))
     for kind in DISTORTIONS:
         for i in (2, 4, 8):
@@ -453,24 +457,14 @@ def parse_args(argv=None):
     """Command line of reward.py."""
     p = parser_for(__doc__, "python reward.py --train --data cifar10 --epochs 6")
     count = number(int, 1)
-    p.add_argument("--train", action="store_true",
-                   help="train both encoders, instead of the figure")
+    p.add_argument("--train", action="store_true", help="train both encoders; no figure")
     p.add_argument("--data", default="cifar10", help="with --train: cifar10, shapes, or a folder")
-    p.add_argument("--epochs", type=count, default=6, help="passes over the images, 5..30")
+    p.add_argument("--epochs", type=count, default=20, help="passes over the images, 5..30")
     p.add_argument("--batch-size", type=count, default=256, help="images per update, 64..1024")
     p.add_argument("--lr", type=number(float, 1e-7, 1), default=3e-3, help="peak rate, 1e-3..5e-3")
-    p.add_argument("--coach", default="checkpoints/coach.pt", help="the coach to show")
-    p.add_argument("--judge", default="checkpoints/judge.pt", help="the judge to show")
-    p.add_argument("--teacher", default="checkpoints/teacher.pt",
-                   help="whose samples are distorted")
-    p.add_argument("--n", type=number(int, 2, 512), default=32, help="samples in the figure")
-    p.add_argument("--out", help="folder of the run (default: next free runs/reward)")
-    p.add_argument("--resume", action="store_true", help="go on with the training in --out")
-    p.add_argument("--seed", type=number(int, 0, 10 ** 9), default=0,
-                   help="seed of the coach; the judge's is 1000 more")
-    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    p.add_argument("--save-every", type=count, default=100, help="updates between checkpoints")
-    p.add_argument("--smoke", action="store_true", help="tiny, seconds; its numbers mean nothing")
+    p.add_argument("--encoders", default="checkpoints", help="folder of the coach.pt to show")
+    p.add_argument("--teacher", default="checkpoints/teacher.pt", help="whose samples are shown")
+    run_flags(p)
     args = p.parse_args(argv)
     if args.smoke:
         args.train, args.data, args.epochs, args.batch_size = True, "shapes", 1, 100
@@ -481,10 +475,22 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device, out = pick_device(args.device), output_folder(args.out, "reward", args.resume)
+    device = pick_device(args.device)
+    if not args.train:
+        coach, content = load_encoder(f"{args.encoders}/coach.pt", "coach", device)
+        teacher, _ = load_teacher(args.teacher, device)
+        out = claim_run(args, "reward")
+        print("config:", vars(args))
+        return show(coach, content["scales"], teacher, 32, out, device)
+    most = 600 if args.smoke else None
+    sets = [x[:most] for x in (*load_images(args.data), *load_images(args.data, train=False))]
+    if len(sets[0]) <= NEIGHBOURS or len(sets[2]) == 0:
+        raise BadInput(f"--data {args.data} has {len(sets[0])} training images; the judge's metrics "
+                       f"need more than {NEIGHBOURS}")
+    out = claim_run(args, "reward", fingerprint(torch.cat([sets[0], sets[2]])))
     print("config:", vars(args))
     print(f"device {device_name(device)}")
-    train_both(args, out, device) if args.train else show(args, out, device)
+    train_both(args, out, device, sets)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,53 @@
+"""Pictures and plots. They open no window, draw no random numbers, and heed no MPLBACKEND."""
+import os
+from pathlib import Path
+
+from harness.images import to_uint8
+from harness.runs import read_log
+
+
+def new_figure(rows=1, columns=1, size=(6, 3.5), **more):
+    """(figure, axes) as plt.subplots gives them, without pyplot and so without any screen."""
+    backend = os.environ.pop("MPLBACKEND", None)     # with a wrong one matplotlib does not load
+    from matplotlib.figure import Figure
+    os.environ.update({"MPLBACKEND": backend} if backend else {})
+    figure = Figure(figsize=size)
+    return figure, figure.subplots(rows, columns, **more)
+
+
+def save_figure(figure, path):
+    """Write a figure as PNG."""
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def tile(images, columns=8, gap=1):
+    """(B, 3, H, W) in [-1, 1] -> one uint8 array (rows H, columns W, 3), gaps of `gap` pixels."""
+    from torchvision.utils import make_grid as tiled
+    return tiled(to_uint8(images.cpu()), columns, gap, pad_value=255).permute(1, 2, 0).numpy()
+
+
+def save_picture(path, images, columns=8, scale=3, gap=1):
+    """Write images as one PNG, each pixel scale x scale."""
+    from PIL import Image                            # comes with torchvision
+    Image.fromarray(tile(images, columns, gap).repeat(scale, 0).repeat(scale, 1)).save(path)
+
+
+def plot_strips(panels, columns, size, path):
+    """One strip per panel (title, images (B, 3, H, W)): the first `columns` images of each."""
+    figure, axes = new_figure(len(panels), 1, size, squeeze=False)
+    for axis, (title, images) in zip(axes[:, 0], panels):
+        axis.imshow(tile(images[:columns], columns), interpolation="nearest")
+        axis.set_title(title, fontsize=9, loc="left", pad=2)
+        axis.axis("off")
+    save_figure(figure, path)
+
+
+def plot_loss(folder, unit, label):
+    """loss.png from log.jsonl: the loss against thousands of `unit` ('images', 'pairs')."""
+    rows = [r for r in read_log(folder) if r.get("loss") is not None and unit in r]
+    figure, axis = new_figure()
+    axis.plot([r[unit] / 1e3 for r in rows], [r["loss"] for r in rows], linewidth=1)
+    axis.set(xlabel=f"thousand training {unit}", ylabel=label, yscale="log")
+    axis.grid(alpha=0.3)
+    save_figure(figure, Path(folder, "loss.png"))

@@ -1,0 +1,176 @@
+"""Command line, folders of runs, their log, errors and devices: nothing of the paper."""
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent        # of the repository
+CLAIMED = []                                         # folders that this process writes to
+
+
+class BadInput(Exception):
+    """Something the user gave is unusable; the message is the one sentence that is printed."""
+
+
+def number(kind, low, high=math.inf):
+    """argparse type: an int or float within low..high, both included; never NaN or infinite."""
+    def parse(text):
+        if not (low <= kind(text) <= high and abs(kind(text)) < math.inf):
+            raise argparse.ArgumentTypeError(f"must be between {low} and {high}, not {text}")
+        return kind(text)
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+def parser_for(doc, example):
+    """The argument parser every script starts from: defaults are shown, one example at the end."""
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            return super()._get_help_string(action) if action.default else action.help
+    return argparse.ArgumentParser(description=(doc or "").split("\n")[0],       # -OO has no doc
+                                   epilog=f"example: {example}", formatter_class=Help)
+
+
+def run_flags(p, trains=True):
+    """Add the flags every script has; --resume and --smoke where it trains."""
+    add = p.add_argument_group("the run").add_argument
+    add("--out", help="folder of the result, new or empty (default: the next free one in runs/)")
+    add("--seed", type=number(int, 0, 10 ** 9), default=0, help="of weights and noise")
+    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    if trains:
+        add("--resume", action="store_true", help="go on with the run in --out")
+        add("--smoke", action="store_true", help="tiny, seconds; its numbers mean nothing")
+
+
+def settings(args):
+    """The flags that decide the result, as plain values; not those that say where and how often."""
+    aside = ("out", "resume", "device", "log_every", "save_every")
+    return {name: value for name, value in vars(args).items() if name not in aside}
+
+
+def claim_run(args, default, data=None):
+    """The folder of a run, claimed for this process: --out, or the next free runs/default-N. Call
+    it when all inputs are read: a refused command leaves nothing. data: fingerprint of the training
+    images. BadInput where --out is taken, or has no run that --resume can go on with."""
+    now = json.loads(json.dumps({"settings": settings(args), "data": data}, default=str))
+    if getattr(args, "resume", False):
+        return resume_run(args.out, now)
+    for folder in [Path(args.out)] if args.out else (
+            Path("runs", default + f"-{n}" * (n > 1)) for n in range(1, 10000)):
+        with contextlib.suppress(FileExistsError):             # taken, perhaps a moment ago
+            folder.mkdir(parents=True, exist_ok=bool(args.out))
+            if all(file.match(".*.tmp") for file in folder.iterdir()):
+                with open(folder / "config.json", "x", encoding="utf-8") as file:
+                    json.dump(now, file)                       # "x": one process alone can create
+                CLAIMED.append(folder)
+                return folder
+    raise BadInput(f"{folder} is not empty, or no folder; give another --out, or go on by --resume")
+
+
+def resume_run(out, now):
+    """The folder `out` of a run to go on with; BadInput unless its config.json says `now`."""
+    folder, config = Path(out or ""), Path(out or "", "config.json")
+    if not out or not config.is_file():
+        raise BadInput(f"--resume needs --out DIR of a run; there is no run to resume in {out}")
+    try:
+        old, new = ({**{f"--{k.replace('_', '-')}": v for k, v in c["settings"].items()},
+                     "training images": c["data"]} for c in (json.loads(config.read_bytes()), now))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        if any(folder.glob("state*.pt")):
+            raise BadInput(f"{config} cannot be read; start a new run") from None
+        config.write_text(json.dumps(now), encoding="utf-8")   # a kill as it was written tore it
+        return resume_run(out, now)
+    for k in {**old, **new}:
+        if old.get(k) != new.get(k):
+            raise BadInput(f"{folder} had {k} {old.get(k)}, not {new.get(k)}; resume with the same")
+    CLAIMED.append(folder)
+    return folder
+
+
+def log_line(folder, /, **row):
+    """Append one JSON object to folder/log.jsonl, which plots are drawn from; NaN becomes null."""
+    row = json.loads(json.dumps(row), parse_constant=lambda name: None)
+    with open(Path(folder, "log.jsonl"), "a+b") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+        mend = b"" if file.read() in (b"\n", b"") else b"\n"   # a kill tore the last line
+        file.write(mend + json.dumps(row).encode() + b"\n")
+
+
+def read_log(folder):
+    """The rows that log_line wrote, without torn lines; [] where there is no log."""
+    path, rows = Path(folder, "log.jsonl"), []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def run_main(main, memory="--batch-size"):
+    """Run a script's main: bad input ends in one sentence and exit code 2, never in a traceback;
+    Ctrl-C in the command that goes on, and 130. memory: the flags to lower where it runs out."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")               # an ascii terminal has no ± or é
+    try:
+        return main()
+    except (BadInput, OSError) as error:                       # OSError: full disk, no rights, ...
+        sentence, code = error, 2
+    except KeyboardInterrupt:
+        sentence, code = "interrupted before a checkpoint; start it again, with a new --out", 130
+        if CLAIMED and any(CLAIMED[-1].glob("state*.pt")):
+            words = [word for last, word in zip(sys.argv, sys.argv[1:]) if word != "--resume"
+                     and "--out" not in (last, word) and not word.startswith("--out=")]
+            words = ["python", sys.argv[0], *words, "--out", str(CLAIMED[-1]), "--resume"]
+            sentence = f"interrupted; to go on: {shlex.join(words)}"
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("out of memory|enough memory|t allocate|alloc_failed|MemoryError",
+                         repr(error), re.IGNORECASE):
+            raise
+        sentence, code = f"memory ran out; lower {memory}, or use another --device", 2
+    print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+def pick_device(name="auto"):
+    """'auto' takes cuda, then mps, then cpu; any other name must be usable here, else BadInput."""
+    if name == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
+    try:
+        wait_for(torch.device(name))
+    except (RuntimeError, AssertionError):
+        raise BadInput(f"device '{name}' cannot be used here; try --device cpu") from None
+    torch.backends.cudnn.allow_tf32 = False                    # where we say fp32 we mean it
+    return torch.device(name)
+
+
+def wait_for(device):
+    """Let the GPU finish, so that a clock read now is right: reading a number waits for all."""
+    torch.zeros(1, device=device).item()
+
+
+def autocast(device, enabled=True):
+    """bf16 where the hardware computes in it: GPUs from Ampere on, CPUs with AVX512-BF16."""
+    if device.type == "cuda":
+        enabled &= torch.cuda.get_device_capability(device) >= (8, 0)
+    else:                                                      # what has AMX has AVX512-BF16
+        enabled &= getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
+
+
+def chunk_size(device):
+    """Images per forward pass where nothing is learned: fills the device, not its memory."""
+    return 64 if device.type == "cpu" else 512
+
+
+def device_name(device):
+    """A short honest name of the hardware: the GPU's, or the number of CPU threads."""
+    return (torch.cuda.get_device_name(device) if device.type == "cuda" else
+            f"{device.type}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
