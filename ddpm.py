@@ -19,7 +19,7 @@ from torch import nn
 
 # For the demonstration and main alone:
 from harness.figures import new_figure, save_figure
-from harness.runs import claim_run, log_line, parser_for, run_flags, run_main
+from harness.runs import claim_run, log_line, parser_for, pick_device, run_flags, run_main
 
 # ==============================================================================================
 # CONVENTIONS, used in every file
@@ -36,11 +36,9 @@ T = 1000                                  # number of noise levels, Ho et al. se
 BETA_FIRST, BETA_LAST = 1e-4, 0.02        # linear schedule, Ho et al. section 4
 GRIDS = ("uniform", "quadratic", "logsnr")      # hand grids, see make_grid
 SOLVERS = ("DDIM", "DPM++")               # hand solvers, see hand_solver
-DEMO_POINTS = 1000                        # points in the plane of the closed-form demonstration
+POINTS = 1000                             # in the plane, of the closed-form demonstration
 
-# ==============================================================================================
-# NOISE SCHEDULE AND FORWARD PROCESS
-# ==============================================================================================
+# ==== NOISE SCHEDULE AND FORWARD PROCESS ======================================================
 
 
 def linear_alpha_bar(device="cpu"):
@@ -138,9 +136,7 @@ def dpm_lean(t, t_next, t_last, alpha_bar) -> torch.Tensor:
     return torch.where((t_last > t) & (t_next > 0), (then - now) / (2 * (now - last)), 0.0)
 
 
-# ==============================================================================================
-# HAND SOLVERS: K evaluations are K + 1 times and K leans
-# ==============================================================================================
+# ==== HAND SOLVERS: K evaluations are K + 1 times and K leans =================================
 
 class Solver(NamedTuple):
     """How an image is made in K evaluations, the same way for every noise."""
@@ -226,9 +222,7 @@ def sample(net, x_T, solver, alpha_bar, eta=0.0, seeds=None, keep=None):
     return x if keep is None else [kept[k] for k in keep]
 
 
-# ==============================================================================================
-# U-NET, Ho et al. 2020, appendix B
-# ==============================================================================================
+# ==== U-NET, Ho et al. 2020, appendix B =======================================================
 
 PAPER_UNET = dict(width=128, mults=[1, 2, 2, 2], blocks=2, attention=[16], dropout=0.1)     # 35.7 M
 SMALL_UNET = dict(width=32, mults=[1, 2, 4], blocks=1, attention=[8], dropout=0.0)          # 2.7 M
@@ -370,9 +364,7 @@ def parameter_count(net):
     return sum(p.numel() for p in net.parameters())
 
 
-# ==============================================================================================
-# KNOWN ANSWERS: data whose optimal prediction can be written down
-# ==============================================================================================
+# ==== KNOWN ANSWERS: data whose optimal prediction can be written down ========================
 
 class MixtureNet:
     """A perfect network for data from an equal mixture of N(mean_i, std^2 I); one mean: Gaussian.
@@ -412,14 +404,14 @@ def energy_distance(a, b):
     return (2 * torch.cdist(a, b).mean() - within(a) - within(b)).item()
 
 
-def demo(out, seed):
+def demo(out, seed, device):
     """Run the solvers on a Gaussian and a mixture in the plane; print errors, draw ddpm.png."""
-    alpha_bar, generator, n = linear_alpha_bar(), torch.Generator().manual_seed(seed), DEMO_POINTS
-    x_T, circle = torch.randn(n, 2, generator=generator), torch.arange(6) * math.pi / 3
-    gaussian = MixtureNet(torch.tensor([[0.5, -0.3]]), 0.2, alpha_bar)
+    alpha_bar, generator, n = linear_alpha_bar(device), torch.Generator().manual_seed(seed), POINTS
+    x_T, noise, more = torch.randn(3, n, 2, generator=generator).to(device)
+    circle = torch.arange(6, device=device) * math.pi / 3
+    gaussian = MixtureNet(torch.tensor([[0.5, -0.3]], device=device), 0.2, alpha_bar)
     six = MixtureNet(0.7 * torch.stack([circle.cos(), circle.sin()], 1), 0.07, alpha_bar)
-    noise = torch.randn(2, n, 2, generator=generator)
-    exact = six.means[torch.randint(6, (n,), generator=generator)] + six.std * noise[0]
+    exact = six.means.repeat(n // 6 + 1, 1)[:n] + six.std * noise
     exact_end, ends, rows = gaussian_flow(x_T, gaussian.means, gaussian.std, alpha_bar), {}, []
 
     print("       --- one Gaussian: rms to the exact end, eta 0; std ---   - mixture: energy -\n"
@@ -432,32 +424,27 @@ def demo(out, seed):
         for eta in (0.0, 1.0):
             ends[steps, eta] = sample(six, x_T, uniform, alpha_bar, eta, range(n))
         energy = [energy_distance(ends[steps, eta], exact) for eta in (0.0, 1.0)]
-        rows.append((steps, *rms, *energy))
-        print(f"{steps:5d} {rms[0]:13.5f} {rms[1]:12.5f} {rms[2]:13.5f} {std:13.5f} "
-              f"{energy[0]:10.5f} {energy[1]:10.5f}")
+        rows.append((*rms, *energy))
+        print("{:5d} {:13.5f} {:12.5f} {:13.5f} {:13.5f} {:10.5f} {:10.5f}".format(
+            steps, *rms, std, *energy))
         log_line(out, nfe=steps, rms=rms, std=std, mixture=energy)
 
     figure, axes = new_figure(2, 5, (14, 5.8))
-    panels = [(f"forward, t = {t}", q_sample(exact, torch.full((n,), t), noise[1], alpha_bar), t)
+    panels = [(f"forward, t = {t}", q_sample(exact, torch.full((n,), t), more, alpha_bar))
               for t in (0, 50, 200, 500, 1000)]
-    panels += [(f"reverse, {steps} steps, eta {eta:.0f}", ends[steps, eta], 0)
+    panels += [(f"reverse, {steps} steps, eta {eta:.0f}", ends[steps, eta])
                for steps, eta in ((5, 0.0), (20, 0.0), (1000, 0.0), (20, 1.0))]
-    for axis, (title, points, t) in zip(axes.flat, panels):
-        limit = 1.2 if t <= 50 else 2.5
-        axis.scatter(*points.T, s=1, color="tab:blue" if "forward" in title else "tab:orange")
-        axis.set(title=title, xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-    for column, name in enumerate(("Gaussian, DDIM uniform", "DDIM logsnr", "DPM++ logsnr",
-                                   "mixture, eta 0", "mixture, eta 1"), start=1):
-        axes[1, 4].loglog([r[0] for r in rows], [max(r[column], 1e-6) for r in rows], "o-",
-                          markersize=3, label=name)
+    for axis, (title, points) in zip(axes.flat, panels):
+        axis.scatter(*points.T.cpu(), s=1, color="C0" if "forward" in title else "C1")
+        axis.set(title=title, xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), aspect="equal")
+    axes[1, 4].loglog((1, 2, 5, 10, 20, 50, 100, 1000), rows, "o-", markersize=3)
+    axes[1, 4].legend(("Gaussian, DDIM uniform", "DDIM logsnr", "DPM++ logsnr", "mixture, eta 0",
+                       "mixture, eta 1"), fontsize=7)
     axes[1, 4].set(title="error, known answer", xlabel="network evaluations")
-    axes[1, 4].legend(fontsize=7)
     save_figure(figure, out / "ddpm.png")
 
 
-# ==============================================================================================
-# COMMAND LINE
-# ==============================================================================================
+# ==== COMMAND LINE ============================================================================
 
 def parse_args(argv=None):
     """Command line of ddpm.py."""
@@ -468,9 +455,9 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    out = claim_run(args, "ddpm")
+    device, out = pick_device(args.device), claim_run(args, "ddpm")
     print("config:", vars(args))
-    demo(out, args.seed)
+    demo(out, args.seed, device)
     print(f"wrote {out}/ddpm.png, log.jsonl")
 
 

@@ -6,13 +6,14 @@ alone, so that a student that merely pleases its coach (reward hacking) is found
 compare a student's image with the teacher's from the same start noise.
 
     python reward.py             # bundled encoders: what each reward says of graded distortions
-    python reward.py --train     # trains both encoders, 10 minutes on two CPU cores
+    python reward.py --train     # trains both encoders, a minute an epoch on two cores
     python reward.py --smoke     # tiny training, seconds, numbers mean nothing
 
-Reads --coach, --judge, --teacher, or --data with --train; writes rewards.png, or coach.pt and
-judge.pt, and log.jsonl to --out. Next file: rl_distill.py.
+Reads --encoders, --teacher, or --data with --train; writes rewards.png, or coach.pt and judge.pt,
+and log.jsonl to --out. Next file: rl_distill.py.
 """
 import time
+from argparse import ArgumentTypeError
 from typing import Callable, NamedTuple
 
 import torch
@@ -23,8 +24,8 @@ from tqdm import tqdm
 # From earlier files:
 from ddpm import linear_alpha_bar, parameter_count, seeded_noise
 from teacher import LOG_EVERY, load_teacher, targets
-from harness.checkpoints import (half_weights, load_checkpoint, load_state, load_weights, provenance,
-                                 rebuilding, save_checkpoint, save_state)
+from harness.checkpoints import (half_weights, load_checkpoint, load_state, load_weights,
+                                 provenance, rebuilding, save_checkpoint, save_state)
 from harness.figures import new_figure, save_figure
 from harness.images import fingerprint, load_images, to_unit
 from harness.runs import (BadInput, autocast, claim_run, device_name, log_line, number, parser_for,
@@ -202,25 +203,18 @@ def parse_reward(spec):
     weights = {}
     for part in spec.split("+"):
         name, _, weight = part.strip().partition(":")
-        if name not in TERMS:
-            raise BadInput(f"unknown reward '{name}'; choose from {', '.join(TERMS)}, "
-                           "joined by + (feature:2+mse)")
-        if name in weights:
-            raise BadInput(f"reward '{name}' is named twice; give it one weight")
+        if name not in TERMS or name in weights:
+            raise BadInput(f"reward '{name}' is unknown or named twice; choose from "
+                           f"{', '.join(TERMS)}, joined by + (feature:2+mse)")
         try:
-            weights[name] = float(weight or 1)
-        except ValueError:
-            raise BadInput(f"the weight of reward '{name}' must be a number, "
-                           f"not '{weight}'") from None
-        if not 0 < weights[name] < float("inf"):
-            raise BadInput(f"the weight of reward '{name}' must be positive and finite, "
-                           f"not {weight}")
+            weights[name] = number(float, 1e-6, 1e6)(weight or "1")
+        except (ValueError, ArgumentTypeError):
+            raise BadInput(f"the weight of reward '{name}' must be a number from 1e-6 to 1e6, not "
+                           f"'{weight}'") from None
     return weights
 
 
-# ==============================================================================================
-# METRICS, in the judge's features
-# ==============================================================================================
+# ==== METRICS, in the judge's features ========================================================
 
 def moments(features):
     """Mean (C,) and covariance (C, C) in fp64 on the CPU of features (N, C), N >= 2."""
@@ -271,9 +265,7 @@ def precision_recall(real, fake, k=NEIGHBOURS):
                 coverage=(distance.min(1).values <= radius_real).float().mean().item())
 
 
-# ==============================================================================================
-# GRADED DISTORTIONS: for the scales of the terms, and for the figure
-# ==============================================================================================
+# ==== GRADED DISTORTIONS: for the scales of the terms, and for the figure =====================
 
 def distort(images, kind, level, generator):
     """images (B, 3, H, W) -> distorted copy; level in 0..1 (0 changes nothing).
@@ -312,25 +304,28 @@ def term_scales(coach, images):
 
 
 @torch.no_grad()
-def plot_rewards(images, coach, scales, path):
-    """Figure of each term's standardised reward against the level of each distortion.
+def show_rewards(images, coach, scales, path):
+    """Print and draw each term's mean standardised reward of distorted images (B, 3, H, W).
 
-    Returns {'distortion term': [mean reward at levels 0, 1/8, .. 1]}.
+    Returns {'distortion term': [reward at levels 0, 1/4, 1/2, 3/4, 1]}.
     """
-    levels, target, table = [i / 8 for i in range(9)], look(coach, images), {}
+    levels, target, table = (0.0, 0.25, 0.5, 0.75, 1.0), look(coach, images), {}
     figure, axes = new_figure(2, len(DISTORTIONS), (12, 4.6), height_ratios=[1, 2.4])
+    print(f"standardised reward, {len(images)} images (0: like the teacher), of levels "
+          + ", ".join(map(str, levels)))
     for column, kind in enumerate(DISTORTIONS):
         generator = torch.Generator().manual_seed(0)
         seen = [look(coach, distort(images, kind, level, generator)) for level in levels]
-        strip = torch.cat([to_unit(view.images[0]) for view in seen[::2]], dim=2)
+        strip = torch.cat([to_unit(view.images[0]) for view in seen], dim=2)
         axes[0, column].imshow(strip.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         axes[0, column].set_title(kind)
         axes[0, column].axis("off")
         for name, term in TERMS.items():
             curve = [((term.function(view, target).mean() - term.best) / scales[name]).item()
                      for view in seen]
-            axes[1, column].plot(levels, curve, label=name, marker="o", markersize=3)
+            axes[1, column].plot(levels, curve, "o-", label=name, markersize=3)
             table[f"{kind} {name}"] = curve
+            print(f"{kind:>6s} {name:>11s} " + " ".join(f"{value:8.3f}" for value in curve))
         axes[1, column].set_xlabel("level of the distortion")
         axes[1, column].grid(alpha=0.3)
     axes[1, 0].set_ylabel("standardised reward")
@@ -339,9 +334,7 @@ def plot_rewards(images, coach, scales, path):
     return table
 
 
-# ==============================================================================================
-# TRAINING THE ENCODERS
-# ==============================================================================================
+# ==== TRAINING THE ENCODERS ===================================================================
 
 def random_crop(x, generator, padding=4):
     """Shift each image up to `padding` pixels each way, mirrored at the border: (B, 3, H, W)."""
@@ -433,25 +426,7 @@ def train_both(args, out, device, sets):
     print(f"wrote {out}/coach.pt, judge.pt, log.jsonl")
 
 
-def show(coach, scales, teacher, n, out, device):
-    """Figure and table of the rewards on graded distortions of the teacher's own samples."""
-    side = teacher.config["image_size"]
-    z = seeded_noise(range(n), (3, side, side), device=device)
-    images = targets(teacher, z, linear_alpha_bar(device))
-    table = plot_rewards(images, coach, scales, out / "rewards.png")
-    print(f"\nstandardised reward of {n} teacher samples, distorted   (0: like the teacher)")
-    print(f"{'distortion':>10s} {'level':>6s} " + " ".join(f"{name:>11s}" for name in TERMS))
-    for kind in DISTORTIONS:
-        for i in (2, 4, 8):
-            print(f"{kind:>10s} {i / 8:6.2f} "
-                  + " ".join(f"{table[f'{kind} {name}'][i]:11.3f}" for name in TERMS))
-    log_line(out, **table)
-    print(f"wrote {out}/rewards.png, log.jsonl")
-
-
-# ==============================================================================================
-# COMMAND LINE
-# ==============================================================================================
+# ==== COMMAND LINE ============================================================================
 
 def parse_args(argv=None):
     """Command line of reward.py."""
@@ -479,14 +454,17 @@ def main(argv=None):
     if not args.train:
         coach, content = load_encoder(f"{args.encoders}/coach.pt", "coach", device)
         teacher, _ = load_teacher(args.teacher, device)
-        out = claim_run(args, "reward")
+        out, side = claim_run(args, "reward"), teacher.config["image_size"]
         print("config:", vars(args))
-        return show(coach, content["scales"], teacher, 32, out, device)
+        z = seeded_noise(range(32), (3, side, side), device=device)
+        images = targets(teacher, z, linear_alpha_bar(device))
+        log_line(out, **show_rewards(images, coach, content["scales"], out / "rewards.png"))
+        return print(f"wrote {out}/rewards.png, log.jsonl")
     most = 600 if args.smoke else None
     sets = [x[:most] for x in (*load_images(args.data), *load_images(args.data, train=False))]
     if len(sets[0]) <= NEIGHBOURS or len(sets[2]) == 0:
-        raise BadInput(f"--data {args.data} has {len(sets[0])} training images; the judge's metrics "
-                       f"need more than {NEIGHBOURS}")
+        raise BadInput(f"--data {args.data} has {len(sets[0])} training and {len(sets[2])} test "
+                       f"images; the judge's metrics need more than {NEIGHBOURS} and at least 1")
     out = claim_run(args, "reward", fingerprint(torch.cat([sets[0], sets[2]])))
     print("config:", vars(args))
     print(f"device {device_name(device)}")

@@ -11,7 +11,7 @@ Few-step sampling as a Markov decision process (ReDiF, arXiv 2512.22802), writte
     python rl_distill.py --smoke                    # seconds, numbers mean nothing
 
 Reads --teacher, --student, --encoders; writes to --out: policy.pt, state.pt (for --resume),
-alignment.png, grid.png, curves.png, result.json, log.jsonl. Next file: sample.py.
+alignment.png, grid.png, result.json, log.jsonl. Next file: sample.py.
 """
 import copy
 import json
@@ -28,9 +28,9 @@ from ddpm import (GRIDS, SOLVERS, T, UNet, dpm_lean, estimate, hand_solver, jump
 from teacher import TARGET, load_teacher, targets
 from student import HELD_OUT, JumpUNet, load_student
 from reward import TERMS, Reward, judged, load_encoder
-from harness.checkpoints import (half_weights, load_checkpoint, load_state, load_weights, provenance,
-                                 rebuilding, save_checkpoint, save_state, write_whole)
-from harness.figures import new_figure, plot_strips, save_figure
+from harness.checkpoints import (half_weights, load_checkpoint, load_state, load_weights,
+                                 provenance, rebuilding, save_checkpoint, save_state, write_whole)
+from harness.figures import plot_panels, plot_strips
 from harness.runs import (BadInput, chunk_size, claim_run, device_name, log_line, number,
                           parser_for, pick_device, read_log, run_flags, run_main, settings)
 
@@ -43,9 +43,7 @@ MINIBATCH = 128             # states in a backward pass of the U-Net; for memory
 MONITOR = 16                # noises of the reward printed each update; not those of the final table
 SAVE_EVERY = 20             # updates
 
-# ==============================================================================================
-# POLICY
-# ==============================================================================================
+# ==== POLICY ==================================================================================
 
 
 class JumpPolicy(nn.Module):
@@ -112,9 +110,7 @@ def gaussian_kl(mean, mean_ref, sigma) -> torch.Tensor:
     # --
 
 
-# ==============================================================================================
-# ROLLOUT
-# ==============================================================================================
+# ==== ROLLOUT =================================================================================
 
 class Jump(NamedTuple):
     """One jump of B rollouts: what was seen, what was done, how likely that was at the time.
@@ -184,9 +180,7 @@ def rollout(nets, policy, z, alpha_bar, channel=None, group=1, std=0.0, eta=0.0,
     return x.clamp(-1, 1), jumps
 
 
-# ==============================================================================================
-# ADVANTAGES
-# ==============================================================================================
+# ==== ADVANTAGES ==============================================================================
 
 def advantages(reward, group) -> torch.Tensor:
     """A = (R - mean of its group) / std of that over the whole batch: (M * group,) -> same.
@@ -203,9 +197,7 @@ def advantages(reward, group) -> torch.Tensor:
     # --
 
 
-# ==============================================================================================
-# UPDATE
-# ==============================================================================================
+# ==== UPDATE ==================================================================================
 
 def clipped_surrogate(logp, logp_old, adv, clip_range) -> tuple[torch.Tensor, torch.Tensor]:
     """-min(ratio A, clip(ratio, 1 - c, 1 + c) A). Eq. 7, Schulman et al. 2017. All (B,).
@@ -223,8 +215,8 @@ def jump_losses(policy, jumps, adv, std):
     """Surrogate of every u: yields (loss, ratio, KL), (B,) each. Costs no network evaluation."""
     for j in jumps:
         acts = acting(j.k, len(jumps), adv.device)
-        loss, ratio = clipped_surrogate(jump_logp(policy(j.k, j.x_t) * acts, j.u, std, acts), j.logp,
-                                        adv, CLIP_JUMP)
+        logp = jump_logp(policy(j.k, j.x_t) * acts, j.u, std, acts)
+        loss, ratio = clipped_surrogate(logp, j.logp, adv, CLIP_JUMP)
         yield loss, ratio, torch.zeros_like(ratio)
 
 
@@ -277,9 +269,7 @@ def policy_update(losses, actions, optimizer, clip_range, epochs):
     return result
 
 
-# ==============================================================================================
-# THE LOOP
-# ==============================================================================================
+# ==== THE LOOP ================================================================================
 
 @torch.no_grad()
 def deployed(nets, policy, z, target, reward, alpha_bar):
@@ -302,15 +292,10 @@ def by_hand(nets, kind, grid_name):
 
 
 def best_by_hand(nets, z, target, reward, alpha_bar):
-    """(name, policy) of the hand solver with the largest reward, on training noise."""
-    scores = {}
-    for kind in SOLVERS:
-        for grid_name in GRIDS:
-            policy = by_hand(nets, kind, grid_name)
-            score = deployed(nets, policy, z, target, reward, alpha_bar)["reward"].mean().item()
-            scores[f"{kind} {grid_name}"] = score, policy
-    name = max(scores, key=lambda n: scores[n][0])
-    return name, scores[name][1]
+    """(name, policy) of the hand solver with the largest mean reward on these noises."""
+    policies = {f"{kind} {grid}": by_hand(nets, kind, grid) for kind in SOLVERS for grid in GRIDS}
+    return max(policies.items(), key=lambda item: deployed(
+        nets, item[1], z, target, reward, alpha_bar)["reward"].mean())
 
 
 def group_size(channel, args):
@@ -415,9 +400,7 @@ def load_policy(path, device="cpu"):
     return nets, policy.requires_grad_(False), content
 
 
-# ==============================================================================================
-# RESULT: before and after on held-out noise
-# ==============================================================================================
+# ==== RESULT: before and after on held-out noise ==============================================
 
 def standard_error(x):
     """Standard error of the mean of (B,) values."""
@@ -450,9 +433,8 @@ def print_result(rows, judge):
     very noises. judge: (encoder, its checkpoint). Returns a dict of plain values."""
     terms, result = list(rows["policy"]["raw"]), dict(rows={})
     n, K = rows["policy"]["leans"].shape
-    print(f"\nheld-out noise, n = {n}, {K} evaluations (target: {len(TARGET.leans)}), no exploration"
-          f"\n{'':24s} {'reward ± error':>17s} " + " ".join(f"{t:>11s}" for t in terms)
-          + "   Fréchet")
+    print(f"\nheld-out noise, n = {n}, {K} evaluations (target: {len(TARGET.leans)})\n{'':24s} "
+          f"{'reward ± error':>17s} " + " ".join(f"{t:>11s}" for t in terms) + "   Fréchet")
     for name, row in rows.items():
         values = dict(reward=row["reward"].mean().item(), error=standard_error(row["reward"]),
                       **{t: row["raw"][t].mean().item() for t in terms},
@@ -483,40 +465,22 @@ def plot_alignment(rows, path):
                 12, (9, 4.6), path)
 
 
-def plot_grid(times, leans, path):
-    """Learned times (K + 1,) and leans (K,) beside those of the hand solvers."""
-    K, grid = len(leans), torch.tensor(times).round().long()
+def plot_grid(result, folder, path):
+    """Reward over training; learned times and leans beside those of the hand solvers."""
+    log, K, grid = read_log(folder), result["steps"], torch.tensor(result["times"]).round().long()
     own = dpm_lean(grid[:-1], grid[1:], torch.cat([grid[:1], grid[:-2]]), linear_alpha_bar())
-    figure, axes = new_figure(1, 2, (10, 3.6))
-    for name, style in zip(GRIDS, ("--", ":", "-.")):
-        axes[0].plot(make_grid(name, K), style, color="grey", label=f"{name} grid")
-    axes[0].plot(times, "o-", label="learned")
-    axes[0].set(xlabel="network evaluations", ylabel="t", xticks=range(K + 1))
-    axes[1].plot(range(1, K + 1), own, "--", color="grey", label="DPM-Solver++(2M), these times")
-    axes[1].plot(range(1, K + 1), [0] * K, ":", color="grey", label="DDIM")
-    axes[1].plot(range(1, K + 1), leans, "o-", label="learned")
-    axes[1].set(xlabel="jump", ylabel="lean", xticks=range(1, K + 1))
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    save_figure(figure, path)
+    updates, jumps, ends = [row["update"] for row in log], range(1, K + 1), range(K + 1)
+    plot_panels([
+        ("update", "reward", [("exploring", updates, [row["reward"] for row in log], "-"),
+                              ("held out", updates, [row["held_out"] for row in log], "-")]),
+        ("network evaluations", "t", [("learned", ends, result["times"], "o-"), *(
+            (f"{name} grid", ends, make_grid(name, K), style)
+            for name, style in zip(GRIDS, ("--", ":", "-.")))]),
+        ("jump", "lean", [("learned", jumps, result["leans"], "o-"), ("DDIM", jumps, [0] * K, ":"),
+                          ("DPM-Solver++(2M) on these times", jumps, own, "--")])], path)
 
 
-def plot_curves(folder, path):
-    """Reward, times and leans over training, from the log of a run."""
-    log, (figure, axes) = read_log(folder), new_figure(1, 3, (12, 3.4))
-    for axis, label, pick in zip(
-            axes, ("reward: exploring, and held out", "t after each jump", "lean of each jump"),
-            (lambda r: (r["reward"], r["held_out"]), lambda r: r["grid"][1:], lambda r: r["leans"])):
-        axis.plot([r["update"] for r in log], [pick(r) for r in log])
-        axis.set(xlabel="update", title=label)
-        axis.grid(alpha=0.3)
-    save_figure(figure, path)
-
-
-# ==============================================================================================
-# COMMAND LINE
-# ==============================================================================================
+# ==== COMMAND LINE ============================================================================
 
 def parse_args(argv=None):
     """Command line of rl_distill.py."""
@@ -536,7 +500,7 @@ def parse_args(argv=None):
     a("--reward", default="feature+perceptual", help=f"sum of {', '.join(TERMS)}; term:weight")
     a = p.add_argument_group("how").add_argument
     a("--updates", type=count, default=40, help="policy updates, 20..500")
-    a("--noises", type=number(int, 4), default=256, help="training noises, each with one target")
+    a("--noises", type=number(int, 4), default=128, help="training noises, each with one target")
     a("--group", type=number(int, 2), default=8, help="G, rollouts of each noise, even, 4..16")
     a("--epochs", type=count, default=4, help="PPO's passes over a batch, 1..8; 1 is REINFORCE")
     a("--lr-jump", type=rate, default=0.03, help="first rate of u, falls to 0; 0.01..0.05")
@@ -593,9 +557,9 @@ def main(argv=None):
     print(f"device {device_name(device)}, fp32 | {parameter_count(nets[-1]) / 1e6:.2f} M parameters"
           f" | {args.updates} updates of {NOISES_PER_UPDATE} noises, {args.steps} evaluations "
           "per image")
-    train_set, held_set, monitor_set = (noise_and_targets(teacher, first, n, device) for first, n in (
-        (0, args.noises), (HELD_OUT, args.held_out), (HELD_OUT + 10 ** 6, MONITOR)))
-    torch.manual_seed(args.seed)
+    train_set = noise_and_targets(teacher, 0, args.noises, device)
+    held_set = noise_and_targets(teacher, HELD_OUT, args.held_out, device)
+    monitor_set = noise_and_targets(teacher, HELD_OUT + 10 ** 6, MONITOR, device)
     hand, policy = best_by_hand(nets, *(x[:64] for x in train_set), reward, alpha_bar)
     print(f"the policy starts at the best hand solver on training noise, {hand}")
     nets_before = copy.deepcopy(nets)
@@ -609,11 +573,9 @@ def main(argv=None):
     result.update(settings=settings(args), minutes=(time.time() - began) / 60)
     write_whole(out / "result.json", json.dumps(result, indent=1).encode())
     plot_alignment(rows, out / "alignment.png")
-    plot_grid(result["times"], result["leans"], out / "grid.png")
-    plot_curves(out, out / "curves.png")
+    plot_grid(result, out, out / "grid.png")
     print(f"learned in {seconds / 60:.1f} min, {result['minutes']:.1f} min in all\n"
-          f"wrote {out}/policy.pt, state.pt, alignment.png, grid.png, curves.png, result.json, "
-          "log.jsonl")
+          f"wrote {out}/policy.pt, state.pt, alignment.png, grid.png, result.json, log.jsonl")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Pictures and numbers from any of the checkpoints.
 
-    python sample.py                                        # what the policy learned: a picture grid
+    python sample.py                                        # what the policy learned: a picture
     python sample.py --model checkpoints/teacher.pt --steps 20 --solver DPM++ --n 16
     python sample.py --npz images.npz --n 10000             # uint8 (N, 32, 32, 3), for FID tools
     python sample.py --evaluate --model checkpoints/teacher.pt checkpoints/policy.pt --steps 4 10
@@ -25,7 +25,7 @@ from student import HELD_OUT, JumpUNet, load_student
 from reward import Reward, judged, load_encoder
 from rl_distill import load_policy, noise_and_targets, rollout, standard_error
 from harness.checkpoints import load_checkpoint, save_npz
-from harness.figures import new_figure, save_figure, save_picture
+from harness.figures import plot_panels, save_picture
 from harness.images import to_uint8
 from harness.runs import (BadInput, chunk_size, claim_run, device_name, log_line, number,
                           parser_for, pick_device, run_flags, run_main, wait_for)
@@ -65,9 +65,7 @@ def draw_path(nets, policy, solver, z, alpha_bar, eta, seeds, most=11):
     return torch.stack(sample(nets, z, solver, alpha_bar, eta, seeds, keep), 1)
 
 
-# ==============================================================================================
-# EVALUATION
-# ==============================================================================================
+# ==== EVALUATION ==============================================================================
 
 def contenders(path, steps, device):
     """What --evaluate compares of one checkpoint: yields (name, K, nets, policy, solver)."""
@@ -89,10 +87,10 @@ def evaluate(args, models, reward, judge, teacher, out, device):
     """The table and frontier.png; models: lists of contenders. Returns the rows."""
     alpha_bar, rows = linear_alpha_bar(device), []
     z, target = noise_and_targets(teacher, args.seed, args.n, device)
-    print(f"\n{args.n} noises; reward {args.reward}, 0: the target; the judge's Frechet distance to "
-          "all training images, precision, recall, density, coverage (compare at equal --n)")
-    print(f"{'sampler':40s} {'NFE':>4s} {'reward':>17s} {'Frechet':>8s} {'prec':>6s} {'recall':>6s} "
-          f"{'dens':>6s} {'cover':>6s} {'ms':>7s}")
+    print(f"\n{args.n} noises; reward {args.reward}, 0: the target; by the judge: Frechet distance "
+          "to all training images, precision, recall, density, coverage (compare at equal --n)\n"
+          f"{'sampler':40s} {'NFE':>4s} {'reward':>17s} {'Frechet':>8s} {'prec':>6s} "
+          f"{'recall':>6s} {'dens':>6s} {'cover':>6s} {'ms':>7s}")
     for name, K, nets, policy, solver in (c for model in models for c in model):
         wait_for(device)
         start = time.time()
@@ -112,25 +110,17 @@ def evaluate(args, models, reward, judge, teacher, out, device):
 
 def plot_frontier(rows, path):
     """Fréchet distance and reward against network evaluations, a line per sampler."""
-    figure, axes = new_figure(1, 2, (11, 4))
-    for name in dict.fromkeys(row["name"] for row in rows):
-        mine = [row for row in rows if row["name"] == name]
-        for axis, column in zip(axes, ("frechet", "reward")):
-            axis.plot([r["nfe"] for r in mine], [r[column] for r in mine], "o-", label=name)
-    ticks = sorted({row["nfe"] for row in rows})
-    for axis, label in zip(axes, ("Fréchet distance, judge features", "reward (likeness to the "
-                                  "target)")):
-        axis.set(xlabel="network evaluations", ylabel=label, xscale="log")
-        axis.set_xticks(ticks, [str(k) for k in ticks])
-        axis.set_xticks([], minor=True)
-        axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    save_figure(figure, path)
+    panels = []
+    for label, column in (("Fréchet distance, judge", "frechet"), ("reward", "reward")):
+        lines = {name: [r for r in rows if r["name"] == name] for name in
+                 dict.fromkeys(row["name"] for row in rows)}
+        panels.append(("network evaluations", label, [
+            (name, [r["nfe"] for r in mine], [r[column] for r in mine], "o-")
+            for name, mine in lines.items()]))
+    plot_panels(panels, path, xscale="log")
 
 
-# ==============================================================================================
-# COMMAND LINE
-# ==============================================================================================
+# ==== COMMAND LINE ============================================================================
 
 def parse_args(argv=None):
     """Command line of sample.py."""

@@ -21,11 +21,11 @@ from torch import nn
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (T, UNet, estimate, hand_solver, jump, linear_alpha_bar, parameter_count, sample,
-                  seeded_noise, spread, time_embedding, zeroed)
+from ddpm import (T, UNet, hand_solver, linear_alpha_bar, parameter_count, sample, seeded_noise,
+                  spread, time_embedding, zeroed)
 from teacher import (GRAD_CLIP, LOG_EVERY, TARGET, ema_update, learning_rate, load_teacher, targets)
-from harness.checkpoints import (half_weights, load_checkpoint, load_state, load_weights, provenance,
-                                 rebuilding, save_checkpoint, save_state)
+from harness.checkpoints import (half_weights, load_checkpoint, load_state, load_weights,
+                                 provenance, rebuilding, save_checkpoint, save_state)
 from harness.figures import plot_loss, save_picture
 from harness.runs import (autocast, chunk_size, claim_run, device_name, log_line, number,
                           parser_for, pick_device, run_flags, run_main)
@@ -62,9 +62,7 @@ def secant_velocity(x_t, x_next, t, t_next, alpha_bar) -> torch.Tensor:
     # --
 
 
-# ==============================================================================================
-# NETWORK
-# ==============================================================================================
+# ==== NETWORK =================================================================================
 
 class JumpUNet(UNet):
     """U-Net that is told where it comes from and where to land: (x_t, t, t_next) -> v, a secant's.
@@ -94,9 +92,7 @@ def student_from_teacher(teacher):
     return student
 
 
-# ==============================================================================================
-# CLONING
-# ==============================================================================================
+# ==== CLONING =================================================================================
 
 @torch.no_grad()
 def teacher_paths(teacher, x_T, alpha_bar):
@@ -221,27 +217,13 @@ def load_student(path, device="cpu"):
     return net.eval().requires_grad_(False), content
 
 
-# ==============================================================================================
-# EVALUATION on held-out noise
-# ==============================================================================================
+# ==== EVALUATION on held-out noise ============================================================
 
 @torch.no_grad()
-def landing_errors(net, paths, alpha_bar, jumps=((T, 0), (T, 500), (500, 0), (750, 250))):
-    """Mean squared distance of a jump's landing point from the teacher's state: {jump: float}."""
-    errors, rows = {}, torch.arange(len(paths), device=paths.device)
-    for times in jumps:
-        t, t_next = (torch.full_like(rows, s) for s in times)
-        x_t, x_next = (state_at(paths, rows, s, alpha_bar) for s in (t, t_next))
-        x0_hat = estimate(net, x_t, t, net(x_t, t, t_next), alpha_bar)
-        mean, _ = jump(x_t, x0_hat, t, t_next, alpha_bar)
-        errors[f"{times[0]}->{times[1]}"] = F.mse_loss(mean, x_next).item()
-    return errors
-
-
 def evaluate(net, teacher, n, alpha_bar, device):
     """MSE to the teacher's target on n held-out noises, of student and teacher, by evaluations.
 
-    Returns (rows of the table, landing errors, pictures: the target, then 1, 2, 4, 8 steps).
+    Returns (rows of the table, pictures: the target, then the student's 1, 2, 4, 8 steps).
     """
     side = net.config["image_size"]
     z = seeded_noise(range(HELD_OUT, HELD_OUT + n), (3, side, side), device=device)
@@ -258,13 +240,10 @@ def evaluate(net, teacher, n, alpha_bar, device):
                 if name == "student" and grid == "quadratic":
                     pictures.append(images[:8])
         rows.append(row)
-    paths = teacher_paths(teacher, z[:64], alpha_bar)
-    return rows, landing_errors(net, paths, alpha_bar), torch.cat(pictures)
+    return rows, torch.cat(pictures)
 
 
-# ==============================================================================================
-# COMMAND LINE
-# ==============================================================================================
+# ==== COMMAND LINE ============================================================================
 
 def parse_args(argv=None):
     """Command line of student.py."""
@@ -301,7 +280,7 @@ def main(argv=None):
 
     net, _ = load_student(out / "student.pt", device)          # what is measured is the file
     n = 8 if args.smoke else 256
-    rows, landing, pictures = evaluate(net, teacher, n, linear_alpha_bar(device), device)
+    rows, pictures = evaluate(net, teacher, n, linear_alpha_bar(device), device)
     save_picture(out / "samples.png", pictures)
     print(f"\nMSE to the teacher's {len(TARGET.leans)}-step image, {n} held-out noises")
     names = [name for name in rows[0] if name != "steps"]
@@ -309,8 +288,6 @@ def main(argv=None):
     for row in rows:
         print(f"{row['steps']:5d}  " + "  ".join(f"{row[name]:17.4f}" for name in names))
         log_line(out, evaluation=row)
-    print("landing error of a jump: " + ", ".join(f"{k} {v:.4f}" for k, v in landing.items()))
-    log_line(out, landing=landing)
     print(f"cloned in {seconds / 60:.1f} min from {paths} teacher paths\n"
           f"wrote {out}/student.pt, samples.png, state.pt, loss.png, log.jsonl")
 

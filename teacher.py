@@ -21,8 +21,8 @@ from tqdm import tqdm
 # From earlier files:
 from ddpm import (PAPER_UNET, SMALL_UNET, T, UNet, hand_solver, linear_alpha_bar, parameter_count,
                   sample, seeded_noise, simple_loss)
-from harness.checkpoints import (half_weights, load_checkpoint, load_state, load_weights, provenance,
-                                 rebuilding, save_checkpoint, save_state)
+from harness.checkpoints import (half_weights, load_checkpoint, load_state, load_weights,
+                                 provenance, rebuilding, save_checkpoint, save_state)
 from harness.figures import plot_loss, save_picture
 from harness.images import fingerprint, load_images
 from harness.runs import (autocast, chunk_size, claim_run, device_name, log_line, number,
@@ -34,9 +34,7 @@ GRAD_CLIP = 1.0             # largest norm of the gradient, as in Ho et al.'s co
 TARGET = hand_solver("DDIM", "quadratic", 50)   # of the DDIM grids the one with the best images
 LOG_EVERY, SAVE_EVERY = 50, 500                 # updates
 
-# ==============================================================================================
-# PIECES: batches, times, averaged weights, learning rate
-# ==============================================================================================
+# ==== PIECES: batches, times, averaged weights, learning rate =================================
 
 
 def draw_batch(images, batch_size, generator):
@@ -75,9 +73,7 @@ def targets(teacher, z, alpha_bar):
     return torch.cat([sample(teacher, x, TARGET, alpha_bar) for x in chunks])
 
 
-# ==============================================================================================
-# ALGORITHM 1, Ho et al. 2020
-# ==============================================================================================
+# ==== ALGORITHM 1, Ho et al. 2020 =============================================================
 
 def train(net, ema, images, args, out, device):
     """Train net on images, average it into ema; goes on from out/state.pt. Returns seconds."""
@@ -140,9 +136,7 @@ def save_samples(path, net, device, n=64):
     save_picture(path, sample(net.eval(), x_T, TARGET, linear_alpha_bar(device)))
 
 
-# ==============================================================================================
-# COMMAND LINE
-# ==============================================================================================
+# ==== COMMAND LINE ============================================================================
 
 def parse_args(argv=None):
     """Command line of teacher.py."""

@@ -12,17 +12,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-JOB = ["--init", "teacher", "--learn", "steps", "--steps", "4", "--updates", "12", "--noises", "64",
-       "--held-out", "64"]
+JOB = ["--steps", "4", "--updates", "12", "--noises", "64", "--held-out", "64"]
 # (what stands in rl_distill.py, what the mistake puts there)
 MISTAKES = {
     "none": [],
-    "a": [("[:groups].repeat_interleave(size)", "[:groups].repeat(size)")],
-    "b": [('loss, ratio = step_surrogate(policy, s, a, args)',
-           """with torch.no_grad():
-                    s["logp_step"] = step_logp(policy, s["t"], s["n"], s["features"], s["rho"],
-                                               s["stop"], args.step_cost > 0)
-                loss, ratio = step_surrogate(policy, s, a, args)""")],
+    "a": [("z.repeat_interleave(group, 0)", "z.repeat(group, 1, 1, 1)")],
+    "b": [("clipped_surrogate(logp, j.logp, adv, CLIP_JUMP)",
+           "clipped_surrogate(logp, logp.detach(), adv, CLIP_JUMP)")],
 }
 
 
@@ -46,15 +42,11 @@ def main(argv=None):
         for right, wrong in MISTAKES[args.which]:
             print(f"- {right}\n+ {wrong}")
         return
-    import os
-
-    import ddpm
-    os.chdir(ROOT)                               # where the bundled weights are
+    from harness.runs import run_main
     module = types.ModuleType("rl_distill")
     module.__file__ = str(ROOT / "rl_distill.py")
     exec(compile(source, module.__file__, "exec"), module.__dict__)
-    sys.argv[0] = "bugs.py"
-    ddpm.run_main(lambda: module.main([*JOB, *more]))
+    run_main(lambda: module.main([*JOB, *more]), "--group")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REGION = re.compile(r"^( +)# -- exercise (\d+)\n(.*?)^ +# --\n", re.M | re.S)
-COPIED = ("*.py", "requirements.txt", "README.md", "LICENSE", "checkpoints/*", "figures/*",
-          "study/README.md", "assignments/README.md", "assignments/reading.md",
+COPIED = ("*.py", "harness/*.py", "requirements.txt", "README.md", "LICENSE", "checkpoints/*",
+          "figures/*", "study/README.md", "assignments/README.md", "assignments/reading.md",
           "assignments/grade.py", "assignments/bugs.py")
 
 
@@ -43,7 +43,7 @@ def make(out, only):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder; give a new one")
     for pattern in COPIED:
-        for path in sorted(p for p in ROOT.glob(pattern) if p.name != "test_all.py"):
+        for path in sorted(p for p in ROOT.glob(pattern) if not p.name.startswith("test")):
             target = out / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix != ".py" or path.parent != ROOT:

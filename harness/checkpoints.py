@@ -111,19 +111,19 @@ def half_weights(net):
 
 
 def save_state(path, parts, update, seconds):
-    """All that --resume needs. parts: {name: network, optimizer, schedule, torch.Generator, or a
-    list of tensors (a running statistic)}."""
+    """All that --resume needs. parts: {name: network, optimizer, schedule, torch.Generator, or what
+    else has a state_dict}."""
     log = Path(path).with_name("log.jsonl")
-    saved = {name: p.get_state() if isinstance(p, torch.Generator) else
-             p if isinstance(p, list) else p.state_dict() for name, p in parts.items()}
+    saved = {name: p.get_state() if isinstance(p, torch.Generator) else p.state_dict()
+             for name, p in parts.items()}
     save_checkpoint(path, "state", parts=saved, update=update, seconds=seconds,
                     rng=torch.get_rng_state(), log_bytes=log.stat().st_size if log.exists() else 0,
                     gpu_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
 
 
 def load_state(path, parts):
-    """Put parts (lists: on the network's device), random numbers and log.jsonl back to where
-    save_state found them. Returns (update, seconds), zeros where no checkpoint was saved yet."""
+    """Put parts, random numbers and log.jsonl back to where save_state found them. Returns (update,
+    seconds), zeros where no checkpoint was saved yet."""
     path, log = Path(path), Path(path).with_name("log.jsonl")
     if not path.exists():
         if not any(path.parent.glob("state*.pt")):            # of another network of this run
@@ -131,15 +131,10 @@ def load_state(path, parts):
         print("this run had no checkpoint yet, so it starts from the beginning")
         return 0, 0.0
     state = load_checkpoint(path, "state")
-    device = next((p.device for net in parts.values() if isinstance(net, torch.nn.Module)
-                   for p in net.parameters()), "cpu")
     with rebuilding(path, "state for this run"):
         for name in {**parts, **state["parts"]}:
-            part, saved = parts[name], state["parts"][name]
-            if isinstance(part, list):
-                part[:] = [x.to(device) for x in saved]
-            else:
-                (getattr(part, "set_state", None) or part.load_state_dict)(saved)
+            part = parts[name]
+            (getattr(part, "set_state", None) or part.load_state_dict)(state["parts"][name])
         torch.set_rng_state(state["rng"])
         if len(state["gpu_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["gpu_rng"])

@@ -43,11 +43,24 @@ def plot_strips(panels, columns, size, path):
     save_figure(figure, path)
 
 
+def plot_panels(panels, path, **axes_settings):
+    """Line plots side by side. panels: (x label, y label, lines); a line: (label or None, x, y,
+    style as matplotlib's 'o-'; broken ones are grey)."""
+    figure, axes = new_figure(1, len(panels), (5.5 * len(panels), 3.6), squeeze=False)
+    for axis, (x_label, y_label, lines) in zip(axes[0], panels):
+        for label, x, y, style in lines:
+            axis.plot(x, y, style, label=label, markersize=4,
+                      color="grey" if style in ("--", ":", "-.") else None)
+        axis.set(xlabel=x_label, ylabel=y_label, **axes_settings)
+        axis.grid(alpha=0.3)
+        if any(label for label, *_ in lines):
+            axis.legend(fontsize=8)
+    save_figure(figure, path)
+
+
 def plot_loss(folder, unit, label):
-    """loss.png from log.jsonl: the loss against thousands of `unit` ('images', 'pairs')."""
+    """loss.png from log.jsonl: the loss against thousands of `unit` ('images', 'jumps')."""
     rows = [r for r in read_log(folder) if r.get("loss") is not None and unit in r]
-    figure, axis = new_figure()
-    axis.plot([r[unit] / 1e3 for r in rows], [r["loss"] for r in rows], linewidth=1)
-    axis.set(xlabel=f"thousand training {unit}", ylabel=label, yscale="log")
-    axis.grid(alpha=0.3)
-    save_figure(figure, Path(folder, "loss.png"))
+    line = (None, [r[unit] / 1e3 for r in rows], [r["loss"] for r in rows], "-")
+    plot_panels([(f"thousand training {unit}", label, [line])], Path(folder, "loss.png"),
+                yscale="log")

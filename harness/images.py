@@ -38,6 +38,9 @@ def shapes_images(n=2000, size=32, seed=0):
 def cifar10_images(root="data", train=True):
     """CIFAR-10 by torchvision, its copy in root or a download (170 MB): (uint8 images, labels)."""
     from torchvision.datasets import CIFAR10
+    if not Path(root, CIFAR10.base_folder).is_dir():
+        print(f"downloading CIFAR-10 (170 MB) to {root}/; at the 50 kB/s its host gives of late "
+              "this takes an hour, and --data DIR takes an existing copy as a folder of images")
     try:
         data = CIFAR10(root, train=train, download=True)      # a copy that is there is only checked
     except Exception as error:                                # no network, a broken archive, ...

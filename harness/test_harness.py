@@ -67,9 +67,10 @@ class Case(unittest.TestCase):
 
 class Folders(Case):
     def test_a_run_takes_the_next_free_folder_and_notes_its_settings(self):
-        for expected in ("run", "run-2", "run-3"):
+        Path("runs/run-2").mkdir(parents=True)         # of somebody who is about to claim it
+        for expected in ("run", "run-3", "run-4"):
             self.assertEqual(claim_run(flags(lr=0.5), "run", "3-abc"), Path("runs", expected))
-        config = json.loads(Path("runs/run-3/config.json").read_text())
+        config = json.loads(Path("runs/run-4/config.json").read_text())
         self.assertEqual(config, {"settings": {"seed": 0, "lr": 0.5}, "data": "3-abc"})
 
     def test_no_run_lands_in_the_folder_of_another_and_a_refused_one_leaves_nothing(self):
@@ -406,6 +407,8 @@ class Resume(Case):
         self.assertTrue(torch.equal(again["net"][0].weight, whole["net"][0].weight))
 
     def test_a_log_shorter_than_its_checkpoint_or_gone_is_said_and_never_fatal(self):
+        checkpoints.save_state("state.pt", {}, 2, 1.0)                 # where nothing was logged
+        self.assertEqual(quiet(checkpoints.load_state, "state.pt", {})[0], (2, 1.0))
         self.train(self.parts(), 0, 3)
         checkpoints.save_state("state.pt", {}, 3, 1.0)
         os.truncate("log.jsonl", 70)
@@ -547,7 +550,8 @@ class Images(Case):
         x = torch.linspace(-1, 1, 5 * 3 * 16).reshape(5, 3, 4, 4)
         for n in range(4):
             runs.log_line(".", images=1000 * n, loss=math.nan if n == 1 else 1 / (n + 1))
-        runs.log_line(".", accuracy=0.5)
+        runs.log_line(".", images=4000, accuracy=0.5)              # rows that are no part of it
+        runs.log_line(".", update=1, loss=1.0)
         before, numpys = torch.get_rng_state(), str(np.random.get_state())
         figures.save_picture("a.png", x, columns=3, scale=2)
         figures.plot_strips([("one strip, ± é", x)], 4, (4, 2), "b.png")

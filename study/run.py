@@ -1,416 +1,283 @@
-"""The evidence: what does reinforcement add, and where? Bookkeeping around the seven files.
+"""The evidence: what does the policy gradient add to hand solvers, and what do its competitors?
 
-    python study/run.py --seeds 0 1 2          # all of it; an interrupted study goes on
-    python study/run.py --only hand steps      # some groups of arms
-    python study/run.py --again                # replaces the rows that another machine made
-    python study/run.py --report               # tables and figures again, from what is there
+    python study/run.py --seeds 0 1 2          # all of it; the same command goes on after a kill
+    python study/run.py --only hand jump       # some groups of arms.py
+    python study/run.py --report               # tables again, from the rows that are there
+    python study/run.py --smoke                # tiny, minutes, numbers mean nothing; no tables kept
 
-Every line of study/results.jsonl is one deployed sampler on held-out noise: reward and its terms,
-the judge's metrics, cost of its training, command, commit. Rows that are there are skipped;
-runs/study keeps the checkpoints, which the figures with images need. Tables go to study/README.md,
-figures to figures/. On CPUs the arms run side by side, one thread each; the clock comes last.
+Every line of study/results.jsonl is one deployed sampler on held-out noise, with its command and
+commit. Arms that have their row are skipped; runs/study/<hash of the checkpoints>/ keeps targets,
+hand solvers, and the runs of rl_distill.py, which go on from their last checkpoint. On CPUs the
+arms run side by side, one thread each. Tables go to study/README.md (report.py).
 """
 import argparse
-import ast
 import contextlib
 import functools
 import hashlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import arms                                     # puts the repository on the path
+import report
+# From the repository:
+import rl_distill
+from ddpm import linear_alpha_bar
+from harness.checkpoints import find, load_checkpoint, provenance, save_checkpoint, write_whole
+from harness.runs import ROOT, claim_run, device_name, number, pick_device, run_main
+from rl_distill import (MONITOR, best_by_hand, by_hand, deployed, load_inputs, load_policy,
+                        noise_and_targets, save_policy, standard_error, train)
+from reward import judged
+from student import HELD_OUT
 
-import rl_distill                                                              # noqa: E402
-from ddpm import (GRIDS, STOP, Stopped, linear_alpha_bar, load_checkpoint,     # noqa: E402
-                  load_teacher, lock_file, make_grid, number, pick_device, read_log, run_main,
-                  save_checkpoint, wait_for)
-from student import HELD_OUT, deploy, load_student, student_from_teacher       # noqa: E402
-from teacher import TEACHER_STEPS                                              # noqa: E402
-from reward import TERMS, Reward, load_encoder                                 # noqa: E402
-from rl_distill import deployed, noise_and_targets, standard_error             # noqa: E402
-from sample import judged, search_grid                                         # noqa: E402
-
-RUNS = ROOT / "runs" / "study"
-NFE, LONG = (1, 2, 3, 4, 6, 8), (10, 20)        # evaluations of hand grids; of the teacher also
-LEARNED = {"student": (2, 3, 4, 6, 8), "teacher": (2, 4), "teacher, 2nd": (3, 4, 6, 8)}  # grids
-UPDATES = ("--updates", "20")                   # of most trained arms: the CPU scale
-SEARCH_NOISES = 64                              # noises that each try of the search is scored on
-COSTS = {"student": ("0.01", "0.03", "0.1"), "teacher, 2nd": ("0.3",)}  # prices per evaluation
-
-
-class Arm(NamedTuple):
-    """One sampler. init: 'teacher' (DDIM jumps), 'teacher, 2nd' (second order) or 'student'."""
-    group: str
-    name: str
-    init: str
-    steps: int
-    flags: tuple = ()                           # of rl_distill.py; none: nothing is trained
-
-    @property
-    def trained(self):
-        return self.group not in ("hand", "clock")
-
-
-def arms():
-    """Every arm, in the order in which they run."""
-    teachers, out = ("teacher", "teacher, 2nd"), []
-    for init in (*teachers, "student"):
-        out += [Arm("hand", grid, init, k) for k in NFE + (LONG if init != "student" else ())
-                for grid in GRIDS]
-    out.append(Arm("hand", "uniform", "teacher", TEACHER_STEPS))
-    for init, k in ((init, k) for init, counts in LEARNED.items() for k in counts):
-        out.append(Arm("steps", "RL steps", init, k, ("--learn", "steps")))
-        out.append(Arm("search", "random search", init, k))
-    for init, k in (("student", 1), ("student", 2), ("student", 4), ("teacher, 2nd", 4)):
-        out.append(Arm("pixels", "RL pixels", init, k, ("--learn", "pixels")))
-        slow = ("--lr-pixels", "3e-6") if init != "student" else ()     # the student's own rate
-        if slow:
-            out.append(Arm("pixels", "RL pixels, student's rate", init, k,
-                           ("--learn", "pixels", *slow)))
-        for estimator in ("backprop", "backprop-last")[:k]:             # equal at one evaluation
-            out.append(Arm("backprop", estimator, init, k,
-                           ("--learn", "pixels", "--estimator", estimator, *slow)))
-        if k > 1:
-            out.append(Arm("both", "RL both, in turns", init, k,
-                           ("--learn", "both", "--updates", "40")))
-    for term in TERMS:
-        out.append(Arm("rewards", f"RL pixels, {term}", "student", 2,
-                       ("--learn", "pixels", "--reward", term)))
-    out.append(Arm("rewards", "backprop, feature, fast", "student", 2, (
-        "--learn", "pixels", "--reward", "feature", "--estimator", "backprop",
-        "--lr-pixels", "1e-4", "--updates", "60")))
-    out += [Arm("cost", f"RL steps, cost {c}", init, 8,
-                ("--learn", "steps", "--step-cost", c, "--updates", "40"))
-            for init, costs in COSTS.items() for c in costs]
-    for name, *flags in (("REINFORCE (PPO with 1 epoch)", "--estimator", "reinforce"),
-                         ("REINFORCE, 4 x rate", "--estimator", "reinforce", "--lr-steps", "8e-3"),
-                         ("PPO, batch baseline", "--baseline", "batch"),
-                         ("PPO, group std", "--baseline", "group")):
-        out.append(Arm("ablation", name, "teacher, 2nd", 4, ("--learn", "steps", *flags)))
-    out += [arm._replace(group="clock", name="ms") for arm in out
-            if (arm.group, arm.name) == ("hand", "uniform")]
-    return sorted(out, key=lambda arm: GROUPS.index(arm.group))
-
-
-GROUPS = ("hand", "steps", "pixels", "backprop", "search", "both", "rewards", "cost",
-          "ablation", "clock")
-
-
-class World:
-    """Networks, rewards and noises that all arms share; targets are computed once and kept."""
-
-    def __init__(self, args):
-        self.device = pick_device(args.device)
-        self.alpha_bar = linear_alpha_bar(self.device)
-        self.paths = {n: ROOT / "checkpoints" / f"{n}.pt"
-                      for n in ("teacher", "student", "coach", "judge")}
-        self.teacher, _ = load_teacher(self.paths["teacher"], self.device)
-        self.coach, self.coach_file = load_encoder(self.paths["coach"], "coach", self.device)
-        self.judge, self.judge_file = load_encoder(self.paths["judge"], "judge", self.device)
-        self.every = self.reward("+".join(TERMS))
-        self.weights = hashlib.sha256(b"".join(
-            p.read_bytes() for p in self.paths.values())).hexdigest()[:12]
-        self.folder, self.n = RUNS / (self.weights + "-smoke" * args.smoke), args.held_out
-        self.smoke = args.smoke
-        self.train_set, self.held_set, self.monitor_set = (self.targets(*what) for what in (
-            (0, 256 if not args.smoke else 8), (HELD_OUT, args.held_out),
-            (HELD_OUT + 10 ** 6, 8)))
-
-    def reward(self, words):
-        return Reward(words, self.coach, self.coach_file["scales"])
-
-    def targets(self, first, n):
-        """Noise and the teacher's images of n seeds from `first` on."""
-        name = f"targets-{first}-{n}"
-        return self.kept(name, lambda: noise_and_targets(
-            self.teacher, first, n, self.alpha_bar, self.device, name))
-
-    def kept(self, name, make):
-        """The list of tensors that make() returns, kept in runs/study from the first call on."""
-        path = self.folder / f"{name}.pt"
-        if not path.exists():
-            save_checkpoint(path, "kept", tensors=[x.cpu() for x in make()])
-        return [x.to(self.device) for x in load_checkpoint(path, "kept")["tensors"]]
-
-    def start(self, init):
-        """The student an arm starts from."""
-        if init == "student":
-            return load_student(self.paths["student"], self.device)[0]
-        return student_from_teacher(self.teacher, 2 if "2nd" in init else 1).to(self.device).eval()
-
-    def main_reward(self, raw):
-        """feature+perceptual, the default reward, from raw terms {name: (B,)}: (B,)."""
-        scales = self.coach_file["scales"]
-        return sum((raw[n] - TERMS[n].best) / scales[n] for n in ("feature", "perceptual"))
-
-    def best_hand(self, init, steps):
-        """Main reward of each held-out noise on the hand grid that is best on these noises: (n,).
-
-        Chosen on the noises it is compared on, so the baseline errs on the strong side.
-        """
-        def make():
-            net = self.start(init)
-            results = [deployed(net, None, *self.held_set, self.every, steps, self.alpha_bar,
-                                make_grid(grid, steps))["raw"] for grid in GRIDS]
-            return [max(map(self.main_reward, results), key=torch.mean)]
-        return self.kept(f"hand-{init}-{steps}-{self.n}", make)[0]
-
+RESULTS, README = ROOT / "study" / "results.jsonl", ROOT / "study" / "README.md"
+KEY = "group", "name", "init", "steps", "seed", "n", "weights"      # what makes a row the same row
+HAND_NOISES = 64                                # on which a start is chosen, as rl_distill.main
 
 # ==============================================================================================
-# RUNNING
+# ROWS AND CLAIMS
 # ==============================================================================================
 
-@functools.cache
-def fingerprint(*files):
-    """Hash of the code in these files; comments and docstrings do not count."""
-    trees = [ast.parse(Path(file).read_text(encoding="utf-8")) for file in files]
-    documented = (ast.Module, ast.FunctionDef, ast.ClassDef)
-    for node in (node for tree in trees for node in ast.walk(tree)):
-        if isinstance(node, documented) and ast.get_docstring(node):
-            node.body = node.body[1:]
-    return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()
 
-
-def folder(arm, seed, world):
-    """Where the run of a trained arm lives; another command or other code is another folder."""
-    words = f"{arm.group} {arm.name} {arm.init} {arm.steps} {seed}"
-    code = fingerprint(*(ROOT / f"{n}.py" for n in ("ddpm", "student", "reward", "rl_distill")))
-    code = hashlib.sha256(" ".join((*UPDATES, *arm.flags, code)).encode()).hexdigest()[:6]
-    return world.folder / ("".join(c if c.isalnum() or c == "." else "-" for c in words)
-                           + f"-{code}")
-
-
-def is_trained(arm, seed, world):
-    """Is the checkpoint of this arm on this machine, made by this code?"""
-    return (folder(arm, seed, world) / "student.pt").exists()
-
-
-def arguments(arm, seed, world):
-    """The command of a trained arm, as rl_distill.py reads it. Returns (words, parsed)."""
-    words = [*UPDATES, *arm.flags, "--steps", str(arm.steps), "--seed", str(seed)]
-    if arm.init != "student":
-        words += ["--init", "teacher", "--order", "2" if "2nd" in arm.init else "1"]
-    words += ["--smoke"] * world.smoke
-    return words, rl_distill.parse_args([*words, "--out", str(folder(arm, seed, world))])
-
-
-def reinforce(arm, seed, world, version=""):
-    """Train an arm as rl_distill.main does, or find it trained. Returns (net, policy, args,
-    provenance)."""
-    _, args = arguments(arm, seed, world)
-    out = Path(args.out)
-    if not is_trained(arm, seed, world):
-        args.resume = (out / "state.pt").exists()
-        if not args.resume:
-            (out / "log.jsonl").unlink(missing_ok=True)    # of a run that was stopped early
-        out.mkdir(parents=True, exist_ok=True)
-        _, net, reward = rl_distill.load_inputs(args, world.device)
-        with open(out / "printed.txt", "a", encoding="utf-8") as log, \
-                contextlib.redirect_stdout(log):
-            rl_distill.train_and_save(net, world.train_set, world.monitor_set, reward, args, out,
-                                      world.device, commit=version)
-    net, policy, content = load_student(out / "student.pt", world.device)
-    return net, policy, args, content["provenance"]
-
-
-def training_cost(args):
-    """Network evaluations that training spent; a backward pass counts as two."""
-    trained = args.steps if args.estimator == "backprop" else 1     # calls that have a gradient
-    again = args.steps - 1 if args.estimator == "backprop-last" else 0      # forward to the last
-    update = dict(steps=args.group * args.steps,                    # the draws share their calls
-                  pixels=args.steps + args.inner_epochs * (again + 3 * trained))
-    return args.noises_per_update * sum(update[c] for c in rl_distill.turns(args))
-
-
-def play(arm, seed, world, version=""):
-    """Run one arm. Returns a list of (name, what deployed() returned, cost of its training)."""
-    where = *world.held_set, world.every, arm.steps, world.alpha_bar
-    if arm.group == "hand":
-        return [(arm.name, deployed(world.start(arm.init), None, *where,
-                                    make_grid(arm.name, arm.steps)), {})]
-    if arm.group == "search":                   # as many rollouts as RL steps gets
-        net, began = world.start(arm.init), time.time()
-        args = rl_distill.parse_args(
-            [*UPDATES, "--learn", "steps", "--steps", str(arm.steps), *["--smoke"] * world.smoke])
-        rollouts = rl_distill.rollouts(args, args.updates)
-        some = torch.randperm(len(world.train_set[0]),
-                              generator=torch.Generator().manual_seed(seed))[:SEARCH_NOISES]
-        z, target = (x[some.to(world.device)] for x in world.train_set)
-        grid = search_grid(net, z, target, world.reward(args.reward), arm.steps,
-                           rollouts // len(z), world.alpha_bar, seed)
-        cost = dict(train_nfe=rollouts * arm.steps, minutes=(time.time() - began) / 60)
-        return [(arm.name, deployed(net, None, *where, grid), cost)]
-    net, policy, args, origin = reinforce(arm, seed, world, version)
-    cost = dict(train_nfe=training_cost(args), minutes=origin["minutes"], commit=origin["commit"])
-    result = deployed(net, policy, *where, may_stop=args.step_cost > 0)
-    rows = [(arm.name, result, cost)]
-    if arm.group == "steps":                    # what does reading the state buy?
-        cost["grids"] = [[round(t) for t in row["grid"]] for row in read_log(args.out)]
-        average = result["times"].float().mean(0).round().long().tolist()
-        rows.append(("its average grid", deployed(net, None, *where, average), cost))
+def read_rows(path):
+    """{values of KEY: row} of a .jsonl, the newest of equal ones; a torn line is no row."""
+    rows = {}
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            rows[tuple(row[name] for name in KEY)] = row
     return rows
 
 
-def clock(arm, world, n=64, rounds=5):
-    """Milliseconds per image of a sampler in a batch of n, alone on the machine; median."""
-    net, z, seconds = world.start(arm.init), world.held_set[0][:n], []
-    for _ in range(rounds + 1):                 # the first one warms up
-        wait_for(world.device)
-        start = time.time()
-        deploy(net, z, arm.steps, world.alpha_bar, grid=make_grid("uniform", arm.steps))
-        wait_for(world.device)
-        seconds.append(time.time() - start)
-    return 1000 * statistics.median(seconds[1:]) / len(z)
+def append(path, row):
+    """Add one row at once, on a line of its own even after a torn one."""
+    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    with open(path, "ab") as file:
+        file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
 
 
-def key(row):
-    """What makes a row the same row."""
-    return tuple(row[k] for k in ("group", "name", "init", "steps", "seed", "weights", "n"))
+def alive(pid):
+    """'pid start' of a living process, '' of a dead one: numbers are given again, so that where
+    /proc tells (not on macOS) the time of its start belongs to its name."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        os.kill(int(pid), 0)
+        state, *more = stat.read_text().rpartition(")")[2].split() if stat.exists() else "-"
+    except OSError:
+        return ""
+    return "" if state == "Z" else f"{pid} {more[18] if more else state}"
 
 
-def results_file(smoke):
-    return RUNS / "smoke.jsonl" if smoke else ROOT / "study" / "results.jsonl"
+def claim(path):
+    """True for one process alone, until that one is dead. It wrote its name to the first of path.0,
+    path.1, ... that there was not; all before hold names of the dead."""
+    for n in range(10 ** 6):
+        holder = Path(f"{path}.{n}")
+        with contextlib.suppress(FileExistsError):
+            write_whole(holder, alive(os.getpid()).encode(), new=True)
+            return True
+        if alive(holder.read_text().split()[0]) == holder.read_text():
+            return False
 
 
-def read_results(smoke=False):
-    """Rows of results.jsonl, the newest of equal ones; a line cut off by a crash is left out."""
-    rows, path = {}, results_file(smoke)
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            rows[key(row)] = row
-    return list(rows.values())
+# ==============================================================================================
+# WHAT ALL ARMS SHARE
+# ==============================================================================================
+
+def command(arm, seed):
+    """The flags of rl_distill.py that are this arm's."""
+    return [*arms.INIT[arm.init], *arm.flags, "--steps", str(arm.steps), "--seed", str(seed)]
+
+
+class World:
+    """Networks, reward, judge and noises. Targets and hand solvers are computed once and kept."""
+
+    def __init__(self, args):
+        self.device, self.smoke = pick_device(args.device), ["--smoke"] * args.smoke
+        self.alpha_bar = linear_alpha_bar(self.device)
+        self.args = rl_distill.parse_args(self.smoke)
+        self.teacher, _, self.reward, self.judge = load_inputs(self.args, self.device)
+        self.n = self.args.held_out
+        files = (find(path).read_bytes() for path in (
+            self.args.teacher, self.args.student, f"{self.args.encoders}/coach.pt",
+            f"{self.args.encoders}/judge.pt"))
+        self.weights = hashlib.sha256(b"".join(files)).hexdigest()[:12] + "-smoke" * args.smoke
+        self.folder = ROOT / "runs" / "study" / self.weights
+        self.results = self.folder / "results.jsonl" if args.smoke else RESULTS
+
+    def kept(self, name, make):
+        """The dict that make() returns, from the disk where it was made before."""
+        path = self.folder / f"{name}.pt"
+        if not path.exists():
+            save_checkpoint(path, "kept", **make())
+        return load_checkpoint(path, "kept")
+
+    @functools.cached_property
+    def sets(self):
+        """Training, held-out and monitor noise with targets, as rl_distill.main has them."""
+        def make(first, n):
+            z, target = noise_and_targets(self.teacher, first, n, self.device)
+            return dict(z=z.cpu(), target=target.cpu())
+        found = [self.kept(f"targets {first} {n}", functools.partial(make, first, n))
+                 for first, n in ((0, self.args.noises), (HELD_OUT, self.n),
+                                  (HELD_OUT + 10 ** 6, MONITOR))]
+        return [tuple(kept[k].to(self.device) for k in ("z", "target")) for kept in found]
+
+    def measured(self, nets, policy):
+        """What a row says of a policy on held-out noise: reward (n,), frechet, times, leans."""
+        result = deployed(nets, policy, *self.sets[1], self.reward, self.alpha_bar)
+        return dict(reward=result["reward"].cpu(), times=result["times"].float().mean(0).tolist(),
+                    leans=result["leans"].mean(0).tolist(),
+                    frechet=judged(result["images"], *self.judge)["frechet"])
+
+    def hand(self, init, steps, kind, grid):
+        """measured() of a hand solver."""
+        def make():
+            args = rl_distill.parse_args([*arms.INIT[init], *self.smoke])
+            args.steps = steps                  # one is none too few where nothing is learned
+            nets = load_inputs(args, self.device)[1]
+            return self.measured(nets, by_hand(nets, kind, grid))
+        return self.kept(f"hand {init} {steps} {kind} {grid}", make)
+
+    def best_hand(self, init, steps):
+        """Reward (n,) of the hand solver that is best on these very noises: on the teacher, and on
+        the networks an arm starts from, as in the table of rl_distill.py."""
+        rewards = [self.hand(who, steps, *solver)["reward"] for who in dict.fromkeys(
+            ("teacher", init)) for solver in arms.hand_solvers(who)]
+        return max(rewards, key=torch.mean)
+
+    @functools.cached_property
+    def target(self):
+        """reward (n,) and frechet of the targets themselves."""
+        _, target = self.sets[1]
+        return self.kept("target", lambda: dict(reward=self.reward(target, target)[0].cpu(),
+                                                frechet=judged(target, *self.judge)["frechet"]))
+
+
+# ==============================================================================================
+# PLAYING ONE ARM
+# ==============================================================================================
+
+def place(arm, seed, world):
+    """Where the run of an arm lives; its claims stand beside it."""
+    words = f"{arm.group} {arm.name} {arm.init} {arm.steps} {seed}"
+    return world.folder / "".join(c if c.isalnum() else "-" for c in words)
+
+
+def play(arm, seed, world):
+    """Find the policy of an arm, as rl_distill.main does, or by a competitor, and measure it.
+    Returns (measured(), minutes, network evaluations)."""
+    if arm.group == "hand":
+        return world.hand(arm.init, arm.steps, *arm.name.split()), 0.0, 0
+    out, began = place(arm, seed, world), time.time()
+    args = rl_distill.parse_args([*command(arm, seed), "--out", str(out), *world.smoke])
+    _, nets, reward, _ = load_inputs(args, world.device)
+    train_set, _, monitor_set = world.sets
+    if not (out / "policy.pt").exists():
+        hand, policy = best_by_hand(nets, *(x[:HAND_NOISES] for x in train_set), reward,
+                                    world.alpha_bar)
+        if arm.group in arms.COMPETITORS:
+            policy, spent = arms.COMPETITORS[arm.group](
+                nets, policy, train_set, reward, arms.rollouts(args), world.alpha_bar, seed)
+            return world.measured(nets, policy), (time.time() - began) / 60, spent
+        args.resume = (out / "config.json").exists()
+        claim_run(args, "study")
+        torch.manual_seed(args.seed)
+        with open(out / "printed.txt", "a", encoding="utf-8") as log, \
+                contextlib.redirect_stdout(log):
+            seconds = train(nets, policy, train_set, monitor_set, reward, args, out, world.device)
+        save_policy(out / "policy.pt", nets, policy, provenance(
+            "rl_distill.py", args, seconds, world.device, start=hand), args.channel == "jump")
+    nets, policy, content = load_policy(out / "policy.pt", world.device)
+    return world.measured(nets, policy), content["provenance"]["minutes"], arms.evaluations(args)
 
 
 def commit():
     """Commit of the code that makes the rows, '+' where tracked files were changed since."""
     def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
+        return subprocess.run(["git", "--no-optional-locks", *words], cwd=ROOT, text=True,
+                              capture_output=True).stdout.strip()
     changed = git("status", "--porcelain", "-uno", "--", "*.py", "checkpoints")
-    return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed.strip() else "")
+    return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
 
 
-def done_here(arm, seed, world):
-    """The empty file that says that this arm's rows were made on this machine."""
-    return Path(f"{folder(arm, seed, world)}.done")
+def row_of(arm, seed, world, version):
+    """Play an arm; its row, all plain values. gain: paired, over the best hand solver; closed: its
+    share of what that one leaves to the target."""
+    result, minutes, spent = play(arm, seed, world)
+    reward, best = result["reward"], world.best_hand(arm.init, arm.steps)
+    gain, left = reward - best, world.target["reward"] - best
+    words = (["study/run.py", "--only", arm.group, "--seeds", str(seed)]
+             if arm.group in ("hand", *arms.COMPETITORS) else
+             ["rl_distill.py", *command(arm, seed)])
+    return dict(group=arm.group, name=arm.name, init=arm.init, steps=arm.steps, seed=seed,
+                n=world.n, reward=reward.mean().item(), reward_error=standard_error(reward),
+                gain=gain.mean().item(), gain_error=standard_error(gain),
+                closed=(gain.mean() / left.mean()).item(), frechet=result["frechet"],
+                target_frechet=world.target["frechet"], times=result["times"],
+                leans=result["leans"], minutes=minutes, train_nfe=spent,
+                command=" ".join(["python", *words, *world.smoke]), commit=version,
+                weights=world.weights, torch=str(torch.__version__),
+                device=device_name(world.device))
 
+
+# ==============================================================================================
+# THE LOOP
+# ==============================================================================================
 
 def todo(args, world):
-    """(arm, seed) of everything that has no row yet; with --again also what another machine did."""
-    done = {key(row) for row in read_results(args.smoke)}
-    chosen = [(arm, seed) for arm in arms() if not args.only or arm.group in args.only
-              for seed in (args.seeds if arm.trained else [0])]
+    """[(arm, seed)] of everything that has no row yet, the most important first."""
+    done = read_rows(world.results)
+    chosen = [(arm, seed) for group in arms.GROUPS if group in (args.only or arms.GROUPS)
+              for seed in (args.seeds if group != "hand" else [0])
+              for arm in arms.arms() if arm.group == group]
     return [(arm, seed) for arm, seed in chosen
-            if (*arm[:4], seed, world.weights, args.held_out) not in done
-            or args.again and not done_here(arm, seed, world).exists()]
+            if (*arm[:4], seed, world.n, world.weights) not in done]
 
 
-def run(args, world, alone=False):
-    """Play the arms that have no row yet and that no other worker is playing; alone: the clock."""
-    version = commit()
-    for arm, seed in todo(args, world):
-        if (arm.group == "clock") != alone:
-            continue
-        lock = lock_file(f"{folder(arm, seed, world)}.lock")
-        if lock is None:
-            continue
-        with lock:
-            if (arm, seed) in todo(args, world):                   # not done in the meantime
-                run_one(arm, seed, world, version, args)
+def work(args, world):
+    """Play what has no row and no living player, until nothing is left."""
+    version, everything = commit(), todo(args, world)
+    for arm, seed in everything:
+        path = place(arm, seed, world)
+        if claim(path.with_name(path.name + ".claim")) and (arm, seed) in todo(args, world):
+            row = row_of(arm, seed, world, version)
+            append(world.results, row)
+            print(f"{arm.init:8s} {arm.name:26s} K {arm.steps:2d} seed {seed}  reward "
+                  f"{row['reward']:8.4f}  closed {100 * row['closed']:4.0f} %  Fréchet "
+                  f"{row['frechet']:7.3f}  {row['minutes']:5.1f} min", flush=True)
 
 
-def run_one(arm, seed, world, version, args):
-    """Play one arm and append its rows."""
-    command = f"python study/run.py --only {arm.group} --seeds {seed} --held-out {world.n}"
-    same = dict(group=arm.group, init=arm.init, steps=arm.steps, seed=seed, weights=world.weights,
-                n=world.n, commit=version, torch=torch.__version__)
-    if arm.group == "clock":
-        ms = clock(arm, world)
-        print(f"{arm.init:12s} K {arm.steps:2d} {ms:.2f} ms per image", flush=True)
-        return append([dict(same, name=arm.name, command=command, ms=ms)], arm, seed, world)
-    if arm.flags:
-        command = " ".join(["python rl_distill.py", *arguments(arm, seed, world)[0]])
-    rows = []
-    for name, result, cost in play(arm, seed, world, version):
-        result["reward"] = world.main_reward(result["raw"])
-        if arm.trained:
-            fair = max(1, round(result["nfe"].mean().item()))      # fewer where steps cost
-            gain = result["reward"] - world.best_hand(arm.init, fair)
-            cost.update(gain=gain.mean().item(), gain_error=standard_error(gain))
-        times = result["times"].float()
-        row = judged(result, world.judge, world.judge_file)
-        del row["ms"]                           # others run beside: the clock comes later, alone
-        rows.append(dict(name=name, command=command, **row, times=times.mean(0).tolist(),
-                         times_std=times.std(0).tolist(), **{**same, **cost}))
-        print(f"{arm.init:12s} {name:24s} K {arm.steps:2d} seed {seed} reward "
-              f"{row['reward']:8.4f} Fréchet {row['frechet']:8.4f}", flush=True)
-    append(rows, arm, seed, world)
-
-
-def append(rows, arm, seed, world):
-    """Add the rows of an arm to the results, all of them or none, after a line cut off by a crash
-    too."""
-    path = results_file(world.smoke)
-    torn = path.exists() and not path.read_bytes().endswith(b"\n")
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("\n" * torn + "".join(json.dumps(row) + "\n" for row in rows))
-    done_here(arm, seed, world).touch()
-
-
-def tidy(smoke):
-    """Leave only the newest of equal rows in the results."""
-    path, rows = results_file(smoke), read_results(smoke)
-    new = path.with_suffix(".new")
-    new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(new, path)
-
-
-def run_side_by_side(args, words):
-    """One process per worker, one thread each, until none is left; raises if one failed."""
+def work_side_by_side(args, words):
+    """One process per worker, one thread each; SystemExit if one of them failed."""
     workers = [subprocess.Popen([sys.executable, __file__, *words, "--worker"],
-                                env=dict(os.environ, OMP_NUM_THREADS="1"),
-                                start_new_session=True)            # Ctrl-C is passed on, once
+                                env=dict(os.environ, OMP_NUM_THREADS="1"))
                for _ in range(args.workers)]
     try:
-        codes = [worker.wait() for worker in workers]
-    except KeyboardInterrupt:
-        print("stopping once the updates at hand are saved", file=sys.stderr)
+        if any([worker.wait() for worker in workers]):
+            sys.exit("study/run.py: a worker failed; the same command goes on")
+    finally:
         for worker in workers:
             worker.terminate()
-        for worker in workers:
-            worker.wait()
-        raise
-    if any(codes):
-        raise SystemExit(f"study/run.py: a worker ended with exit code {max(map(abs, codes))}; "
-                         "the same command goes on where it stopped")
 
 
 def parse_args(argv=None):
     """Command line of study/run.py."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--seeds", type=number(int, 0, 3), nargs="+", default=[0, 1, 2])
-    p.add_argument("--only", nargs="+", choices=GROUPS, help="groups of arms")
-    p.add_argument("--held-out", type=number(int, 8), default=256, help="noises of every row")
+    p.add_argument("--seeds", type=number(int, 0, 10 ** 6), nargs="+", default=[0, 1, 2])
+    p.add_argument("--only", nargs="+", choices=arms.GROUPS, help="groups of arms")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--workers", type=number(int, 1, 64), help="processes (default: one per core "
                    "on CPUs, else one)")
-    p.add_argument("--again", action="store_true", help="also what has rows, unless they were made "
-                   "on this machine: their checkpoints are missing, and a rerun checks them")
-    p.add_argument("--report", action="store_true", help="only tables and figures")
+    p.add_argument("--report", action="store_true", help="only the tables")
     p.add_argument("--smoke", action="store_true", help="tiny sizes; numbers mean nothing")
     p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args(argv)
-    if args.smoke:
-        args.held_out = 8
     if not args.workers:
         args.workers = os.cpu_count() if pick_device(args.device).type == "cpu" else 1
     return args
@@ -420,23 +287,20 @@ def main(argv=None):
     words = sys.argv[1:] if argv is None else list(argv)
     args = parse_args(words)
     world = World(args)
-    if args.worker:
-        try:
-            return run(args, world)
-        except Stopped:                         # asked to stop, and saved
-            sys.exit(128 + STOP["signal"])
-    if not args.report:
-        left = todo(args, world)
-        print(f"{len(left)} runs to do, {args.workers} at a time")
-        if any(arm.group != "clock" for arm, _ in left):
-            run_side_by_side(args, words)
-        run(args, world, alone=True)
-        tidy(args.smoke)
-    import report                                # tables and figures, from the rows
-    report.write([row for row in read_results(args.smoke)
-                  if (row["weights"], row["n"]) == (world.weights, world.n)], world,
-                 len(todo(args, world)))
+    try:
+        if args.worker or args.workers == 1 and not args.report:
+            work(args, world)
+        elif not args.report:
+            world.sets, world.target            # before the workers, with all threads
+            print(f"{len(todo(args, world))} runs to do, {args.workers} at a time", flush=True)
+            work_side_by_side(args, words)
+    except KeyboardInterrupt:
+        sys.exit(1 if args.worker else "study/run.py: interrupted; the same command goes on")
+    if not args.worker:
+        rows = [r for r in read_rows(world.results).values() if r["weights"] == world.weights]
+        args.only = None
+        report.write(rows, len(todo(args, world)), None if args.smoke else README)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "--workers")

@@ -1,0 +1,288 @@
+"""The specification of assignments/: the handout, the silent bugs, and the grader graded.
+
+    python assignments/test_assignments.py          # under half a minute on one CPU core
+"""
+import contextlib
+import inspect
+import io
+import subprocess
+import sys
+import tempfile
+import types
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import ddpm
+import rl_distill
+import student
+from assignments import bugs, grade, handout
+
+MODULES = dict(ddpm=ddpm, student=student, rl_distill=rl_distill)
+TOP = ("ddpm", "teacher", "student", "reward", "rl_distill", "sample")
+
+# ==============================================================================================
+# MISTAKES: exercise, then (module, what the source says, the mistake)
+# ==============================================================================================
+
+Q = "return ab.sqrt() * x0 + (1 - ab).sqrt() * eps"
+LOSS = "F.mse_loss(eps_hat, eps)"
+NET = "eps_hat = x0_and_eps(x_t, t, net(x_t, t).float(), alpha_bar)"
+SIGMA = "return eta * ((1 - ab_next) / (1 - ab)).sqrt() * (1 - ab / ab_next).sqrt()"
+DIRECTION = "(1 - ab_next - spread(sigma, x_t) ** 2).clamp(min=0).sqrt()"
+D = "D = x0_hat if lean is None else x0_hat + spread(lean, x_t) * (x0_hat - x0_last)"
+EPS = "eps = (x_t - ab.sqrt() * D) / (1 - ab).sqrt()"
+MEAN = "return ab_next.sqrt() * D + direction * eps, sigma"
+PAIR = "return ab.sqrt() * x_t - (1 - ab).sqrt() * v, (1 - ab).sqrt() * x_t + ab.sqrt() * v"
+SECANT = "return (d.cos() * x_t - x_next) / d.sin()"
+ANGLE = "d = angle(t, alpha_bar, x_t) - angle(t_next, alpha_bar, x_t)"
+CENTRED = "centred = groups - groups.mean(1, keepdim=True)"
+KEPT = "centred = torch.where(centred.abs() > rounding, centred, 0.0)"
+SCALED = "return (centred / centred.square().mean().sqrt().clamp(min=rounding)).reshape(-1)"
+GROUPS = "groups = reward.reshape(-1, group)"
+LOGP = "-((u - mean) / std).square() / 2 - math.log(std) - math.log(2 * math.pi) / 2"
+ACTS = "return (logp * acts).sum(1)"
+PIXEL = "return -((x_next - mean).square() / (2 * sigma.square()[:, None, None, None])).mean("
+RATIO = "ratio = (logp - logp_old).exp()"
+PPO = "return -torch.minimum(ratio * adv, clipped * adv), ratio.detach()"
+KL = "return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean("
+
+MISTAKES = {
+    1: [
+        (ddpm, Q, "return ab.sqrt() * x0 - (1 - ab).sqrt() * eps"),
+        (ddpm, Q, "return ab * x0 + (1 - ab) * eps"),
+        (ddpm, Q, "return ab.sqrt() * eps + (1 - ab).sqrt() * x0"),
+        (ddpm, "ab = spread(alpha_bar[t], x0)\n    " + Q,
+         "ab = spread(alpha_bar[t - 1], x0)\n    " + Q),
+        (ddpm, "ab = spread(alpha_bar[t], x0)\n    " + Q,
+         "ab = spread(alpha_bar[t[:1]], x0)\n    " + Q),
+        (ddpm, LOSS, "F.mse_loss(eps_hat, eps, reduction='sum')"),
+        (ddpm, LOSS, "F.l1_loss(eps_hat, eps)"),
+        (ddpm, LOSS, "F.mse_loss(eps_hat, x0)"),
+        (ddpm, LOSS, "F.mse_loss(eps_hat.detach(), eps)"),
+        (ddpm, "_, " + NET, "eps_hat, _" + NET.removeprefix("eps_hat")),
+        (ddpm, "_, " + NET, "eps_hat = net(x_t, t).float()"),
+        (ddpm, NET, NET.replace("net(x_t, t)", "net(x0, t)")),
+        (ddpm, NET, NET.replace("net(x_t, t)", "net(x_t, t - 1)")),
+        (ddpm, NET, NET.replace("and_eps(x_t,", "and_eps(x0,")),
+    ],
+    2: [
+        (ddpm, SIGMA, SIGMA.replace("eta * ", "")),
+        (ddpm, SIGMA, SIGMA.replace("(1 - ab_next) / (1 - ab)", "(1 - ab) / (1 - ab_next)")),
+        (ddpm, SIGMA, SIGMA.replace("/ (1 - ab)).sqrt()", "/ (1 - ab))")),
+        (ddpm, SIGMA, SIGMA.replace("(1 - ab / ab_next)", "(1 - ab)")),
+        (ddpm, SIGMA, SIGMA.replace("(1 - ab / ab_next).sqrt()", "(1 - ab / ab_next)")),
+        (ddpm, DIRECTION, DIRECTION.replace(".clamp(min=0)", "")),
+        (ddpm, DIRECTION, DIRECTION.replace(" - spread(sigma, x_t) ** 2", "")),
+        (ddpm, DIRECTION, DIRECTION.replace(" ** 2", "")),
+        (ddpm, DIRECTION, DIRECTION.replace("- spread", "+ spread")),
+        (ddpm, D, "D = x0_hat"),
+        (ddpm, D, D.replace("(x0_hat - x0_last)", "(x0_last - x0_hat)")),
+        (ddpm, D, D.replace("else x0_hat +", "else")),
+        (ddpm, D, D.replace("spread(lean, x_t)", "lean[0]")),
+        (ddpm, EPS, EPS.replace("* D", "* x0_hat")),
+        (ddpm, EPS, EPS.replace("ab.sqrt() * D", "D")),
+        (ddpm, EPS, EPS.replace("(1 - ab).sqrt()", "(1 - ab_next).sqrt().clamp(min=1e-2)")),
+        (ddpm, MEAN, MEAN.replace("ab_next.sqrt() * D", "ab_next * D")),
+        (ddpm, MEAN, MEAN.replace("ab_next.sqrt() * D", "ab_next.sqrt() * x0_hat")),
+        (ddpm, MEAN, MEAN.replace("+ direction", "- direction")),
+    ],
+    3: [
+        (ddpm, PAIR, PAIR.replace("x_t - (1", "x_t + (1")),
+        (ddpm, PAIR, PAIR.replace("x_t + ab", "x_t - ab")),
+        (ddpm, PAIR, PAIR.replace(".sqrt()", "")),
+        (student, SECANT, "return (x_next - d.cos() * x_t) / d.sin()"),
+        (student, SECANT, "return d.cos() * x_t - x_next"),
+        (student, SECANT, "return (x_t - x_next) / d.sin()"),
+        (student, SECANT, "return (d.cos() * x_t - x_next) / d"),
+        (student, ANGLE, "d = angle(t_next, alpha_bar, x_t)"),
+        (student, ANGLE, ANGLE + "\n    d = -d"),
+    ],
+    4: [
+        (rl_distill, CENTRED, "centred = groups - groups.mean(0, keepdim=True)"),
+        (rl_distill, CENTRED, "centred = groups"),
+        (rl_distill, CENTRED, "centred = groups - groups.mean()"),
+        (rl_distill, CENTRED, "centred = groups.mean(1, keepdim=True) - groups"),
+        (rl_distill, KEPT, "pass"),
+        (rl_distill, "rounding = 1e-6 *", "rounding = 1e-2 *"),
+        (rl_distill, SCALED, SCALED.replace("centred.square().mean().sqrt()", "centred.std()")),
+        (rl_distill, SCALED, SCALED.replace(".mean().sqrt()", ".mean()")),
+        (rl_distill, SCALED, SCALED.replace(".mean()", ".mean(1, keepdim=True)")),
+        (rl_distill, SCALED, SCALED.replace(".clamp(min=rounding)", "")),
+        (rl_distill, SCALED, SCALED.replace(".clamp(min=rounding)", ".add(1e-2)")),
+        (rl_distill, GROUPS, "groups = reward.reshape(group, -1).T"),
+    ],
+    5: [
+        (rl_distill, LOGP, LOGP.removeprefix("-")),
+        (rl_distill, LOGP, LOGP.replace(".square() / 2", ".square()")),
+        (rl_distill, LOGP, LOGP.replace("/ std).square()", "/ std ** 2).square()")),
+        (rl_distill, LOGP, LOGP.replace(" - math.log(std)", "")),
+        (rl_distill, LOGP, LOGP.replace(" - math.log(2 * math.pi) / 2", "")),
+        (rl_distill, LOGP, LOGP.replace("- mean)", "- mean.detach())")),
+        (rl_distill, ACTS, "return logp.sum(1)"),
+        (rl_distill, ACTS, "return (logp * ~acts).sum(1)"),
+        (rl_distill, ACTS, "return (logp * acts).mean(1)"),
+        (rl_distill, ACTS, "return (logp * acts).sum(0)"),
+        (rl_distill, PIXEL, PIXEL.replace("- mean)", "- mean.detach())")),
+        (rl_distill, PIXEL, PIXEL.replace(".mean(", ".sum(")),
+        (rl_distill, PIXEL, PIXEL.replace("sigma.square()", "sigma")),
+        (rl_distill, PIXEL, PIXEL.replace("2 * ", "")),
+        (rl_distill, PIXEL, PIXEL.replace("-((", "((")),
+        (rl_distill, PPO, PPO.replace("minimum", "maximum")),
+        (rl_distill, PPO, "return -(ratio * adv), ratio.detach()"),
+        (rl_distill, PPO, "return -(clipped * adv), ratio.detach()"),
+        (rl_distill, PPO, PPO.replace("-torch", "torch")),
+        (rl_distill, PPO, PPO.replace(".detach()", "")),
+        (rl_distill, RATIO, "ratio = (logp - logp.detach()).exp()"),
+        (rl_distill, RATIO, "ratio = logp - logp_old"),
+    ],
+    6: [
+        (rl_distill, KL, KL.replace("2 * ", "")),
+        (rl_distill, KL, KL.replace("sigma.square()", "sigma")),
+        (rl_distill, KL, KL.replace(".square() /", ".abs() /")),
+        (rl_distill, KL, KL.replace(".square() /", ".detach().square() /")),
+        (rl_distill, KL, KL.replace("return (", "return -(")),
+        (rl_distill, KL, KL.replace(".mean(", ".sum(")),
+        (rl_distill, KL + "(1, 2, 3)", KL + "(0, 2, 3)"),
+    ],
+}
+
+
+def source(module):
+    return Path(module.__file__).read_text(encoding="utf-8")
+
+
+def variant(module, text):
+    """A module made from other source, in the place of `module`."""
+    made = types.ModuleType(module.__name__)
+    made.__file__ = module.__file__
+    exec(compile(text, module.__file__, "exec"), made.__dict__)
+    return made
+
+
+def verdicts(number, *changed, seeds=(0, 1)):
+    """Of an exercise, in the repository's modules but for those `changed`."""
+    modules = {**MODULES, **{module.__name__: module for module in changed}}
+    chosen = [modules[name] for name in grade.EXERCISES[number][0]]
+    return [grade.judge(chosen, number, seed)["verdict"] for seed in seeds]
+
+
+def quiet(function, *args):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return function(*args)
+
+
+class Grader(unittest.TestCase):
+    def test_the_reference_passes_and_the_handout_is_not_attempted(self):
+        for number, (names, _) in grade.EXERCISES.items():
+            self.assertEqual(verdicts(number, seeds=range(8)), ["passes"] * 8)
+            for module in (MODULES[name] for name in names):
+                empty = variant(module, handout.blank(source(module), {number}))
+                self.assertEqual(set(verdicts(number, empty)), {"not attempted"})
+
+    def test_no_exercise_waits_for_another(self):
+        for number in grade.EXERCISES:
+            others = set(grade.EXERCISES) - {number}
+            alone = [variant(m, handout.blank(source(m), others)) for m in MODULES.values()]
+            self.assertEqual(set(verdicts(number, *alone)), {"passes"}, number)
+
+    def test_every_mistake_is_rejected_with_tolerances_a_hundred_times_wider(self):
+        """And none because it crashes: a wrong value or shape is shown. NaN never passes."""
+        real = grade.same
+
+        def lenient(theirs, wanted, rule, tolerance=1e-4, **inputs):
+            return real(theirs, wanted, rule, 100 * tolerance, **inputs)
+        for number, mistakes in MISTAKES.items():
+            self.assertGreaterEqual(len(mistakes), 5)
+            for module, right, wrong in mistakes:
+                with self.subTest(exercise=number, wrong=wrong):
+                    self.assertEqual(source(module).count(right), 1, right)
+                    self.assertNotEqual(right, wrong)
+                    broken = variant(module, source(module).replace(right, wrong))
+                    with mock.patch.object(grade, "same", lenient):
+                        self.assertTrue({"wrong value", "wrong shape"}
+                                        >= set(verdicts(number, broken)), right)
+
+    def test_zeros_never_pass(self):
+        def empty(function):
+            def zero(*args, **kw):
+                result = function(*args, **kw)
+                return (tuple(torch.zeros_like(r) for r in result)
+                        if isinstance(result, tuple) else torch.zeros_like(result))
+            return zero
+        for number, (names, _) in grade.EXERCISES.items():
+            for module in (MODULES[name] for name in names):
+                mine = [name for name, f in vars(module).items() if inspect.isfunction(f)
+                        and f.__module__ == module.__name__
+                        and f"# -- exercise {number}\n" in inspect.getsource(f)]
+                self.assertGreater(len(mine), 0)
+                for name in mine:
+                    zeros = variant(module, source(module))
+                    setattr(zeros, name, empty(getattr(module, name)))
+                    self.assertEqual(set(verdicts(number, zeros)), {"wrong value"}, name)
+
+    def test_whatever_the_code_does_the_grader_goes_on(self):
+        cases = {"while True: pass": "no end after", "import sys; sys.exit(0)": "importing",
+                 "import os; os._exit(3)": "its process ended", "def broken(:": "importing"}
+        with tempfile.TemporaryDirectory() as folder:
+            for name in MODULES:
+                Path(folder, f"{name}.py").write_text("")
+            for code, expected in cases.items():
+                Path(folder, "ddpm.py").write_text(code)
+                result = grade.grade(folder, 1, 0, seconds=5 if "while" in code else 60)
+                self.assertEqual(result["verdict"], "error", code)
+                self.assertIn(expected, result["property"])
+            Path(folder, "ddpm.py").write_text("")            # and it falls back to nothing
+            self.assertIn("no attribute 'q_sample'", grade.grade(folder, 1, 0)["property"])
+
+
+class Handout(unittest.TestCase):
+    def test_the_handout_is_the_repository_with_blanks_and_runs(self):
+        self.assertEqual(handout.numbers(), list(MISTAKES))
+        with tempfile.TemporaryDirectory() as folder:
+            quiet(handout.main, [folder + "/all"])
+            quiet(handout.main, [folder + "/some", "--only", "2"])
+            copied = {p.relative_to(folder + "/all") for p in Path(folder, "all").rglob("*.py")}
+            self.assertFalse([p for p in copied if p.name.startswith("test")])   # have answers
+            for path in ROOT.glob("harness/*.py"):
+                name = path.relative_to(ROOT)
+                self.assertEqual(name in copied, not path.name.startswith("test"), name)
+            for name in (f"{name}.py" for name in TOP):
+                ours = (ROOT / name).read_text(encoding="utf-8")
+                both = [Path(folder, which, name).read_text(encoding="utf-8")
+                        for which in ("all", "some")]
+                marked = handout.REGION.findall(ours)
+                self.assertEqual(both[0] != ours, bool(marked))
+                self.assertEqual(both[1] != ours, any(m[1] == "2" for m in marked))
+                for text in both:
+                    compile(text, name, "exec")
+                for body in (m[2] for m in marked):
+                    self.assertNotIn(body, both[0])
+                    self.assertLessEqual(len(body.splitlines()), 15)
+            with self.assertRaises(SystemExit):
+                quiet(handout.main, [folder + "/all"])
+            done = subprocess.run([sys.executable, "-c", "import sample; print(sample.__file__)"],
+                                  cwd=folder + "/all", capture_output=True, text=True)
+            self.assertEqual(Path(done.stdout.strip()).resolve(),
+                             Path(folder, "all", "sample.py").resolve(), done.stderr)
+
+    def test_the_silent_bugs_are_planted_compile_and_know_their_flags(self):
+        ours = source(rl_distill)
+        self.assertEqual(bugs.changed("none"), ours)
+        for which in ("a", "b"):
+            self.assertNotEqual(bugs.changed(which), ours)
+            variant(rl_distill, bugs.changed(which))
+        args = rl_distill.parse_args(bugs.JOB)
+        self.assertEqual((args.channel, args.init, args.steps), ("jump", "teacher", 4))
+        with mock.patch.object(sys, "exit", side_effect=SystemExit), \
+                mock.patch.object(bugs, "MISTAKES", {"a": [("no such line", "")]}):
+            self.assertRaises(SystemExit, bugs.changed, "a")
+
+
+if __name__ == "__main__":
+    unittest.main()

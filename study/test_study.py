@@ -1,0 +1,196 @@
+"""The specification of study/. Test names are sentences; no network, no GPU, seconds.
+
+    python study/test_study.py
+"""
+import json
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import arms                                     # puts the repository on the path   # noqa: E402
+import report                                                                  # noqa: E402
+import run                                                                     # noqa: E402
+# From the repository:
+import rl_distill                                                              # noqa: E402
+from ddpm import MixtureNet, T, UNet, hand_solver, linear_alpha_bar, seeded_noise  # noqa: E402
+from student import JumpUNet                                                   # noqa: E402
+
+ALPHA_BAR, TINY = linear_alpha_bar(), dict(width=8, mults=[1], blocks=1, attention=[], image_size=4)
+
+
+def toy_reward(images, targets):
+    score = -100 * (images - targets).square().flatten(1).mean(1)
+    return score, dict(toy=score.detach())
+
+
+class Toy:
+    """Points in the plane, two clusters; the targets are what the hand solver, moved by `best`,
+    makes of 64 noises: the largest reward is 0, at `best`. Counts the rows of all evaluations."""
+    clip = False
+
+    def __init__(self, K=3):
+        means = torch.tensor([[0.5, -0.3], [-0.4, 0.1]])
+        self.perfect = MixtureNet(means, 0.2, arms.SmoothSchedule(ALPHA_BAR))
+        self.policy = rl_distill.JumpPolicy(hand_solver("DPM++", "quadratic", K))
+        best, z = torch.tensor([0.5, -0.3]) * arms.mask(self.policy), seeded_noise(range(64), (2,))
+        self.nets, self.train_set, self.count = [self] * K, (z, z), 0
+        self.score(best)
+        self.train_set = z, rl_distill.rollout(self.nets, self.policy, z, ALPHA_BAR)[0]
+        self.start, self.count = self.score(torch.zeros(K, 2)), 0
+
+    def __call__(self, x, t, t_next):
+        self.count += len(x)
+        return self.perfect(x, t)
+
+    def score(self, shift):
+        return arms.mean_reward(self.nets, self.policy, shift, *self.train_set, toy_reward,
+                                ALPHA_BAR)
+
+    def search(self, method, rollouts):
+        return method(self.nets, self.policy, self.train_set, toy_reward, rollouts, ALPHA_BAR, 0)
+
+
+class Counting(JumpUNet):
+    """Counts the rows it sees, thrice where a gradient will come back."""
+    rows = 0
+
+    def forward(self, x, t, t_next=None):
+        Counting.rows += len(x) * (3 if torch.is_grad_enabled() else 1)
+        return super().forward(x, t, t_next)
+
+
+class Competitors(unittest.TestCase):
+    def test_each_finds_most_of_what_a_toy_problem_holds_and_spends_what_the_policy_gradient_does(
+            self):
+        args = rl_distill.parse_args(["--steps", "3"])
+        self.assertEqual(arms.evaluations(args), args.updates * 16 * 8 * 3)
+        for name, method in arms.COMPETITORS.items():
+            toy = Toy()
+            found, spent = toy.search(method, arms.rollouts(args))
+            self.assertEqual(spent, toy.count * (3 if name == "own" else 1), name)
+            self.assertLessEqual(spent, arms.evaluations(args))
+            self.assertGreater(spent, arms.evaluations(args) - 16 * 3 * 3, name)   # < one batch
+            self.assertEqual(toy.policy.shift.abs().max(), 0)            # the start is left alone
+            self.assertEqual(found.shift.data[~arms.mask(found)].abs().max(), 0)
+            self.assertLess(toy.start, -0.5)
+            self.assertGreater(toy.score(found.shift.data), 0.25 * toy.start, name)
+
+    def test_the_evaluations_of_a_run_are_those_that_its_network_sees(self):
+        for words in ("", "--channel pixels", "--channel pixels --eta 0.3 --epochs 2",
+                      "--channel both"):
+            args = rl_distill.parse_args([*words.split(), "--steps", "3", "--updates", "2",
+                                          "--noises", "4", "--group", "2"])
+            net, z, Counting.rows = Counting(**TINY).eval(), seeded_noise(range(4), (3, 4, 4)), 0
+            policy = rl_distill.JumpPolicy(hand_solver("DDIM", "uniform", 3))
+            with tempfile.TemporaryDirectory() as out, mock.patch("builtins.print"):
+                rl_distill.train([net] * 3, policy, (z, z), (z[:1], z[:1]), toy_reward, args,
+                                 Path(out), torch.device("cpu"))
+            self.assertEqual(Counting.rows - args.updates * 3, arms.evaluations(args), words)
+
+
+class OwnGradient(unittest.TestCase):
+    def test_the_smooth_schedule_is_alpha_bar_at_integers_and_falls_between_them(self):
+        t, schedule = torch.arange(T + 1).float().requires_grad_(), arms.SmoothSchedule(ALPHA_BAR)
+        self.assertTrue(torch.equal(schedule[t], ALPHA_BAR))
+        slope, = torch.autograd.grad(schedule[t].sum(), t)
+        self.assertLess((slope[:-1] / (ALPHA_BAR[1:] - ALPHA_BAR[:-1]) - 1).abs().max(), 0.02)
+        between = schedule[torch.arange(T) + 0.5]
+        self.assertTrue(((between < ALPHA_BAR[:-1]) & (between > ALPHA_BAR[1:])).all())
+
+    def test_its_rollout_is_that_of_the_policy_gradient(self):
+        torch.manual_seed(0)
+        nets = [JumpUNet(**TINY).eval(), *[UNet(**TINY).eval()] * 3]
+        for net in nets[:2]:
+            torch.nn.init.normal_(net.conv_out.weight, std=0.1)
+        policy = rl_distill.JumpPolicy(hand_solver("DPM++", "quadratic", 4))
+        policy.shift.data.normal_(0, 0.1)
+        z, acts = seeded_noise(range(3), (3, 4, 4)), arms.mask(policy)
+        images = arms.smooth_rollout(nets, policy, z, arms.SmoothSchedule(ALPHA_BAR))
+        played = rl_distill.rollout(nets, policy, z, ALPHA_BAR)[0]
+        self.assertLess((images - played).abs().max(), 1e-5)
+        images.square().sum().backward()
+        self.assertTrue((policy.shift.grad[acts] != 0).all() and policy.shift.grad.isfinite().all())
+        self.assertEqual(policy.shift.grad[~acts].abs().max(), 0)
+
+    def test_its_gradient_is_the_slope_of_the_reward(self):
+        toy, h = Toy(), 0.1                     # of logit rho: many t, so that rounding is small
+        images = arms.smooth_rollout(toy.nets, toy.policy, toy.train_set[0], toy.perfect.alpha_bar)
+        toy_reward(images, toy.train_set[1])[0].mean().backward()
+        gradient = toy.policy.shift.grad.clone()
+        for k, i in arms.mask(toy.policy).nonzero().tolist():
+            step = torch.zeros_like(gradient)
+            step[k, i] = h
+            slope = (toy.score(step) - toy.score(-step)) / (2 * h)
+            self.assertLess(abs(gradient[k, i] - slope), 0.05 * abs(slope), (k, i))
+
+
+class Books(unittest.TestCase):
+    def setUp(self):
+        keep = tempfile.TemporaryDirectory()
+        self.addCleanup(keep.cleanup)
+        self.folder = Path(keep.name)
+
+    def row(self, arm, seed=0, weights="w"):
+        return dict(zip(run.KEY, (*arm[:4], seed, 8, weights)), reward=-1.0 - 2 * seed, gain=0.5,
+                    gain_error=0.1, closed=0.4, frechet=2.0, target_frechet=1.0, train_nfe=2000,
+                    minutes=1.0, device="cpu", torch="2", commit="c")
+
+    def test_every_arm_is_there_once_and_its_command_parses(self):
+        found, world = arms.arms(), SimpleNamespace(folder=self.folder)
+        self.assertEqual({arm.group for arm in found}, set(arms.GROUPS))
+        self.assertEqual(len({arm[:4] for arm in found}), len(found))
+        self.assertEqual(len({run.place(a, s, world) for a in found for s in (0, 1)}),
+                         2 * len(found))
+        for arm in (arm for arm in found if arm.group != "hand"):
+            args = rl_distill.parse_args(run.command(arm, 2))
+            self.assertEqual((args.steps, args.seed, "relay" if args.relay else args.init),
+                             (arm.steps, 2, arm.init))
+
+    def test_a_row_is_not_made_again_and_a_torn_line_is_no_row(self):
+        world = SimpleNamespace(results=self.folder / "r.jsonl", n=8, weights="w")
+        args = SimpleNamespace(only=None, seeds=[0, 1])
+        everything = run.todo(args, world)
+        (first, _), (second, _), (third, _) = everything[:3]
+        run.append(world.results, self.row(first))
+        with open(world.results, "a") as file:
+            file.write(json.dumps(self.row(second))[:-9])
+        self.assertEqual(run.todo(args, world), everything[1:])
+        run.append(world.results, self.row(second))
+        run.append(world.results, self.row(third, weights="other"))
+        self.assertEqual(run.todo(args, world), everything[2:])
+
+    def test_an_arm_is_claimed_once_and_a_dead_claim_is_taken_over(self):
+        code, path = "import sys, run; print(run.claim(sys.argv[1]), flush=True); input()", str(
+            self.folder / "arm.claim")
+        other = subprocess.Popen([sys.executable, "-c", code, path], cwd=Path(run.__file__).parent,
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.assertEqual((other.stdout.readline(), run.claim(path)), ("True\n", False))
+        other.kill()
+        other.communicate()
+        self.assertEqual((run.claim(path), run.claim(path)), (True, False))
+        Path(f"{path}-b.0").write_text("1 12345678901")         # a number that was given again
+        self.assertEqual((run.claim(path + "-b"), run.claim(path + "-b")), (True, False))
+
+    def test_tables_stand_between_the_markers_and_nothing_else_changes(self):
+        path, (begin, end) = self.folder / "README.md", report.MARKERS
+        arm = next(arm for arm in arms.arms() if arm.group == "jump")
+        path.write_text(f"above\n{begin}\nold\n{end}\nbelow é\n", encoding="utf-8")
+        with mock.patch("builtins.print"):
+            report.write([self.row(arm), self.row(arm, seed=1)], 2, path)
+        text = path.read_text(encoding="utf-8")
+        self.assertRegex(text, rf"^above\n{begin}\n\*\*Not complete yet: 2 .*")
+        self.assertTrue(text.endswith(f"\n{end}\nbelow é\n") and "old" not in text)
+        self.assertIn("| teacher, policy gradient | -2.000 ± 1.414 |", text)
+        self.assertIn("| teacher, policy gradient | 40 ± 0 (8.0) |", text)
+
+
+if __name__ == "__main__":
+    unittest.main()
