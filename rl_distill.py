@@ -34,7 +34,7 @@ from harness.figures import plot_panels, plot_strips
 from harness.runs import (BadInput, chunk_size, claim_run, device_name, log_line, number,
                           parser_for, pick_device, read_log, run_flags, run_main, settings)
 
-STD = 0.1, 0.02             # of u, at the first and the last update; 0.05..0.15 and a fifth of it
+STD = 0.14, 0.02            # of u, at the first and the last update; 0.05..0.2 and a seventh of it
 CLIP_JUMP, CLIP_PIXELS = 0.2, 1e-4      # PPO's clip range, 0.1..0.3; of a mean density 1e-5..1e-3
 SIGMA_FLOOR = 0.02          # noise on the jump to t = 0 (DDIM sigma 0); in training, not deployment
 NOISES_PER_UPDATE = 16      # M, 8..64
@@ -503,7 +503,7 @@ def parse_args(argv=None):
     a("--noises", type=number(int, 4), default=128, help="training noises, each with one target")
     a("--group", type=number(int, 2), default=8, help="G, rollouts of each noise, even, 4..16")
     a("--epochs", type=count, default=4, help="PPO's passes over a batch, 1..8; 1 is REINFORCE")
-    a("--lr-jump", type=rate, default=0.03, help="first rate of u, falls to 0; 0.01..0.05")
+    a("--lr-jump", type=rate, default=0.05, help="first rate of u, falls to 0; 0.01..0.1")
     a("--lr-pixels", type=rate, default=1e-5, help="the same of the U-Net, 1e-6..1e-4")
     a("--eta", type=number(float, 0, 1), default=0.0, help="exploration of the pixels before the "
       "last jump, Eq. 16 DDIM; 0: only the last jump explores, 0..0.3")
