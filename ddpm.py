@@ -204,16 +204,17 @@ def sample(net, x_T, solver, alpha_bar, eta=0.0, seeds=None, keep=None):
     Returns x_0 (B, ...); with keep, numbers of jumps, the list of the states after these (0: x_T).
     Nothing adds noise on the jump into t = 0: its sigma is 0. ValueError for an impossible grid.
     """
-    grid = solver.grid
-    if grid[0] != T or grid[-1] != 0 or any(a <= b for a, b in zip(grid, grid[1:])):
-        raise ValueError(f"a grid must decrease from {T} to 0, not {grid}")
+    grid, leans = solver
+    if (grid[0] != T or grid[-1] != 0 or any(a <= b for a, b in zip(grid, grid[1:]))
+            or len(leans) != len(grid) - 1):
+        raise ValueError(f"a grid must decrease from {T} to 0, with a lean a jump, not {solver}")
     x, x0_last, kept = x_T, x_T, {0: x_T}
-    for k, (now, then, lean) in enumerate(zip(grid, grid[1:], solver.leans), start=1):
+    for k, (now, then, lean) in enumerate(zip(grid, grid[1:], leans), start=1):
         t = torch.full((len(x),), now, device=x.device)
         t_next = torch.full_like(t, then)
         x0_hat = estimate(net, x, t, net(x, t, t_next), alpha_bar)
-        leans = torch.full((len(x),), lean if k > 1 else 0.0, device=x.device)
-        x, sigma = jump(x, x0_hat, t, t_next, alpha_bar, leans, x0_last, eta)
+        lean = torch.full((len(x),), lean if k > 1 else 0.0, device=x.device)
+        x, sigma = jump(x, x0_hat, t, t_next, alpha_bar, lean, x0_last, eta)
         if eta > 0 and then > 0:
             x = x + spread(sigma, x) * seeded_noise(seeds, x.shape[1:], k, x.device)
         x0_last = x0_hat

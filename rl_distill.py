@@ -148,9 +148,10 @@ def land_at(net, x_t, t, t_next, u, x0_last, alpha_bar, eta):
 def rollout(nets, policy, z, alpha_bar, channel=None, group=1, std=0.0, eta=0.0, generator=None):
     """Play the policy from noise z (M, 3, H, W), each noise `group` times. One net per jump.
 
-    channel: who explores, 'jump' (u, by std), 'pixels' (x_next, by DDIM's sigma(eta), and by at
-    least SIGMA_FLOOR at the last jump), or None: nobody, the deployment. Rows are repeated where
-    the first noise is added. Returns (images (M * group, 3, H, W) in [-1, 1], list of K Jumps).
+    channel: what explores, 'jump' (u, by std), 'pixels' (x_next, by DDIM's sigma(eta) and by at
+    least SIGMA_FLOOR at the last jump, wherever the net that learns, the last one, jumps), or None:
+    nothing, the deployment. Rows are repeated where the first noise is added. Returns (images
+    (M * group, 3, H, W) in [-1, 1], list of K Jumps).
     DEVIATES: with eta 0 pixels explore only where they land at t = 0; earlier jumps, which have
     the same weights, then have no gradient of their own.
     """
@@ -168,7 +169,7 @@ def rollout(nets, policy, z, alpha_bar, channel=None, group=1, std=0.0, eta=0.0,
         x_next, sigma, x0_hat = land_at(net, x, t, t_next, u, x0_last, alpha_bar,
                                         eta if channel == "pixels" else 0.0)
         seen_and_done = k, x, t, x0_last, u, t_next, logp
-        if channel == "pixels" and (eta > 0 or last):               # action 2: where
+        if channel == "pixels" and net is nets[-1] and (eta > 0 or last):     # action 2: where
             copies = group * len(z) // len(x)                       # 1 once the group has parted
             mean, sigma, t_next, x0_hat = (
                 s.repeat_interleave(copies, 0) for s in (x_next, sigma, t_next, x0_hat))
@@ -291,9 +292,15 @@ def by_hand(nets, kind, grid_name):
     return policy.to(next(nets[-1].parameters()).device)
 
 
+def hand_kinds(net):
+    """The hand solvers that mean something: a secant's x0_hat is no image to lean on."""
+    return SOLVERS[:1] if isinstance(net, JumpUNet) else SOLVERS
+
+
 def best_by_hand(nets, z, target, reward, alpha_bar):
     """(name, policy) of the hand solver with the largest mean reward on these noises."""
-    policies = {f"{kind} {grid}": by_hand(nets, kind, grid) for kind in SOLVERS for grid in GRIDS}
+    policies = {f"{kind} {grid}": by_hand(nets, kind, grid)
+                for kind in hand_kinds(nets[-1]) for grid in GRIDS}
     return max(policies.items(), key=lambda item: deployed(
         nets, item[1], z, target, reward, alpha_bar)["reward"].mean())
 
@@ -416,7 +423,7 @@ def final_table(teacher, nets_before, nets, policy, held_set, reward, alpha_bar)
     for label, some in dict(teacher=[teacher] * len(nets), before=nets_before).items():
         if label == "before" and all(type(net) is UNet for net in some):
             continue
-        for kind in SOLVERS[:1] if type(some[-1]) is JumpUNet else SOLVERS:
+        for kind in hand_kinds(some[-1]):
             for grid_name in GRIDS:
                 rows[f"{label}, {kind} {grid_name}"] = deployed(
                     some, by_hand(some, kind, grid_name), z, target, reward, alpha_bar)
@@ -444,7 +451,8 @@ def print_result(rows, judge):
               + " ".join(f"{values[t]:11.4f}" for t in terms) + f" {values['frechet']:9.3f}")
     best = best_of(rows, ",")
     gain = rows["policy"]["reward"] - rows[best]["reward"]         # same noises, so paired
-    closed = gain.mean() / (rows["target"]["reward"] - rows[best]["reward"]).mean()
+    left = (rows["target"]["reward"] - rows[best]["reward"]).mean()
+    closed = gain.mean() / left.clamp(min=1e-9)
     times, leans = (rows["policy"][key].float().mean(0).tolist() for key in ("times", "leans"))
     print(f"gain over the best hand solver ({best}), same noises: {gain.mean():.4f} ± "
           f"{standard_error(gain):.4f}, {100 * closed:.0f} % of what it leaves to the target\n"

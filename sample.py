@@ -21,9 +21,9 @@ from tqdm import tqdm
 from ddpm import (GRIDS, SOLVERS, T, hand_solver, linear_alpha_bar, parameter_count, sample,
                   seeded_noise)
 from teacher import TARGET, load_teacher
-from student import HELD_OUT, JumpUNet, load_student
+from student import HELD_OUT, load_student
 from reward import Reward, judged, load_encoder
-from rl_distill import load_policy, noise_and_targets, rollout, standard_error
+from rl_distill import hand_kinds, load_policy, noise_and_targets, rollout, standard_error
 from harness.checkpoints import load_checkpoint, save_npz
 from harness.figures import plot_panels, save_picture
 from harness.images import to_uint8
@@ -57,11 +57,11 @@ def draw(nets, policy, solver, z, alpha_bar, eta=0.0, seeds=None):
 
 def draw_path(nets, policy, solver, z, alpha_bar, eta, seeds, most=11):
     """At most `most` states from z to the image: (B, states, 3, H, W), nothing else is kept."""
-    if policy:
-        jumps = rollout(nets, policy, z, alpha_bar)[1]
-        return torch.stack([z, *(j.x_next for j in jumps)][:most], 1)
-    K = len(solver.leans)
+    K = len(nets) if policy else len(solver.leans)
     keep = torch.linspace(0, K, min(K + 1, most)).round().int().tolist()
+    if policy:
+        states = [z, *(j.x_next for j in rollout(nets, policy, z, alpha_bar)[1])]
+        return torch.stack([states[k] for k in keep], 1)
     return torch.stack(sample(nets, z, solver, alpha_bar, eta, seeds, keep), 1)
 
 
@@ -75,7 +75,7 @@ def contenders(path, steps, device):
         yield f"{name}, learned", len(nets), nets, policy, None
         return
     for K in steps:
-        for kind in SOLVERS[:1] if isinstance(nets, JumpUNet) else SOLVERS:
+        for kind in hand_kinds(nets):
             for grid in GRIDS:
                 yield f"{name}, {kind} {grid}", K, nets, None, hand_solver(kind, grid, K)
     if content["kind"] == "teacher":

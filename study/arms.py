@@ -26,9 +26,7 @@ CEM_STD = 0.1, 0.01                             # of the first generation; floor
 OWN_LR = 0.03                                   # Adam's first rate, falls to 0; 0.01..0.1
 BACKWARD = 2                                    # a backward pass costs two evaluations
 
-# ==============================================================================================
-# BUDGET
-# ==============================================================================================
+# ==== BUDGET ==================================================================================
 
 
 def rollouts(args):
@@ -53,10 +51,10 @@ def evaluations(args):
     return total
 
 
-# ==============================================================================================
-# COMPETITORS: (nets, policy at the hand solver, (z (N, 3, H, W), targets of z), reward, rollouts,
-# alpha_bar (T + 1,), seed) -> (policy, network evaluations that were spent)
-# ==============================================================================================
+# ==== COMPETITORS =============================================================================
+# (nets, policy at the hand solver, (z (N, 3, H, W), targets of z), reward, rollouts, alpha_bar
+# (T + 1,), seed) -> (policy, network evaluations that were spent)
+
 
 def mask(policy):
     """Which entries of shift (K, 2) act at all: acting() of every jump."""
@@ -114,9 +112,8 @@ def cross_entropy(nets, policy, train_set, reward, rollouts, alpha_bar, seed):
     return policy, generations * POPULATION * size * len(nets)
 
 
-# ==============================================================================================
-# THE REWARD'S OWN GRADIENT of the same numbers, as LD3 (Tong et al. 2024, arXiv 2405.15506) does
-# ==============================================================================================
+# ==== THE REWARD'S OWN GRADIENT ===============================================================
+# of the same numbers, as LD3 does (Tong et al. 2024, arXiv 2405.15506)
 
 class SmoothSchedule:
     """alpha_bar[t] for times that are no integers: linear in log alpha_bar between two integers, so
@@ -170,9 +167,7 @@ def own_gradient(nets, policy, train_set, reward, rollouts, alpha_bar, seed):
     return policy, updates * size * (1 + BACKWARD) * len(nets)
 
 
-# ==============================================================================================
-# ALL ARMS
-# ==============================================================================================
+# ==== ALL ARMS ================================================================================
 
 class Arm(NamedTuple):
     """One row of the tables at one number of evaluations; played once per seed."""

@@ -39,9 +39,7 @@ RESULTS, README = ROOT / "study" / "results.jsonl", ROOT / "study" / "README.md"
 KEY = "group", "name", "init", "steps", "seed", "n", "weights"      # what makes a row the same row
 HAND_NOISES = 64                                # on which a start is chosen, as rl_distill.main
 
-# ==============================================================================================
-# ROWS AND CLAIMS
-# ==============================================================================================
+# ==== ROWS AND CLAIMS =========================================================================
 
 
 def read_rows(path):
@@ -85,9 +83,7 @@ def claim(path):
             return False
 
 
-# ==============================================================================================
-# WHAT ALL ARMS SHARE
-# ==============================================================================================
+# ==== WHAT ALL ARMS SHARE =====================================================================
 
 def command(arm, seed):
     """The flags of rl_distill.py that are this arm's."""
@@ -107,6 +103,7 @@ class World:
             self.args.teacher, self.args.student, f"{self.args.encoders}/coach.pt",
             f"{self.args.encoders}/judge.pt"))
         self.weights = hashlib.sha256(b"".join(files)).hexdigest()[:12] + "-smoke" * args.smoke
+        self.code = hashlib.sha256(Path(rl_distill.__file__).read_bytes()).hexdigest()[:6]
         self.folder = ROOT / "runs" / "study" / self.weights
         self.results = self.folder / "results.jsonl" if args.smoke else RESULTS
 
@@ -159,13 +156,11 @@ class World:
                                                 frechet=judged(target, *self.judge)["frechet"]))
 
 
-# ==============================================================================================
-# PLAYING ONE ARM
-# ==============================================================================================
+# ==== PLAYING ONE ARM =========================================================================
 
 def place(arm, seed, world):
-    """Where the run of an arm lives; its claims stand beside it."""
-    words = f"{arm.group} {arm.name} {arm.init} {arm.steps} {seed}"
+    """Where the run of an arm by this rl_distill.py lives; its claims stand beside it."""
+    words = f"{arm.group} {arm.name} {arm.init} {arm.steps} {seed} {world.code}"
     return world.folder / "".join(c if c.isalnum() else "-" for c in words)
 
 
@@ -187,7 +182,6 @@ def play(arm, seed, world):
             return world.measured(nets, policy), (time.time() - began) / 60, spent
         args.resume = (out / "config.json").exists()
         claim_run(args, "study")
-        torch.manual_seed(args.seed)
         with open(out / "printed.txt", "a", encoding="utf-8") as log, \
                 contextlib.redirect_stdout(log):
             seconds = train(nets, policy, train_set, monitor_set, reward, args, out, world.device)
@@ -226,9 +220,7 @@ def row_of(arm, seed, world, version):
                 device=device_name(world.device))
 
 
-# ==============================================================================================
-# THE LOOP
-# ==============================================================================================
+# ==== THE LOOP ================================================================================
 
 def todo(args, world):
     """[(arm, seed)] of everything that has no row yet, the most important first."""

@@ -53,9 +53,7 @@ LOADERS = {"teacher-a/teacher.pt": load_teacher, "student-a/student.pt": load_st
            "reward-a/judge.pt": lambda path: load_encoder(path, "judge"),
            "rl_distill-a/policy.pt": lambda path: load_policy(path)[1:]}
 
-# ==============================================================================================
-# PROCESSES
-# ==============================================================================================
+# ==== PROCESSES ===============================================================================
 
 
 def launch(script, *flags, sizes=None):
@@ -78,18 +76,17 @@ def equal(a, b):
 
 
 def results(folder):
-    """Everything in the checkpoints of a run that does not measure time."""
+    """What a run's checkpoints hold, without clocks and the global random numbers (where a script
+    draws from these, its weights tell)."""
     out = {}
     for path in sorted(folder.glob("*.pt")):
         content = torch.load(path, weights_only=True)
         out[path.name] = {k: v for k, v in content.items()
-                          if k not in ("seconds", "provenance", "log_bytes")}
+                          if k not in ("seconds", "provenance", "log_bytes", "rng")}
     return out
 
 
-# ==============================================================================================
-# KILLS
-# ==============================================================================================
+# ==== KILLS ===================================================================================
 
 def kills(folder, wanted, rng):
     """Kill each script at random moments, resume, and compare with the run that was left alone."""
@@ -125,9 +122,7 @@ def kills(folder, wanted, rng):
     return same == copies
 
 
-# ==============================================================================================
-# DAMAGED CHECKPOINTS
-# ==============================================================================================
+# ==== DAMAGED CHECKPOINTS =====================================================================
 
 def mutants(whole, n, rng):
     """n damaged versions of a file's bytes: cut, flipped, overwritten, lengthened, shortened,

@@ -144,7 +144,7 @@ class Books(unittest.TestCase):
                     minutes=1.0, device="cpu", torch="2", commit="c")
 
     def test_every_arm_is_there_once_and_its_command_parses(self):
-        found, world = arms.arms(), SimpleNamespace(folder=self.folder)
+        found, world = arms.arms(), SimpleNamespace(folder=self.folder, code="c")
         self.assertEqual({arm.group for arm in found}, set(arms.GROUPS))
         self.assertEqual(len({arm[:4] for arm in found}), len(found))
         self.assertEqual(len({run.place(a, s, world) for a in found for s in (0, 1)}),
