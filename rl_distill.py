@@ -7,7 +7,7 @@ Few-step sampling as a Markov decision process (ReDiF, arXiv 2512.22802), writte
     reward  at the end only: likeness to the teacher's image of the same noise
 
     python rl_distill.py                            # bundled weights, no data, no network
-    python rl_distill.py --channel pixels --eta 0.3 # as ReDiF: the denoiser's weights, every jump
+    python rl_distill.py --channel pixels --eta 0.3 # as ReDiF: weights learn, every jump explores
     python rl_distill.py --smoke                    # seconds, numbers mean nothing
 
 Reads --teacher, --student, --encoders; writes to --out: policy.pt, state.pt (for --resume),
@@ -166,10 +166,11 @@ def rollout(nets, policy, z, alpha_bar, channel=None, group=1, std=0.0, eta=0.0,
             u = mean_u + std * acts * antithetic(u.shape, generator, z.device)
             logp = jump_logp(mean_u, u, std, acts)
         t_next = land(t, u[:, 0], len(nets) - k)
+        explores = channel == "pixels" and net is nets[-1] and (eta > 0 or last)
         x_next, sigma, x0_hat = land_at(net, x, t, t_next, u, x0_last, alpha_bar,
-                                        eta if channel == "pixels" else 0.0)
+                                        eta if explores else 0.0)
         seen_and_done = k, x, t, x0_last, u, t_next, logp
-        if channel == "pixels" and net is nets[-1] and (eta > 0 or last):     # action 2: where
+        if explores:                                                # action 2: where
             copies = group * len(z) // len(x)                       # 1 once the group has parted
             mean, sigma, t_next, x0_hat = (
                 s.repeat_interleave(copies, 0) for s in (x_next, sigma, t_next, x0_hat))
@@ -184,10 +185,11 @@ def rollout(nets, policy, z, alpha_bar, channel=None, group=1, std=0.0, eta=0.0,
 # ==== ADVANTAGES ==============================================================================
 
 def advantages(reward, group) -> torch.Tensor:
-    """A = (R - mean of its group) / std of that over the whole batch: (M * group,) -> same.
+    """A = (R - mean of its group) / rms of that over the whole batch: (M * group,) -> same.
 
-    Members of a group share a noise, side by side: easy and hard noises count alike. Equal rewards
-    give exactly 0, never rounding errors scaled to 1.
+    Members of a group share a noise, side by side; the mean removes how good that noise is anyway.
+    DEVIATES from GRPO (Shao et al. 2024), which divides by each group's own std: a group whose
+    rewards hardly differ stays small here. Equal rewards give exactly 0, never scaled rounding.
     """
     # -- exercise 4
     groups = reward.reshape(-1, group)                              # (M, group)
