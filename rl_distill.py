@@ -334,8 +334,8 @@ def train(nets, policy, train_set, monitor_set, reward, args, out, device):
         nets, policy, args)
     parts = dict(net=nets[-1], policy=policy, generator=generator, **optimizers)
     first, seconds_before = load_state(out / "state.pt", parts) if args.resume else (0, 0.0)
-    print("update channel  reward ± std    held-out  ratio_t0  clip  kl       in-group  grad     "
-          "std    grid | leans")
+    print("update channel  reward ± std   held-out ratio_t0  clip  kl     in-group  grad    "
+          "grid | leans")
     start = time.time()
     for update in range(first, args.updates):
         channel, left = channel_of(update, args), 1 - update / args.updates
@@ -370,8 +370,8 @@ def train(nets, policy, train_set, monitor_set, reward, args, out, device):
                    terms={k: v.mean().item() for k, v in raw.items()},
                    seconds=seconds_before + time.time() - start)
         log_line(out, **row)
-        print("{update:6d} {channel:7s} {reward:7.4f} ±{reward_std:6.4f} {held_out:9.4f}  "
-              "{ratio_t0:.6f}  {clip:.2f}  {kl:.1e}  {in_group:.4f}  {grad_norm:.1e}  {std:.3f}  "
+        print("{update:6d} {channel:7s} {reward:7.4f} ±{reward_std:6.4f} {held_out:8.4f} "
+              "{ratio_t0:.6f}  {clip:.2f} {kl:.1e} {in_group:.4f}  {grad_norm:.1e} "
               .format(**row) + " ".join(f"{g:.0f}" for g in row["grid"]) + " | "
               + " ".join(f"{v:.2f}" for v in row["leans"]), flush=True)
         if (update + 1) % SAVE_EVERY == 0 or update + 1 == args.updates:
