@@ -65,7 +65,7 @@ class JumpPolicy(nn.Module):
 
     def forward(self, k, x_t):
         """Mean of u for jump k, 0..K-1, in state x_t (B, 3, H, W): (B, 2). All noises get the same:
-        what a head reads off the state was measured to bring nothing (study/README.md)."""
+        in the first version reading the state brought nothing (study/README.md)."""
         return (self.hand[k] + self.shift[k]).expand(len(x_t), 2)
 
 
@@ -565,8 +565,8 @@ def main(argv=None):
     out = claim_run(args, "rl_distill")
     print("config:", vars(args))
     print(f"device {device_name(device)}, fp32 | {parameter_count(nets[-1]) / 1e6:.2f} M parameters"
-          f" | {args.updates} updates of {NOISES_PER_UPDATE} noises, {args.steps} evaluations "
-          "per image")
+          f" | {args.updates} updates of {min(NOISES_PER_UPDATE, args.noises)} noises, "
+          f"{args.steps} evaluations per image")
     train_set = noise_and_targets(teacher, 0, args.noises, device)
     held_set = noise_and_targets(teacher, HELD_OUT, args.held_out, device)
     monitor_set = noise_and_targets(teacher, HELD_OUT + 10 ** 6, MONITOR, device)

@@ -196,10 +196,10 @@ def clone(net, ema, teacher, args, out, device):
                      loss=torch.stack(losses).mean().item(), seconds=seconds)
             losses.clear()
         if done % SAVE_EVERY == 0 or done == args.updates:
-            save_state(out / "state.pt", parts, done, seconds)
             save_student(out / "student.pt", ema, provenance(
                 "student.py", args, seconds, device, updates=done, teacher_paths=pool.made,
                 target=f"{len(TARGET.leans)} quadratic DDIM steps"))
+            save_state(out / "state.pt", parts, done, seconds)      # last: its files are there
     return seconds_before + time.time() - start, pool.made
 
 

@@ -107,11 +107,11 @@ def train(net, ema, images, args, out, device):
                      lr=group["lr"], seconds=seconds)
             losses.clear()
         if done % SAVE_EVERY == 0 or done == args.updates:
-            save_state(out / "state.pt", parts, done, seconds)
             save_teacher(out / "teacher.pt", ema, provenance(
                 "teacher.py", args, seconds, device, updates=done,
                 images=done * args.batch_size, ema=EMA_DECAY))
             save_samples(out / "samples.png", ema, device, n=4 if args.smoke else 64)
+            save_state(out / "state.pt", parts, done, seconds)      # last: its files are there
     return seconds_before + time.time() - start
 
 

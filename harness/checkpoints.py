@@ -101,13 +101,14 @@ def load_checkpoint(path, kind):
 def load_weights(net, weights, path="checkpoint"):
     """Copy a state dict into net and return net; BadInput where names or shapes differ."""
     with rebuilding(f"{path} does not fit the network its config describes: it", "weights"):
-        net.load_state_dict({k: v.float() for k, v in weights.items()})
+        net.load_state_dict(weights)                          # copies fp16 to fp32
     return net
 
 
 def half_weights(net):
     """State dict in fp16, for the small files that are handed on (loaded back as fp32)."""
-    return {k: v.detach().half().cpu() for k, v in net.state_dict().items()}
+    return {k: (v.half() if v.is_floating_point() else v).detach().cpu()      # a counter is none
+            for k, v in net.state_dict().items()}
 
 
 def save_state(path, parts, update, seconds):

@@ -145,7 +145,7 @@ def pick_device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else mps
     try:
         wait_for(torch.device(name))
-    except (RuntimeError, AssertionError):
+    except Exception:                                          # what is raised depends on the name
         raise BadInput(f"device '{name}' cannot be used here; try --device cpu") from None
     torch.backends.cudnn.allow_tf32 = False                    # where we say fp32 we mean it
     return torch.device(name)
