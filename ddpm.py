@@ -144,6 +144,12 @@ class Solver(NamedTuple):
     leans: list                     # K floats, one per jump
 
 
+def power_grid(steps, power):
+    """T (1 - k / steps)^power for k = 0..steps, as strictly decreasing integers."""
+    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** power
+    return strictly_decreasing([round(v) for v in (T * u).tolist()])
+
+
 def make_grid(name, steps):
     """Decreasing list of steps + 1 integers from T to 0, a hand grid.
 
@@ -152,14 +158,13 @@ def make_grid(name, steps):
     """
     if not 1 <= steps <= T or name not in GRIDS:
         raise ValueError(f"no '{name}' grid of {steps} steps; take one of {GRIDS} and 1..{T} steps")
+    if name != "logsnr":
+        return power_grid(steps, 1 if name == "uniform" else 2)
+    levels = half_log_snr(linear_alpha_bar()[1:])                              # of t = 1 .. T
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    if name == "logsnr":
-        levels = half_log_snr(linear_alpha_bar()[1:])                          # of t = 1 .. T
-        wanted = levels[0] + u * (levels[-1] - levels[0])
-        nearest = (levels - wanted[:, None]).abs().argmin(1) + 1
-        return strictly_decreasing([*nearest.tolist()[:-1], 0])
-    u = u if name == "uniform" else u ** 2
-    return strictly_decreasing([round(v) for v in (T * u).tolist()])
+    wanted = levels[0] + u * (levels[-1] - levels[0])
+    nearest = (levels - wanted[:, None]).abs().argmin(1) + 1
+    return strictly_decreasing([*nearest.tolist()[:-1], 0])
 
 
 def strictly_decreasing(grid):
@@ -169,12 +174,18 @@ def strictly_decreasing(grid):
     return [min(t, T - k) for k, t in enumerate(grid)]
 
 
+def dpm_leans(grid, end=0):
+    """dpm_lean() of every jump of a grid, a list of K floats. end = 1: the last jump aims at t = 1,
+    where lambda is finite, and leans as well."""
+    times = torch.tensor(grid)
+    return dpm_lean(times[:-1], times[1:].clamp(min=end), torch.cat([times[:1], times[:-2]]),
+                    linear_alpha_bar()).tolist()
+
+
 def hand_solver(kind, grid_name, steps):
     """Solver of `kind` 'DDIM' or 'DPM++' (second order, multistep) on a hand grid."""
-    grid = torch.tensor(make_grid(grid_name, steps))
-    t, t_next, t_last = grid[:-1], grid[1:], grid[:1].tolist() + grid[:-2].tolist()
-    leans = dpm_lean(t, t_next, torch.tensor(t_last), linear_alpha_bar())
-    return Solver(grid.tolist(), [0.0] * steps if kind == "DDIM" else leans.tolist())
+    grid = make_grid(grid_name, steps)
+    return Solver(grid, [0.0] * steps if kind == "DDIM" else dpm_leans(grid))
 
 
 def seeded_noise(seeds, shape, stream=0, device="cpu"):

@@ -24,8 +24,8 @@ from tqdm import tqdm
 # From earlier files:
 from ddpm import linear_alpha_bar, parameter_count, seeded_noise
 from teacher import LOG_EVERY, load_teacher, targets
-from harness.checkpoints import (half_weights, load_checkpoint, load_state, load_weights,
-                                 provenance, rebuilding, save_checkpoint, save_state)
+from harness.checkpoints import (frozen_network, half_weights, load_checkpoint, load_state,
+                                 load_weights, provenance, rebuilding, save_checkpoint, save_state)
 from harness.figures import new_figure, save_figure
 from harness.images import fingerprint, load_images, to_unit
 from harness.runs import (BadInput, autocast, claim_run, device_name, log_line, number, parser_for,
@@ -100,10 +100,10 @@ def load_encoder(path, role, device="cpu"):
     """
     content = load_checkpoint(path, role)
     with rebuilding(path, role):
-        net = load_weights(ENCODERS[role](**content["config"]), content["weights"], path)
+        net = frozen_network(ENCODERS[role](**content["config"]), content["weights"], path, device)
         for name in ("scales",) if role == "coach" else ("mean", "covariance", "features"):
             content[name]
-    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), content
+    return net.to(memory_format=torch.channels_last), content
 
 
 class View(NamedTuple):

@@ -23,12 +23,12 @@ import torch
 from torch import nn
 
 # From earlier files:
-from ddpm import (GRIDS, SOLVERS, T, UNet, dpm_lean, estimate, hand_solver, jump, linear_alpha_bar,
+from ddpm import (GRIDS, SOLVERS, T, UNet, dpm_leans, estimate, hand_solver, jump, linear_alpha_bar,
                   make_grid, parameter_count, seeded_noise, spread)
 from teacher import TARGET, load_teacher, targets
 from student import HELD_OUT, JumpUNet, load_student
 from reward import TERMS, Reward, judged, load_encoder
-from harness.checkpoints import (half_weights, load_checkpoint, load_state, load_weights,
+from harness.checkpoints import (frozen_network, half_weights, load_checkpoint, load_state,
                                  provenance, rebuilding, save_checkpoint, save_state, write_whole)
 from harness.figures import plot_panels, plot_strips
 from harness.runs import (BadInput, chunk_size, claim_run, device_name, log_line, number,
@@ -39,6 +39,7 @@ CLIP_JUMP, CLIP_PIXELS = 0.2, 1e-4      # PPO's clip range, 0.1..0.3; of a mean 
 SIGMA_FLOOR = 0.02          # noise on the jump to t = 0 (DDIM sigma 0); in training, not deployment
 NOISES_PER_UPDATE = 16      # M, 8..64
 LANDINGS = 64               # G of the pixel channel with --eta 0, 16..256
+HAND_NOISES = 64            # training noises on which the start, a hand solver, is chosen
 MINIBATCH = 128             # states in a backward pass of the U-Net; for memory, changes nothing
 MONITOR = 16                # noises of the reward printed each update; not those of the final table
 SAVE_EVERY = 20             # updates
@@ -396,17 +397,15 @@ def load_policy(path, device="cpu"):
     """Rebuild what was saved, frozen, in eval mode. Returns (nets, one a jump, policy, content)."""
     content = load_checkpoint(path, "policy")
     with rebuilding(path, "policy"):
-        kinds, distinct = dict(UNet=UNet, JumpUNet=JumpUNet), []
-        for saved in content["nets"]:
-            net = kinds[saved["kind"]](**saved["config"])
-            distinct.append(load_weights(net, saved["weights"], path).to(device).eval()
-                            .requires_grad_(False))
-        policy = JumpPolicy(**content["policy_config"])
-        load_weights(policy, content["policy_weights"], path).to(device)
+        kinds = dict(UNet=UNet, JumpUNet=JumpUNet)
+        distinct = [frozen_network(kinds[saved["kind"]](**saved["config"]), saved["weights"], path,
+                                   device) for saved in content["nets"]]
+        policy = frozen_network(JumpPolicy(**content["policy_config"]), content["policy_weights"],
+                                path, device)
         nets = [distinct[i] for i in content["order"]]
         if len(nets) != len(policy.hand):
             raise ValueError(f"{len(nets)} networks for {len(policy.hand)} jumps")
-    return nets, policy.requires_grad_(False), content
+    return nets, policy, content
 
 
 # ==== RESULT: before and after on held-out noise ==============================================
@@ -477,8 +476,7 @@ def plot_alignment(rows, path):
 
 def plot_grid(result, folder, path):
     """Reward over training; learned times and leans beside those of the hand solvers."""
-    log, K, grid = read_log(folder), result["steps"], torch.tensor(result["times"]).round().long()
-    own = dpm_lean(grid[:-1], grid[1:], torch.cat([grid[:1], grid[:-2]]), linear_alpha_bar())
+    log, K, own = read_log(folder), result["steps"], dpm_leans([round(t) for t in result["times"]])
     updates, jumps, ends = [row["update"] for row in log], range(1, K + 1), range(K + 1)
     plot_panels([
         ("update", "reward", [("exploring", updates, [row["reward"] for row in log], "-"),
@@ -570,7 +568,7 @@ def main(argv=None):
     train_set = noise_and_targets(teacher, 0, args.noises, device)
     held_set = noise_and_targets(teacher, HELD_OUT, args.held_out, device)
     monitor_set = noise_and_targets(teacher, HELD_OUT + 10 ** 6, MONITOR, device)
-    hand, policy = best_by_hand(nets, *(x[:64] for x in train_set), reward, alpha_bar)
+    hand, policy = best_by_hand(nets, *(x[:HAND_NOISES] for x in train_set), reward, alpha_bar)
     print(f"the policy starts at the best hand solver on training noise, {hand}")
     nets_before = copy.deepcopy(nets)
     seconds = train(nets, policy, train_set, monitor_set, reward, args, out, device)

@@ -110,14 +110,14 @@ def evaluate(args, models, reward, judge, teacher, out, device):
 
 def plot_frontier(rows, path):
     """Fréchet distance and reward against network evaluations, a line per sampler."""
-    panels = []
-    for label, column in (("Fréchet distance, judge", "frechet"), ("reward", "reward")):
-        lines = {name: [r for r in rows if r["name"] == name] for name in
-                 dict.fromkeys(row["name"] for row in rows)}
-        panels.append(("network evaluations", label, [
-            (name, [r["nfe"] for r in mine], [r[column] for r in mine], "o-")
-            for name, mine in lines.items()]))
-    plot_panels(panels, path, xscale="log")
+    lines = {}
+    for row in rows:
+        lines.setdefault(row["name"], []).append(row)
+    plot_panels([("network evaluations", label, [
+        (name, [r["nfe"] for r in mine], [r[column] for r in mine], "o-")
+        for name, mine in lines.items()])
+        for label, column in (("Fréchet distance, judge", "frechet"), ("reward", "reward"))],
+        path, xscale="log")
 
 
 # ==== COMMAND LINE ============================================================================

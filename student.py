@@ -24,8 +24,7 @@ from tqdm import tqdm
 from ddpm import (T, UNet, hand_solver, linear_alpha_bar, parameter_count, sample, seeded_noise,
                   spread, time_embedding, zeroed)
 from teacher import (GRAD_CLIP, LOG_EVERY, TARGET, ema_update, learning_rate, load_teacher, targets)
-from harness.checkpoints import (half_weights, load_checkpoint, load_state, load_weights,
-                                 provenance, rebuilding, save_checkpoint, save_state)
+from harness.checkpoints import load_network, load_state, provenance, save_network, save_state
 from harness.figures import plot_loss, save_picture
 from harness.runs import (autocast, chunk_size, claim_run, device_name, log_line, number,
                           parser_for, pick_device, run_flags, run_main)
@@ -34,7 +33,7 @@ STUDENT_UNET = dict(width=32, mults=[1, 2, 3], blocks=1, attention=[8], dropout=
 START_SHARE = 1 / 3         # share of jumps that start at t = T, where every deployment starts
 LAND_SHARE = 1 / 2          # share of jumps that land at t = 0, where every deployment ends
 SHORTEST_JUMP = 10          # shortest jump trained (rounding noise grows as 1 / sin(d))
-POOL, JUMPS_PER_PATH = 1024, 64         # teacher paths kept ; jumps drawn from each
+POOL, JUMPS_PER_PATH = 1024, 64         # teacher paths kept; jumps drawn from each
 CLONE_SEEDS = 10 ** 6       # seeds of cloning's noise count up from here,
 HELD_OUT = 10 ** 9          # and seeds from here on are never trained on, in any file
 SAVE_EVERY = 400            # updates
@@ -196,25 +195,16 @@ def clone(net, ema, teacher, args, out, device):
                      loss=torch.stack(losses).mean().item(), seconds=seconds)
             losses.clear()
         if done % SAVE_EVERY == 0 or done == args.updates:
-            save_student(out / "student.pt", ema, provenance(
+            save_network(out / "student.pt", "student", ema, provenance(
                 "student.py", args, seconds, device, updates=done, teacher_paths=pool.made,
                 target=f"{len(TARGET.leans)} quadratic DDIM steps"))
             save_state(out / "state.pt", parts, done, seconds)      # last: its files are there
     return seconds_before + time.time() - start, pool.made
 
 
-def save_student(path, net, origin):
-    """fp16 weights, config, provenance."""
-    save_checkpoint(path, "student", config=net.config, weights=half_weights(net),
-                    provenance=origin)
-
-
 def load_student(path, device="cpu"):
-    """Rebuild a cloned student, frozen, in eval mode. Returns (net, checkpoint)."""
-    content = load_checkpoint(path, "student")
-    with rebuilding(path, "student config"):
-        net = load_weights(JumpUNet(**content["config"]), content["weights"], path).to(device)
-    return net.eval().requires_grad_(False), content
+    """The cloned student of a checkpoint, frozen, in eval mode. Returns (net, checkpoint)."""
+    return load_network(path, "student", JumpUNet, device)
 
 
 # ==== EVALUATION on held-out noise ============================================================

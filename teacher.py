@@ -21,8 +21,7 @@ from tqdm import tqdm
 # From earlier files:
 from ddpm import (PAPER_UNET, SMALL_UNET, T, UNet, hand_solver, linear_alpha_bar, parameter_count,
                   sample, seeded_noise, simple_loss)
-from harness.checkpoints import (half_weights, load_checkpoint, load_state, load_weights,
-                                 provenance, rebuilding, save_checkpoint, save_state)
+from harness.checkpoints import load_network, load_state, provenance, save_network, save_state
 from harness.figures import plot_loss, save_picture
 from harness.images import fingerprint, load_images
 from harness.runs import (autocast, chunk_size, claim_run, device_name, log_line, number,
@@ -107,7 +106,7 @@ def train(net, ema, images, args, out, device):
                      lr=group["lr"], seconds=seconds)
             losses.clear()
         if done % SAVE_EVERY == 0 or done == args.updates:
-            save_teacher(out / "teacher.pt", ema, provenance(
+            save_network(out / "teacher.pt", "teacher", ema, provenance(
                 "teacher.py", args, seconds, device, updates=done,
                 images=done * args.batch_size, ema=EMA_DECAY))
             save_samples(out / "samples.png", ema, device, n=4 if args.smoke else 64)
@@ -115,18 +114,9 @@ def train(net, ema, images, args, out, device):
     return seconds_before + time.time() - start
 
 
-def save_teacher(path, ema, origin):
-    """The small file for the other scripts: fp16 EMA weights, config, provenance."""
-    save_checkpoint(path, "teacher", config=ema.config, weights=half_weights(ema),
-                    provenance=origin)
-
-
 def load_teacher(path, device="cpu"):
-    """Rebuild a teacher from its own config, frozen, in eval mode. Returns (net, checkpoint)."""
-    content = load_checkpoint(path, "teacher")
-    with rebuilding(path, "U-Net config"):
-        net = load_weights(UNet(**content["config"]), content["weights"], path).to(device)
-    return net.eval().requires_grad_(False), content
+    """The teacher of a checkpoint, frozen, in eval mode. Returns (net, checkpoint)."""
+    return load_network(path, "teacher", UNet, device)
 
 
 def save_samples(path, net, device, n=64):

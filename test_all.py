@@ -39,7 +39,7 @@ import student
 import teacher
 from ddpm import hand_solver, seeded_noise
 from harness import images as pictures
-from harness.checkpoints import half_weights, load_checkpoint, save_checkpoint
+from harness.checkpoints import half_weights, load_checkpoint, save_checkpoint, save_network
 from harness.runs import BadInput, read_log, run_main
 
 HERE = Path(__file__).resolve().parent
@@ -137,9 +137,9 @@ class Working(Case):
             Working.keep = tempfile.TemporaryDirectory()
             Working.tiny = Path(Working.keep.name)
             torch.manual_seed(0)
-            teacher.save_teacher(self.tiny / "teacher.pt", randomised(ddpm.UNet(**TINY)), {})
+            save_network(self.tiny / "teacher.pt", "teacher", randomised(ddpm.UNet(**TINY)), {})
             first = randomised(student.JumpUNet(**TINY), 1)
-            student.save_student(self.tiny / "student.pt", first, {})
+            save_network(self.tiny / "student.pt", "student", first, {})
             c, j, x = reward.Coach().eval(), reward.Judge().eval(), images(64)
             for name, net, more in (("coach", c, dict(scales=reward.term_scales(c, x))),
                                     ("judge", j, reward.judge_reference(j, pictures.to_uint8(x)))):
@@ -248,6 +248,9 @@ class Jump(Case):
         expected = [(c - b) / (2 * (b - a)) for a, b, c in levels]
         t_last, t, t_next = torch.tensor([*times, (1000, 1000, 500), (1000, 1000, 0), (90, 5, 0)]).T
         self.close(ddpm.dpm_lean(t, t_next, t_last, AB), [*expected, 0, 0, 0], 1e-3)
+        end = (levels[1][2] - levels[1][1]) / (2 * (levels[1][1] - levels[1][0]))      # into t = 1
+        self.close(ddpm.dpm_leans([900, 500, 0]), [0.0, 0.0])
+        self.close(ddpm.dpm_leans([900, 500, 0], end=1), [0.0, end], 1e-3)
 
 
 # What diffusers 0.42.1 makes, in millionths, in 3, 5, 10, 20, 50 evaluations, of x_T = -2, -1, 0, 1
@@ -1122,7 +1125,8 @@ class Samples(Working):
                 self.assertEqual(solver, hand_solver(*name.split(), K))
 
     def test_the_npz_is_what_fid_tools_read(self):
-        teacher.save_teacher("big.pt", randomised(ddpm.UNet(**{**TINY, "image_size": 32})), {})
+        big = randomised(ddpm.UNet(**{**TINY, "image_size": 32}))
+        save_network("big.pt", "teacher", big, {})
         words = shlex.split("--model big.pt --steps 2 --n 3 --npz new/a.npz --seed 7")
         self.run_main(sample, *words)
         with np.load("new/a.npz") as file:

@@ -105,10 +105,27 @@ def load_weights(net, weights, path="checkpoint"):
     return net
 
 
+def frozen_network(net, weights, path, device):
+    """net with these weights on the device, in eval mode, its weights frozen; BadInput as above."""
+    return load_weights(net, weights, path).to(device).eval().requires_grad_(False)
+
+
 def half_weights(net):
     """State dict in fp16, for the small files that are handed on (loaded back as fp32)."""
     return {k: (v.half() if v.is_floating_point() else v).detach().cpu()      # a counter is none
             for k, v in net.state_dict().items()}
+
+
+def save_network(path, kind, net, origin):
+    """The small file that is handed on: net's config, fp16 weights and where they come from."""
+    save_checkpoint(path, kind, config=net.config, weights=half_weights(net), provenance=origin)
+
+
+def load_network(path, kind, build, device="cpu"):
+    """The network of save_network, frozen, from build(**config). Returns (net, checkpoint)."""
+    content = load_checkpoint(path, kind)
+    with rebuilding(path, f"{kind} config"):
+        return frozen_network(build(**content["config"]), content["weights"], path, device), content
 
 
 def save_state(path, parts, update, seconds):

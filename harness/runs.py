@@ -94,22 +94,32 @@ def resume_run(out, now):
     return folder
 
 
-def log_line(folder, /, **row):
-    """Append one JSON object to folder/log.jsonl, which plots are drawn from; NaN becomes null."""
+def append_jsonl(path, row):
+    """Append one JSON object to a .jsonl, on a line of its own; NaN becomes null."""
     row = json.loads(json.dumps(row), parse_constant=lambda name: None)
-    with open(Path(folder, "log.jsonl"), "a+b") as file:
+    with open(path, "a+b") as file:
         file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
         mend = b"" if file.read() in (b"\n", b"") else b"\n"   # a kill tore the last line
         file.write(mend + json.dumps(row).encode() + b"\n")
 
 
-def read_log(folder):
-    """The rows that log_line wrote, without torn lines; [] where there is no log."""
-    path, rows = Path(folder, "log.jsonl"), []
+def read_jsonl(path):
+    """The rows of a .jsonl, without torn lines; [] where there is no file."""
+    path, rows = Path(path), []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
+
+
+def log_line(folder, /, **row):
+    """Append a row to folder/log.jsonl, which plots are drawn from."""
+    append_jsonl(Path(folder, "log.jsonl"), row)
+
+
+def read_log(folder):
+    """The rows that log_line wrote."""
+    return read_jsonl(Path(folder, "log.jsonl"))
 
 
 def run_main(main, memory="--batch-size"):

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -29,15 +28,15 @@ import report
 import rl_distill
 from ddpm import linear_alpha_bar
 from harness.checkpoints import find, load_checkpoint, provenance, save_checkpoint, write_whole
-from harness.runs import ROOT, claim_run, device_name, number, pick_device, run_main
-from rl_distill import (MONITOR, best_by_hand, by_hand, deployed, load_inputs, load_policy,
-                        noise_and_targets, save_policy, standard_error, train)
+from harness.runs import (ROOT, append_jsonl, claim_run, device_name, number, pick_device,
+                          read_jsonl, run_main)
+from rl_distill import (HAND_NOISES, MONITOR, best_by_hand, by_hand, deployed, load_inputs,
+                        load_policy, noise_and_targets, save_policy, standard_error, train)
 from reward import judged
 from student import HELD_OUT
 
 RESULTS, README = ROOT / "study" / "results.jsonl", ROOT / "study" / "README.md"
 KEY = "group", "name", "init", "steps", "seed", "n", "weights"      # what makes a row the same row
-HAND_NOISES = 64                                # on which a start is chosen, as rl_distill.main
 
 # ==== ROWS AND CLAIMS =========================================================================
 
@@ -45,18 +44,10 @@ HAND_NOISES = 64                                # on which a start is chosen, as
 def read_rows(path):
     """{values of KEY: row} of a .jsonl, the newest of equal ones; a torn line is no row."""
     rows = {}
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            row = json.loads(line)
+    for row in read_jsonl(path):
+        with contextlib.suppress(KeyError, TypeError):         # another JSON value is no row either
             rows[tuple(row[name] for name in KEY)] = row
     return rows
-
-
-def append(path, row):
-    """Add one row at once, on a line of its own even after a torn one."""
-    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-    with open(path, "ab") as file:
-        file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
 
 
 def alive(pid):
@@ -239,7 +230,7 @@ def work(args, world):
         path = place(arm, seed, world)
         if claim(path.with_name(path.name + ".claim")) and (arm, seed) in todo(args, world):
             row = row_of(arm, seed, world, version)
-            append(world.results, row)
+            append_jsonl(world.results, row)
             print(f"{arm.init:8s} {arm.name:26s} K {arm.steps:2d} seed {seed}  reward "
                   f"{row['reward']:8.4f}  closed {100 * row['closed']:4.0f} %  Fréchet "
                   f"{row['frechet']:7.3f}  {row['minutes']:5.1f} min", flush=True)

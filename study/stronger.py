@@ -16,8 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # From the repository:
-from ddpm import (GRIDS, T, half_log_snr, linear_alpha_bar, make_grid,         # noqa: E402
-                  strictly_decreasing)
+from ddpm import GRIDS, dpm_leans, linear_alpha_bar, make_grid, power_grid     # noqa: E402
 from reward import judged                                                      # noqa: E402
 from rl_distill import (HELD_OUT, JumpPolicy, deployed, load_inputs,           # noqa: E402
                         load_policy, noise_and_targets, parse_args, standard_error)
@@ -25,18 +24,9 @@ from rl_distill import (HELD_OUT, JumpPolicy, deployed, load_inputs,           #
 TRAINING, POWERS, LEANS = 48, (1.5, 1.75, 2.0), (0.5, 0.6, 0.7, 0.8)
 
 
-def ended(grid, levels):
-    """DPM-Solver++(2M) on a grid, its last jump aimed at t = 1; levels: lambda of 0 .. T."""
-    leans = [((levels[max(then, 1)] - levels[now]) / (2 * (levels[now] - levels[last]))).item()
-             for last, now, then in zip(grid, grid[1:], grid[2:])]
-    return JumpPolicy((grid, [0.0, *leans]))
-
-
 def two_numbers(steps, power, lean):
     """Times T (1 - k / steps)^power, the same lean at every jump but the first."""
-    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    grid = strictly_decreasing([round(v) for v in (T * u ** power).tolist()])
-    return JumpPolicy((grid, [0.0] + [lean] * (steps - 1)))
+    return JumpPolicy((power_grid(steps, power), [0.0] + [lean] * (steps - 1)))
 
 
 def main():
@@ -44,7 +34,6 @@ def main():
     teacher, _, reward, judge = load_inputs(parse_args([]), device)
     some = noise_and_targets(teacher, 0, TRAINING, device)
     held = noise_and_targets(teacher, HELD_OUT, 256, device)
-    levels = half_log_snr(alpha_bar)
 
     def play(policy, steps, noises):
         return deployed([teacher] * steps, policy, *noises, reward, alpha_bar)
@@ -55,8 +44,9 @@ def main():
 
     for steps in (3, 4, 6, 8):
         for grid in GRIDS:
+            times = make_grid(grid, steps)
             line(f"K = {steps}, DPM++ to t = 1, {grid}",
-                 play(ended(make_grid(grid, steps), levels), steps, held))
+                 play(JumpPolicy((times, dpm_leans(times, end=1))), steps, held))
         power, lean = max(itertools.product(POWERS, LEANS), key=lambda pair: play(
             two_numbers(steps, *pair), steps, some)["reward"].mean())
         row = play(two_numbers(steps, power, lean), steps, held)
