@@ -52,6 +52,12 @@ def plot_panels(panels, path, **axes_settings):
             axis.plot(x, y, style, label=label, markersize=4,
                       color="grey" if style in ("--", ":", "-.") else None)
         axis.set(xlabel=x_label, ylabel=y_label, **axes_settings)
+        if axes_settings.get("xscale") == "log":               # a tick at every x, and no others
+            ticks = sorted({at for _, x, _, _ in lines for at in x})
+            axis.set_xticks(ticks, map(str, ticks))
+            axis.set_xticks([], minor=True)
+        else:
+            axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         if any(label for label, *_ in lines):
             axis.legend(fontsize=8)
