@@ -5,36 +5,29 @@ which do not fit a laptop); the *judge*, of another architecture and seed, serve
 alone, so that a student that merely pleases its coach (reward hacking) is found out. All rewards
 compare a student's image with the teacher's from the same start noise.
 
-    python reward.py             # bundled encoders: what each reward says of graded distortions
-    python reward.py --train     # trains both encoders, a minute an epoch on two cores
-    python reward.py --smoke     # tiny training, seconds, numbers mean nothing
+    python reward.py             # what each reward says of graded distortions, a minute
 
-Reads --encoders, --teacher, or --data with --train; writes rewards.png, or coach.pt and judge.pt,
-and log.jsonl to --out. Next file: rl_distill.py.
+Reads --encoders (trained by checkpoints/train_encoders.py) and --teacher; writes rewards.png and
+log.jsonl to --out. Next file: rl_distill.py.
 """
-import time
 from argparse import ArgumentTypeError
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 # From earlier files:
-from ddpm import linear_alpha_bar, parameter_count, seeded_noise
-from teacher import LOG_EVERY, load_teacher, targets
-from harness.checkpoints import (frozen_network, half_weights, load_checkpoint, load_state,
-                                 load_weights, provenance, rebuilding, save_checkpoint, save_state)
+from ddpm import linear_alpha_bar, seeded_noise
+from teacher import load_teacher, targets
+from harness.checkpoints import frozen_network, load_checkpoint, rebuilding
 from harness.figures import new_figure, save_figure
-from harness.images import fingerprint, load_images, to_unit
-from harness.runs import (BadInput, autocast, claim_run, device_name, log_line, number, parser_for,
-                          pick_device, run_flags, run_main)
+from harness.images import to_unit
+from harness.runs import (BadInput, claim_run, log_line, number, parser_for, pick_device, run_flags,
+                          run_main)
 
 NEIGHBOURS = 5              # k of precision/recall/density/coverage, Naeem et al. 2020
-REFERENCE = 5000            # real images whose judge features are kept for precision/recall
 BINS = 32                   # of the intensity histogram, per colour channel
-SAVE_EVERY = 200            # updates
 
 # ==============================================================================================
 # ENCODERS: images (B, 3, 32, 32) in [-1, 1] -> (list of feature maps, features (B, C), logits)
@@ -163,18 +156,16 @@ def histogram_reward(seen, target):
 
 
 class Term(NamedTuple):
-    """One entry of the registry: function, worst and best value, whether autograd sees through."""
-    function: Callable
-    worst: float
-    best: float
-    differentiable: bool
+    """One entry of the registry."""
+    function: Callable              # (View, View) -> (B,)
+    best: float                     # its value where image and target are equal
 
 
 TERMS = {
-    "feature": Term(feature_reward, -1.0, 1.0, True),
-    "perceptual": Term(perceptual_reward, -4.0, 0.0, True),
-    "mse": Term(mse_reward, -4.0, 0.0, True),
-    "histogram": Term(histogram_reward, -float("inf"), 0.0, False),
+    "feature": Term(feature_reward, 1.0),
+    "perceptual": Term(perceptual_reward, 0.0),
+    "mse": Term(mse_reward, 0.0),
+    "histogram": Term(histogram_reward, 0.0),
 }
 
 
@@ -188,7 +179,6 @@ class Reward:
 
     def __init__(self, spec, coach, scales):
         self.coach, self.scales, self.weights = coach, scales, parse_reward(spec)
-        self.differentiable = all(TERMS[name].differentiable for name in self.weights)
 
     def __call__(self, images, targets):
         """(B, 3, H, W) twice, in [-1, 1] -> (reward (B,), {term: raw value (B,)})."""
@@ -239,7 +229,8 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 def judged(images, judge, judge_file):
     """The judge on (N, 3, H, W) images in [-1, 1]: {frechet, precision, recall, density, coverage}.
 
-    Frechet distance to all training images, the others to REFERENCE of them; compare at equal N.
+    Frechet distance to all training images, the others to some of them. Compare at equal N, for
+    Frechet several times the number of features: fewer leave its covariance without full rank.
     """
     features = encode(judge, images)
     return dict(frechet=frechet_distance(*moments(features), judge_file["mean"],
@@ -334,141 +325,28 @@ def show_rewards(images, coach, scales, path):
     return table
 
 
-# ==== TRAINING THE ENCODERS ===================================================================
-
-def random_crop(x, generator, padding=4):
-    """Shift each image up to `padding` pixels each way, mirrored at the border: (B, 3, H, W)."""
-    B, _, H, W = x.shape
-    padded = F.pad(x, [padding] * 4, mode="reflect")
-    dy, dx = (torch.randint(2 * padding + 1, (B, 1), generator=generator).to(x.device)
-              for _ in range(2))
-    rows = dy + torch.arange(H, device=x.device)                              # (B, H)
-    columns = dx + torch.arange(W, device=x.device)                           # (B, W)
-    batch = torch.arange(B, device=x.device)[:, None, None]
-    return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def draw_labelled(images, labels, batch_size, generator):
-    """Random images, cropped and half of them mirrored: (B, 3, H, W) in [-1, 1], labels (B,)."""
-    index = torch.randint(len(images), (batch_size,), generator=generator).to(images.device)
-    mirror = (torch.rand(batch_size, generator=generator) < 0.5).to(images.device)
-    x = random_crop(images[index].float() / 127.5 - 1, generator)
-    return torch.where(mirror[:, None, None, None], x.flip(-1), x), labels[index]
-
-
-def train_encoder(role, images, labels, args, out, device):
-    """Cross-entropy, label smoothing, AdamW, one-cycle learning rate. Returns (net, seconds)."""
-    seed = args.seed + 1000 * (role == "judge")
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    net = ENCODERS[role](classes=int(labels.max()) + 1).to(
-        device, memory_format=torch.channels_last).train()
-    updates = max(2, args.epochs * len(images) // args.batch_size)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, updates, pct_start=0.2)
-    state_path, first, seconds_before = out / f"state-{role}.pt", 0, 0.0
-    parts = dict(net=net, optimizer=optimizer, schedule=schedule, generator=generator)
-    if args.resume and state_path.exists():
-        first, seconds_before = load_state(state_path, parts)
-    start = time.time()
-    for update in tqdm(range(first, updates), initial=first, total=updates, mininterval=5,
-                       desc=role):
-        x, y = draw_labelled(images, labels, args.batch_size, generator)
-        with autocast(device):
-            logits = net(x.contiguous(memory_format=torch.channels_last))[2]
-        loss = F.cross_entropy(logits.float(), y, label_smoothing=0.1)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        done, seconds = update + 1, seconds_before + time.time() - start
-        if done % LOG_EVERY == 0 or done == updates:
-            log_line(out, encoder=role, update=done, loss=loss.item(), seconds=seconds)
-        if done % SAVE_EVERY == 0 or done == updates:
-            save_state(state_path, parts, done, seconds)
-    return net.eval().requires_grad_(False), seconds_before + time.time() - start
-
-
-@torch.no_grad()
-def accuracy(net, images, labels, batch=500):
-    """Share of (N, 3, H, W) uint8 images classified rightly."""
-    right = sum((net(x.float() / 127.5 - 1)[2].argmax(1) == y).sum().item()
-                for x, y in zip(images.split(batch), labels.split(batch)))
-    return right / len(images)
-
-
-def judge_reference(net, images):
-    """Judge's features of the training images: moments of all, a random REFERENCE of them."""
-    features = torch.cat([encode(net, x.float() / 127.5 - 1) for x in images.split(500)])
-    mean, covariance = moments(features)
-    pick = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:REFERENCE]
-    return dict(mean=mean, covariance=covariance, features=features[pick].half())
-
-
-def train_both(args, out, device, sets):
-    """Train coach and judge, measure what belongs to them, write coach.pt and judge.pt."""
-    images, labels, test_images, test_labels = (x.to(device) for x in sets)
-    for role in ENCODERS:
-        if (out / f"{role}.pt").exists():      # finished before --resume
-            continue
-        net, seconds = train_encoder(role, images, labels, args, out, device)
-        load_weights(net, half_weights(net))   # what the file holds is what is measured
-        share = accuracy(net, test_images, test_labels)
-        some = images[:512].float() / 127.5 - 1
-        extra = (dict(scales=term_scales(net, some)) if role == "coach" else
-                 judge_reference(net, images))
-        save_checkpoint(out / f"{role}.pt", role, config=dict(classes=net.classify.out_features),
-                        weights=half_weights(net), **extra, provenance=provenance(
-                            "reward.py", args, seconds, device, accuracy=share))
-        log_line(out, encoder=role, accuracy=share, seconds=seconds)
-        print(f"{role}: {parameter_count(net) / 1e6:.2f} M parameters, "
-              f"test accuracy {share:.4f}, {seconds / 60:.1f} min")
-    print(f"wrote {out}/coach.pt, judge.pt, log.jsonl")
-
-
 # ==== COMMAND LINE ============================================================================
 
 def parse_args(argv=None):
     """Command line of reward.py."""
-    p = parser_for(__doc__, "python reward.py --train --data cifar10 --epochs 6")
-    count = number(int, 1)
-    p.add_argument("--train", action="store_true", help="train both encoders; no figure")
-    p.add_argument("--data", default="cifar10", help="with --train: cifar10, shapes, or a folder")
-    p.add_argument("--epochs", type=count, default=20, help="passes over the images, 5..30")
-    p.add_argument("--batch-size", type=count, default=256, help="images per update, 64..1024")
-    p.add_argument("--lr", type=number(float, 1e-7, 1), default=3e-3, help="peak rate, 1e-3..5e-3")
+    p = parser_for(__doc__, "python reward.py --encoders checkpoints --seed 1")
     p.add_argument("--encoders", default="checkpoints", help="folder of the coach.pt to show")
-    p.add_argument("--teacher", default="checkpoints/teacher.pt", help="whose samples are shown")
-    run_flags(p)
-    args = p.parse_args(argv)
-    if args.smoke:
-        args.train, args.data, args.epochs, args.batch_size = True, "shapes", 1, 100
-    if args.resume and not args.train:
-        p.error("--resume goes with --train")
-    return args
+    p.add_argument("--teacher", default="checkpoints/teacher.pt", help="whose images are shown")
+    run_flags(p, trains=False)
+    return p.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
-    if not args.train:
-        coach, content = load_encoder(f"{args.encoders}/coach.pt", "coach", device)
-        teacher, _ = load_teacher(args.teacher, device)
-        out, side = claim_run(args, "reward"), teacher.config["image_size"]
-        print("config:", vars(args))
-        z = seeded_noise(range(32), (3, side, side), device=device)
-        images = targets(teacher, z, linear_alpha_bar(device))
-        log_line(out, **show_rewards(images, coach, content["scales"], out / "rewards.png"))
-        return print(f"wrote {out}/rewards.png, log.jsonl")
-    most = 600 if args.smoke else None
-    sets = [x[:most] for x in (*load_images(args.data), *load_images(args.data, train=False))]
-    if len(sets[0]) <= NEIGHBOURS or len(sets[2]) == 0:
-        raise BadInput(f"--data {args.data} has {len(sets[0])} training and {len(sets[2])} test "
-                       f"images; the judge's metrics need more than {NEIGHBOURS} and at least 1")
-    out = claim_run(args, "reward", fingerprint(torch.cat([sets[0], sets[2]])))
+    coach, content = load_encoder(f"{args.encoders}/coach.pt", "coach", device)
+    teacher, _ = load_teacher(args.teacher, device)
+    out, side = claim_run(args, "reward"), teacher.config["image_size"]
     print("config:", vars(args))
-    print(f"device {device_name(device)}")
-    train_both(args, out, device, sets)
+    z = seeded_noise(range(args.seed, args.seed + 32), (3, side, side), device=device)
+    images = targets(teacher, z, linear_alpha_bar(device))
+    log_line(out, **show_rewards(images, coach, content["scales"], out / "rewards.png"))
+    print(f"wrote {out}/rewards.png, log.jsonl")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Reads --teacher, --student, --encoders; writes to --out: policy.pt, state.pt (fo
 alignment.png, grid.png, result.json, log.jsonl. Next file: sample.py.
 """
 import copy
+import itertools
 import json
 import math
 import time
@@ -24,9 +25,9 @@ from torch import nn
 
 # From earlier files:
 from ddpm import (GRIDS, SOLVERS, T, UNet, dpm_leans, estimate, hand_solver, jump, linear_alpha_bar,
-                  make_grid, parameter_count, seeded_noise, spread)
-from teacher import TARGET, load_teacher, targets
-from student import HELD_OUT, JumpUNet, load_student
+                  make_grid, parameter_count, spread)
+from teacher import TARGET, load_teacher
+from student import HELD_OUT, JumpUNet, load_student, noise_and_targets
 from reward import TERMS, Reward, judged, load_encoder
 from harness.checkpoints import (frozen_network, half_weights, load_checkpoint, load_state,
                                  provenance, rebuilding, save_checkpoint, save_state, write_whole)
@@ -38,11 +39,11 @@ STD = 0.14, 0.02            # of u, at the first and the last update; 0.05..0.2 
 CLIP_JUMP, CLIP_PIXELS = 0.2, 1e-4      # PPO's clip range, 0.1..0.3; of a mean density 1e-5..1e-3
 SIGMA_FLOOR = 0.02          # noise on the jump to t = 0 (DDIM sigma 0); in training, not deployment
 NOISES_PER_UPDATE = 16      # M, 8..64
-LANDINGS = 64               # G of the pixel channel with --eta 0, 16..256
-HAND_NOISES = 64            # training noises on which the start, a hand solver, is chosen
+SHARED_DRAWS = 8            # with --eta 0 landings share evaluations: so many times --group of them
+HAND_NOISES = 64            # training noises on which the hand solvers are chosen
 MINIBATCH = 128             # states in a backward pass of the U-Net; for memory, changes nothing
 MONITOR = 16                # noises of the reward printed each update; not those of the final table
-SAVE_EVERY = 20             # updates
+SAVE_EVERY = 10             # updates
 
 # ==== POLICY ==================================================================================
 
@@ -75,7 +76,7 @@ def acting(k, steps, device="cpu"):
     return torch.tensor([k < steps - 1, k > 0], device=device)
 
 
-def land(t, logit_rho, n):
+def next_time(t, logit_rho, n):
     """t_next = round(rho t), at most t - 1 and at least n - 1, so that the n - 1 evaluations to
     come can still fall. t (B,) integers, n: evaluations left with this one; 0 where n = 1."""
     if n == 1:
@@ -124,7 +125,7 @@ class Jump(NamedTuple):
     t: torch.Tensor                     # (b,)
     x0_last: torch.Tensor               # (b, 3, H, W), the last evaluation's estimate of the image
     u: torch.Tensor                     # (b, 2), action: logit rho, lean
-    t_next: torch.Tensor                # (b,), land(t, logit rho)
+    t_next: torch.Tensor                # (b,), next_time(t, logit rho)
     logp: torch.Tensor                  # (b,), of u; None where jumps do not explore
     x_next: torch.Tensor                # (B, 3, H, W), action: where it landed
     sigma: torch.Tensor                 # (B,), of x_next
@@ -138,7 +139,7 @@ def antithetic(shape, generator, device):
     return noise.to(device)
 
 
-def land_at(net, x_t, t, t_next, u, x0_last, alpha_bar, eta):
+def take_jump(net, x_t, t, t_next, u, x0_last, alpha_bar, eta):
     """One evaluation and one jump: mean (B, 3, H, W), sigma (B,) and x0_hat (B, 3, H, W)."""
     x0_hat = estimate(net, x_t, t, net(x_t, t, t_next), alpha_bar)
     mean, sigma = jump(x_t, x0_hat, t, t_next, alpha_bar, u[:, 1], x0_last, eta)
@@ -166,9 +167,9 @@ def rollout(nets, policy, z, alpha_bar, channel=None, group=1, std=0.0, eta=0.0,
         if channel == "jump":                                       # action 1: how far
             u = mean_u + std * acts * antithetic(u.shape, generator, z.device)
             logp = jump_logp(mean_u, u, std, acts)
-        t_next = land(t, u[:, 0], len(nets) - k)
+        t_next = next_time(t, u[:, 0], len(nets) - k)
         explores = channel == "pixels" and net is nets[-1] and (eta > 0 or last)
-        x_next, sigma, x0_hat = land_at(net, x, t, t_next, u, x0_last, alpha_bar,
+        x_next, sigma, x0_hat = take_jump(net, x, t, t_next, u, x0_last, alpha_bar,
                                         eta if explores else 0.0)
         seen_and_done = k, x, t, x0_last, u, t_next, logp
         if explores:                                                # action 2: where
@@ -238,13 +239,13 @@ def pixel_losses(nets, nets_ref, jumps, adv, eta, kl_weight, alpha_bar):
         for i in torch.arange(len(j.x_t), device=adv.device).split(MINIBATCH):
             state = j.x_t[i], j.t[i], j.t_next[i], j.u[i], j.x0_last[i], alpha_bar, eta
             a, sigma, x_next, logp_old = (s[i].flatten(0, 1) for s in per_state)
-            mean = land_at(nets[j.k], *state)[0].repeat_interleave(copies, 0)
+            mean = take_jump(nets[j.k], *state)[0].repeat_interleave(copies, 0)
             loss, ratio = clipped_surrogate(pixel_logp(mean, x_next, sigma), logp_old, a,
                                             CLIP_PIXELS)
             loss, kl = loss * sigma / mean_sigma, torch.zeros_like(ratio)
             if kl_weight > 0:
                 with torch.no_grad():
-                    mean_ref = land_at(nets_ref[j.k], *state)[0].repeat_interleave(copies, 0)
+                    mean_ref = take_jump(nets_ref[j.k], *state)[0].repeat_interleave(copies, 0)
                 kl = gaussian_kl(mean, mean_ref, sigma)             # same state, with gradient
                 loss = loss + kl_weight * kl
             yield loss, ratio, kl.detach()
@@ -278,39 +279,39 @@ def policy_update(losses, actions, optimizer, clip_range, epochs):
 @torch.no_grad()
 def deployed(nets, policy, z, target, reward, alpha_bar):
     """The policy without exploration, scored: dict of images (B, 3, H, W), reward (B,), raw terms
-    {name: (B,)}, times (B, K + 1) and leans (B, K)."""
+    {name: (B,)}, and the K + 1 times and K leans, the same for every noise."""
     parts = []
     for x, y in zip(z.split(chunk_size(z.device)), target.split(chunk_size(z.device))):
         images, jumps = rollout(nets, policy, x, alpha_bar)
         score, raw = reward(images, y)
-        parts.append((images, score, torch.stack([j.t for j in jumps] + [jumps[-1].t_next], 1),
-                      torch.stack([j.u[:, 1] for j in jumps], 1), *raw.values()))
-    images, score, times, leans, *values = (torch.cat(column) for column in zip(*parts))
-    return dict(images=images, reward=score, raw=dict(zip(raw, values)), times=times, leans=leans)
+        parts.append((images, score, *raw.values()))
+    images, score, *values = (torch.cat(column) for column in zip(*parts))
+    return dict(images=images, reward=score, raw=dict(zip(raw, values)),
+                times=[T, *(j.t_next[0].item() for j in jumps)],
+                leans=[j.u[0, 1].item() for j in jumps])
 
 
-def by_hand(nets, kind, grid_name):
-    """The policy that is a hand solver: nothing learned."""
-    policy = JumpPolicy(hand_solver(kind, grid_name, len(nets)))
-    return policy.to(next(nets[-1].parameters()).device)
+def hand_kinds(net, eta=0.0):
+    """The hand solvers that mean something: a secant's x0_hat is no image to lean on, and with eta
+    the last x0_hat is that of a path which noise has left."""
+    return SOLVERS[:1] if isinstance(net, JumpUNet) or eta > 0 else SOLVERS
 
 
-def hand_kinds(net):
-    """The hand solvers that mean something: a secant's x0_hat is no image to lean on."""
-    return SOLVERS[:1] if isinstance(net, JumpUNet) else SOLVERS
-
-
-def best_by_hand(nets, z, target, reward, alpha_bar):
-    """(name, policy) of the hand solver with the largest mean reward on these noises."""
-    policies = {f"{kind} {grid}": by_hand(nets, kind, grid)
-                for kind in hand_kinds(nets[-1]) for grid in GRIDS}
-    return max(policies.items(), key=lambda item: deployed(
-        nets, item[1], z, target, reward, alpha_bar)["reward"].mean())
+def best_by_hand(nets, kinds, z, target, reward, alpha_bar):
+    """{'kind grid': JumpPolicy}: of each kind the hand grid with the largest mean reward on these
+    noises; the best kind comes first."""
+    score, policies = {}, {}
+    for kind, grid in itertools.product(kinds, GRIDS):
+        policy = JumpPolicy(hand_solver(kind, grid, len(nets))).to(z.device)
+        mean = deployed(nets, policy, z, target, reward, alpha_bar)["reward"].mean().item()
+        if mean > score.get(kind, -math.inf):
+            score[kind], policies[kind] = mean, (f"{kind} {grid}", policy)
+    return dict(policies[kind] for kind in sorted(score, key=score.get, reverse=True))
 
 
 def group_size(channel, args):
     """G. With eta 0 the draws of a landing share their evaluations, so there can be many."""
-    return LANDINGS if channel == "pixels" and args.eta == 0 else args.group
+    return args.group * (SHARED_DRAWS if channel == "pixels" and args.eta == 0 else 1)
 
 
 def channel_of(update, args):
@@ -319,20 +320,15 @@ def channel_of(update, args):
     return ("jump", "pixels")[update % 2] if args.channel == "both" else args.channel
 
 
-def optimizers_for(nets, policy, args):
-    """One Adam a channel; 'peak' is the rate that falls linearly to 0."""
-    groups = dict(jump=dict(params=[*policy.parameters()], peak=args.lr_jump),
-                  pixels=dict(params=[*nets[-1].parameters()], peak=args.lr_pixels))
-    return {channel: torch.optim.Adam([group]) for channel, group in groups.items()}
-
-
 def train(nets, policy, train_set, monitor_set, reward, args, out, device):
     """SAMPLING, ADVANTAGES, TRAINING, one printed line per update. Returns seconds."""
     alpha_bar, (z_all, target_all) = linear_alpha_bar(device), train_set
     nets_ref = copy.deepcopy(nets)
     nets[-1].requires_grad_(args.channel != "jump")
-    generator, optimizers = torch.Generator().manual_seed(args.seed), optimizers_for(
-        nets, policy, args)
+    generator = torch.Generator().manual_seed(args.seed)
+    peak = dict(jump=args.lr_jump, pixels=args.lr_pixels)
+    optimizers = dict(jump=torch.optim.Adam(policy.parameters()),
+                      pixels=torch.optim.Adam(nets[-1].parameters()))
     parts = dict(net=nets[-1], policy=policy, generator=generator, **optimizers)
     first, seconds_before = load_state(out / "state.pt", parts) if args.resume else (0, 0.0)
     print("update channel  reward ± std   held-out ratio_t0  clip  kl     in-group  grad    "
@@ -341,8 +337,7 @@ def train(nets, policy, train_set, monitor_set, reward, args, out, device):
     for update in range(first, args.updates):
         channel, left = channel_of(update, args), 1 - update / args.updates
         optimizer, group = optimizers[channel], group_size(channel, args)
-        for g in optimizer.param_groups:
-            g["lr"] = g["peak"] * left
+        optimizer.param_groups[0]["lr"] = peak[channel] * left
         std = STD[1] + (STD[0] - STD[1]) * left
         # SAMPLING: each noise `group` times, side by side
         pick = torch.randperm(len(z_all), generator=generator)[:NOISES_PER_UPDATE].to(device)
@@ -366,14 +361,13 @@ def train(nets, policy, train_set, monitor_set, reward, args, out, device):
         row = dict(update=update + 1, channel=channel, reward=score.mean().item(),
                    reward_std=score.std().item(), held_out=held["reward"].mean().item(),
                    **diagnostics, in_group=score.reshape(-1, group).std(1).mean().item(), std=std,
-                   grid=held["times"].float().mean(0).tolist(),
-                   leans=held["leans"].mean(0).tolist(),
+                   grid=held["times"], leans=held["leans"],
                    terms={k: v.mean().item() for k, v in raw.items()},
                    seconds=seconds_before + time.time() - start)
         log_line(out, **row)
         print("{update:6d} {channel:7s} {reward:7.4f} ±{reward_std:6.4f} {held_out:8.4f} "
               "{ratio_t0:.6f}  {clip:.2f} {kl:.1e} {in_group:.4f}  {grad_norm:.1e} "
-              .format(**row) + " ".join(f"{g:.0f}" for g in row["grid"]) + " | "
+              .format(**row) + " ".join(map(str, row["grid"])) + " | "
               + " ".join(f"{v:.2f}" for v in row["leans"]), flush=True)
         if (update + 1) % SAVE_EVERY == 0 or update + 1 == args.updates:
             save_state(out / "state.pt", parts, update + 1, row["seconds"])
@@ -415,68 +409,47 @@ def standard_error(x):
     return (x.std() / math.sqrt(len(x))).item()
 
 
-def final_table(teacher, nets_before, nets, policy, held_set, reward, alpha_bar):
-    """{row name: deployed(...)}: the target, every hand solver on the teacher, and on the networks
-    before where they are others; last the policy."""
-    z, target = held_set
-    score, raw = reward(target, target)
-    rows = dict(target=dict(images=target, reward=score, raw=raw))
-    for label, some in dict(teacher=[teacher] * len(nets), before=nets_before).items():
-        if label == "before" and all(type(net) is UNet for net in some):
-            continue
-        for kind in hand_kinds(some[-1]):
-            for grid_name in GRIDS:
-                rows[f"{label}, {kind} {grid_name}"] = deployed(
-                    some, by_hand(some, kind, grid_name), z, target, reward, alpha_bar)
-    return dict(**rows, policy=deployed(nets, policy, z, target, reward, alpha_bar))
-
-
-def best_of(rows, word):
-    """Name of the row with the largest mean reward among those that have `word` in their name."""
-    return max((name for name in rows if word in name), key=lambda n: rows[n]["reward"].mean())
-
-
 def print_result(rows, judge):
-    """Print the table and the paired comparison with the best hand solver, which is chosen on these
-    very noises. judge: (encoder, its checkpoint). Returns a dict of plain values."""
-    terms, result = list(rows["policy"]["raw"]), dict(rows={})
-    n, K = rows["policy"]["leans"].shape
-    print(f"\nheld-out noise, n = {n}, {K} evaluations (target: {len(TARGET.leans)})\n{'':24s} "
-          f"{'reward ± error':>17s} " + " ".join(f"{t:>11s}" for t in terms) + "   Fréchet")
+    """Print the table of rows {name: deployed(...)}: 'target', hand solvers, best first, 'policy'.
+    judge: (encoder, its checkpoint). Returns a dict of plain values."""
+    table, best, policy = {}, list(rows)[1], rows["policy"]
+    terms, n, K = list(policy["raw"]), len(policy["reward"]), len(policy["leans"])
+    print(f"\nheld-out noise, n = {n}, {K} evaluations (target: {len(TARGET.leans)}); closed: the "
+          "share of a row's distance to the target that the policy makes good\n"
+          f"{'':16s}    reward ± error  " + " ".join(f"{t:>11s}" for t in terms)
+          + "   Fréchet  closed")
     for name, row in rows.items():
-        values = dict(reward=row["reward"].mean().item(), error=standard_error(row["reward"]),
-                      **{t: row["raw"][t].mean().item() for t in terms},
-                      frechet=judged(row["images"], *judge)["frechet"])
-        result["rows"][name] = values
-        print(f"{name:24s} {values['reward']:8.4f} ± {values['error']:6.4f} "
-              + " ".join(f"{values[t]:11.4f}" for t in terms) + f" {values['frechet']:9.3f}")
-    best = best_of(rows, ",")
-    gain = rows["policy"]["reward"] - rows[best]["reward"]         # same noises, so paired
-    left = (rows["target"]["reward"] - rows[best]["reward"]).mean()
-    closed = gain.mean() / left.clamp(min=1e-9)
-    times, leans = (rows["policy"][key].float().mean(0).tolist() for key in ("times", "leans"))
-    print(f"gain over the best hand solver ({best}), same noises: {gain.mean():.4f} ± "
-          f"{standard_error(gain):.4f}, {100 * closed:.0f} % of what it leaves to the target\n"
-          "times " + " ".join(f"{t:.0f}" for t in times)
-          + "   leans " + " ".join(f"{v:.2f}" for v in leans))
-    return dict(**result, n=n, steps=K, best_hand=best, gain=gain.mean().item(),
-                gain_error=standard_error(gain), closed=closed.item(), times=times, leans=leans)
+        gain, left = policy["reward"] - row["reward"], rows["target"]["reward"] - row["reward"]
+        table[name] = dict(
+            reward=row["reward"].mean().item(), error=standard_error(row["reward"]),
+            **{t: row["raw"][t].mean().item() for t in terms},
+            frechet=judged(row["images"], *judge)["frechet"], gain=gain.mean().item(),
+            gain_error=standard_error(gain),
+            closed=(gain.mean() / left.mean()).item() if row is not rows["target"] else 0.0)
+        cells = " ".join(f"{table[name][t]:11.4f}" for t in terms)
+        closed = f"{table[name]['closed']:7.0%}" if name not in ("target", "policy") else ""
+        print("{:16s} {reward:8.4f} ± {error:6.4f}  {} {frechet:9.3f} {}".format(
+            name, cells, closed, **table[name]).rstrip())
+    print("gain over the best by hand, {}, same noises: {gain:.4f} ± {gain_error:.4f}".format(
+        best, **table[best]))
+    print("times", *policy["times"], "  leans", *(f"{lean:.2f}" for lean in policy["leans"]))
+    return dict(rows=table, n=n, steps=K, best_hand=best, times=policy["times"],
+                leans=policy["leans"])
 
 
 def plot_alignment(rows, path):
-    """The same noises through the target, the best DDIM, the best hand solver and the policy."""
-    K, ddim, hand = rows["policy"]["leans"].shape[1], best_of(rows, "DDIM"), best_of(rows, ",")
-    plot_strips([(f"{len(TARGET.leans)} evaluations: the teacher's own image, the target",
-                  rows["target"]["images"]),
-                 (f"{K} evaluations, by hand: {ddim}", rows[ddim]["images"]),
-                 (f"{K} evaluations, best by hand: {hand}", rows[hand]["images"]),
-                 (f"{K} evaluations, learned by the policy gradient", rows["policy"]["images"])],
-                12, (9, 4.6), path)
+    """The same noises through the hand solvers, worst first, the policy and the target."""
+    K = len(rows["policy"]["leans"])
+    titles = {"policy": f"{K} evaluations, learned by the policy gradient",
+              "target": f"{len(TARGET.leans)} evaluations: the teacher's own images, the target"}
+    order = [*list(rows)[-2:0:-1], "policy", "target"]
+    plot_strips([(titles.get(name, f"{K} evaluations, by hand: {name}"), rows[name]["images"])
+                 for name in order], 12, (9, 1.15 * len(order)), path)
 
 
 def plot_grid(result, folder, path):
     """Reward over training; learned times and leans beside those of the hand solvers."""
-    log, K, own = read_log(folder), result["steps"], dpm_leans([round(t) for t in result["times"]])
+    log, K, own = read_log(folder), result["steps"], dpm_leans(result["times"])
     updates, jumps, ends = [row["update"] for row in log], range(1, K + 1), range(K + 1)
     plot_panels([
         ("update", "reward", [("exploring", updates, [row["reward"] for row in log], "-"),
@@ -484,8 +457,10 @@ def plot_grid(result, folder, path):
         ("network evaluations", "t", [("learned", ends, result["times"], "o-"), *(
             (f"{name} grid", ends, make_grid(name, K), style)
             for name, style in zip(GRIDS, ("--", ":", "-.")))]),
-        ("jump", "lean", [("learned", jumps, result["leans"], "o-"), ("DDIM", jumps, [0] * K, ":"),
-                          ("DPM-Solver++(2M) on these times", jumps, own, "--")])], path)
+        ("jump", "lean", [("learned", jumps, result["leans"], "o-"),
+                          ("DPM-Solver++(2M) on these times", jumps, own, "--"),
+                          ("AB2", jumps[1:], [0.5] * (K - 1), "-."),
+                          ("DDIM", jumps, [0] * K, ":")])], path)
 
 
 # ==== COMMAND LINE ============================================================================
@@ -507,7 +482,7 @@ def parse_args(argv=None):
     a("--steps", type=number(int, 1, 64), default=4, help="K, evaluations per image, 1..16")
     a("--reward", default="feature+perceptual", help=f"sum of {', '.join(TERMS)}; term:weight")
     a = p.add_argument_group("how").add_argument
-    a("--updates", type=count, default=40, help="policy updates, 20..500")
+    a("--updates", type=count, default=20, help="policy updates, 10..500")
     a("--noises", type=number(int, 4), default=128, help="training noises, each with one target")
     a("--group", type=number(int, 2), default=8, help="G, rollouts of each noise, even, 4..16")
     a("--epochs", type=count, default=4, help="PPO's passes over a batch, 1..8; 1 is REINFORCE")
@@ -547,14 +522,6 @@ def load_inputs(args, device):
     return teacher, nets, Reward(args.reward, coach, coach_file["scales"]), judge
 
 
-def noise_and_targets(teacher, first_seed, n, device):
-    """Start noise z of seeds first_seed .. first_seed + n - 1 and the target of each: (n, 3, H, W)
-    twice. Training counts up from 0; HELD_OUT and above is never trained on."""
-    side = teacher.config["image_size"]
-    z = seeded_noise(range(first_seed, first_seed + n), (3, side, side), device=device)
-    return z, targets(teacher, z, linear_alpha_bar(device))
-
-
 def main(argv=None):
     args = parse_args(argv)
     began, device = time.time(), pick_device(args.device)
@@ -568,15 +535,19 @@ def main(argv=None):
     train_set = noise_and_targets(teacher, 0, args.noises, device)
     held_set = noise_and_targets(teacher, HELD_OUT, args.held_out, device)
     monitor_set = noise_and_targets(teacher, HELD_OUT + 10 ** 6, MONITOR, device)
-    hand, policy = best_by_hand(nets, *(x[:HAND_NOISES] for x in train_set), reward, alpha_bar)
-    print(f"the policy starts at the best hand solver on training noise, {hand}")
-    nets_before = copy.deepcopy(nets)
+    kinds = hand_kinds(nets[-1], args.eta)
+    hand = best_by_hand(nets, kinds, *(x[:HAND_NOISES] for x in train_set), reward, alpha_bar)
+    score, raw = reward(held_set[1], held_set[1])
+    rows = dict(target=dict(images=held_set[1], reward=score, raw=raw), **{
+        name: deployed(nets, p, *held_set, reward, alpha_bar) for name, p in hand.items()})
+    name, policy = next(iter(hand.items()))
+    print(f"the policy starts at the best hand solver on training noise, {name}")
     seconds = train(nets, policy, train_set, monitor_set, reward, args, out, device)
     save_policy(out / "policy.pt", nets, policy, provenance(
-        "rl_distill.py", args, seconds, device, start=hand), half=args.channel == "jump")
+        "rl_distill.py", args, seconds, device, start=name), half=args.channel == "jump")
 
     nets, policy, _ = load_policy(out / "policy.pt", device)       # what is measured is the file
-    rows = final_table(teacher, nets_before, nets, policy, held_set, reward, alpha_bar)
+    rows["policy"] = deployed(nets, policy, *held_set, reward, alpha_bar)
     result = print_result(rows, judge)
     result.update(settings=settings(args), minutes=(time.time() - began) / 60)
     write_whole(out / "result.json", json.dumps(result, indent=1).encode())

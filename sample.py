@@ -21,9 +21,9 @@ from tqdm import tqdm
 from ddpm import (GRIDS, SOLVERS, T, hand_solver, linear_alpha_bar, parameter_count, sample,
                   seeded_noise)
 from teacher import TARGET, load_teacher
-from student import HELD_OUT, load_student
+from student import HELD_OUT, load_student, noise_and_targets
 from reward import Reward, judged, load_encoder
-from rl_distill import hand_kinds, load_policy, noise_and_targets, rollout, standard_error
+from rl_distill import hand_kinds, load_policy, rollout, standard_error
 from harness.checkpoints import load_checkpoint, save_npz
 from harness.figures import plot_panels, save_picture
 from harness.images import to_uint8
@@ -145,6 +145,8 @@ def parse_args(argv=None):
         p.error("--evaluate writes no images, and needs --eta 0 and --n of at least 8")
     if not args.evaluate and len(args.model) + len(args.steps) > 2:
         p.error("several --model or --steps go with --evaluate")
+    if args.eta > 0 and args.solver != "DDIM":
+        p.error("--eta above 0 goes with --solver DDIM: the others lean on a path without noise")
     return args
 
 

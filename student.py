@@ -209,15 +209,21 @@ def load_student(path, device="cpu"):
 
 # ==== EVALUATION on held-out noise ============================================================
 
+def noise_and_targets(teacher, first_seed, n, device):
+    """Start noise z of seeds first_seed .. first_seed + n - 1 and the target of each, (n, 3, H, W)
+    twice. Training, here and later, never sees HELD_OUT and above."""
+    side = teacher.config["image_size"]
+    z = seeded_noise(range(first_seed, first_seed + n), (3, side, side), device=device)
+    return z, targets(teacher, z, linear_alpha_bar(device))
+
+
 @torch.no_grad()
 def evaluate(net, teacher, n, alpha_bar, device):
     """MSE to the teacher's target on n held-out noises, of student and teacher, by evaluations.
 
     Returns (rows of the table, pictures: the target, then the student's 1, 2, 4, 8 steps).
     """
-    side = net.config["image_size"]
-    z = seeded_noise(range(HELD_OUT, HELD_OUT + n), (3, side, side), device=device)
-    target = targets(teacher, z, alpha_bar)
+    z, target = noise_and_targets(teacher, HELD_OUT, n, device)
     rows, pictures = [], [target[:8]]
     for steps in (1, 2, 4, 8):
         row = dict(steps=steps)

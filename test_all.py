@@ -141,8 +141,11 @@ class Working(Case):
             first = randomised(student.JumpUNet(**TINY), 1)
             save_network(self.tiny / "student.pt", "student", first, {})
             c, j, x = reward.Coach().eval(), reward.Judge().eval(), images(64)
-            for name, net, more in (("coach", c, dict(scales=reward.term_scales(c, x))),
-                                    ("judge", j, reward.judge_reference(j, pictures.to_uint8(x)))):
+            mean, covariance = reward.moments(reward.encode(j, x))
+            for name, net, more in (
+                    ("coach", c, dict(scales=reward.term_scales(c, x))),
+                    ("judge", j, dict(mean=mean, covariance=covariance,
+                                      features=reward.encode(j, x).half()))):
                 save_checkpoint(self.tiny / f"{name}.pt", name, config=dict(classes=10),
                                 weights=half_weights(net), provenance={}, **more)
         self.net, self.first = (sample.load_model(self.tiny / f"{name}.pt", CPU)[0]
@@ -162,6 +165,11 @@ class Working(Case):
 
 def noise(n, size=8):
     return seeded_noise(range(n), (3, size, size))
+
+
+def by_hand(nets, kind, grid):
+    """The policy that is a hand solver."""
+    return rl.JumpPolicy(hand_solver(kind, grid, len(nets)))
 
 
 def minus_mse(x, y):
@@ -248,9 +256,8 @@ class Jump(Case):
         expected = [(c - b) / (2 * (b - a)) for a, b, c in levels]
         t_last, t, t_next = torch.tensor([*times, (1000, 1000, 500), (1000, 1000, 0), (90, 5, 0)]).T
         self.close(ddpm.dpm_lean(t, t_next, t_last, AB), [*expected, 0, 0, 0], 1e-3)
-        end = (levels[1][2] - levels[1][1]) / (2 * (levels[1][1] - levels[1][0]))      # into t = 1
         self.close(ddpm.dpm_leans([900, 500, 0]), [0.0, 0.0])
-        self.close(ddpm.dpm_leans([900, 500, 0], end=1), [0.0, end], 1e-3)
+        self.close(ddpm.dpm_leans([900, 500, 1]), [0.0, expected[1]], 1e-3)
 
 
 # What diffusers 0.42.1 makes, in millionths, in 3, 5, 10, 20, 50 evaluations, of x_T = -2, -1, 0, 1
@@ -298,7 +305,7 @@ class Sampler(Case):
                 x_0 = ddpm.sample(PAIR, torch.linspace(-2, 2, 5)[:, None], solver, AB)
                 self.close(x_0[:, 0], np.array(millionths) / 1e6, 1e-5, (kind, name, steps))
 
-    def test_dpm_is_algorithm_2_of_lu_and_ddim_its_order_1(self):
+    def test_dpm_is_algorithm_2_of_lu_ddim_its_order_1_and_ab2(self):
         ab, x_T = AB.double().tolist(), randn(6, 1).double()
         net = ddpm.MixtureNet(PAIR.means.double(), 0.2, AB.double())
         for kind, name, steps in itertools.product(ddpm.SOLVERS, ddpm.GRIDS, (1, 2, 3, 7, 20)):
@@ -308,8 +315,8 @@ class Sampler(Case):
                 h = (math.log(math.sqrt(ab[t_next]) / s_next) - math.log(math.sqrt(ab[t]) / s)
                      if t_next else math.inf)
                 D = x0 = net.x0(x, full(6, t))
-                if kind == "DPM++" and h_last and t_next:
-                    r = h_last / h
+                if h_last and (t_next and kind == "DPM++" or kind == "AB2"):
+                    r = h_last / h if kind == "DPM++" else 1
                     D = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_last
                 x = s_next / s * x - math.sqrt(ab[t_next]) * math.expm1(-h) * D
                 x0_last, h_last = x0, h
@@ -320,7 +327,8 @@ class Sampler(Case):
         x_T = randn(200, 2)
         exact = ddpm.gaussian_flow(x_T, self.mean, 0.3, AB)
         for kind, name, counts, rate in (("DDIM", "uniform", (10, 100, 1000), 5),
-                                         ("DPM++", "logsnr", (16, 32, 64), 3)):
+                                         ("DPM++", "logsnr", (16, 32, 64), 3),
+                                         ("AB2", "logsnr", (16, 32, 64), 3)):
             e = [(ddpm.sample(self.gaussian, x_T, ddpm.hand_solver(kind, name, k), AB)
                   - exact).square().mean().sqrt().item() for k in counts]
             self.assertTrue(e[0] > rate * e[1] > rate ** 2 * e[2] and e[2] < 0.01, e)
@@ -415,6 +423,17 @@ def losses(folder):
 
 
 class Training(Case):
+    def test_half_of_the_images_are_mirrored(self):
+        ramp = torch.arange(16)[None, :] * 2 + torch.arange(7)[:, None] * 30
+        data = ramp[:, None, None, :].expand(7, 3, 16, 16).byte()
+        x = teacher.draw_batch(data, 500, rng())
+        numbers = ((x + 1) * 127.5).mean((1, 2, 3)).div(30).long()
+        self.close(x.sort(-1).values, data[numbers].float() / 127.5 - 1, 0)
+        self.assertEqual({*numbers.tolist()}, {*range(7)})
+        self.assertAlmostEqual((x[:, 0, 0, 12] < x[:, 0, 0, 4]).float().mean().item(), 0.5,
+                               delta=0.07)
+        self.close(x[:, :, 0], x[:, :, -1], 0)                         # rows stay rows
+
     def test_times_are_uniform_from_1_to_T(self):
         t = teacher.draw_times(100_000, rng())
         self.assertEqual((t.min().item(), t.max().item()), (1, ddpm.T))
@@ -575,7 +594,7 @@ class Rewards(Case):
         for name, term in reward.TERMS.items():
             best, other = (term.function(self.view(a), self.view(x)) for a in (x, y))
             self.close(best, full(5, float(term.best)), 1e-5, name)
-            self.assertTrue((other < term.best).all() and (other >= term.worst).all(), name)
+            self.assertTrue((other < term.best).all(), name)
             alone = torch.cat([term.function(self.view(y[i:i + 1]), self.view(x[i:i + 1]))
                                for i in range(5)])
             self.close(other, alone, 1e-5, name)
@@ -589,10 +608,9 @@ class Rewards(Case):
         for name in reward.TERMS:
             x, made = images(2).requires_grad_(True), reward.Reward(name, coach, content["scales"])
             value, through = made(x, images(2, seed=1))[0], name != "histogram"
-            self.assertEqual([value.requires_grad, made.differentiable], [through] * 2, name)
+            self.assertEqual(value.requires_grad, through, name)
             if through:
                 self.assertGreater(torch.autograd.grad(value.sum(), x)[0].abs().max(), 1e-6, name)
-        self.assertFalse(reward.Reward("mse+histogram", coach, self.scales).differentiable)
 
     def test_every_term_agrees_with_loops(self):
         x, y = images(2), images(2, seed=1)
@@ -655,40 +673,15 @@ class Judging(Case):
             np.mean([min(c) <= r for c, r in zip(zip(*across), r_real)])])
 
     def test_a_verdict_is_made_of_its_parts(self):
-        judge, data = frozen(reward.Judge, classes=10), (images(40, 32) * 127.5 + 127.5).byte()
-        real, fake = judge(data.float() / 127.5 - 1)[1], judge(images(20, 32, seed=1))[1]
-        with mock.patch.object(reward, "REFERENCE", 30):
-            file = reward.judge_reference(judge, data)
-        same = torch.cdist(file["features"].float(), real) < 1e-2      # 30 different ones of the 40
-        self.assertEqual((same.sum(1).tolist(), same.any(0).sum().item()), ([1] * 30, 30))
+        judge, reals = frozen(reward.Judge, classes=10), images(40, 32)
+        real, fake = judge(reals)[1], judge(images(20, 32, seed=1))[1]
+        file = dict(zip(("mean", "covariance"), reward.moments(real)), features=real.half())
+        self.close(reward.encode(judge, reals, 7), real, 1e-5)
         expected = dict(
             frechet=reward.frechet_distance(*reward.moments(real), *reward.moments(fake)),
             **reward.precision_recall(file["features"].float(), fake, reward.NEIGHBOURS))
         got = reward.judged(images(20, 32, seed=1), judge, file)
         self.close([got[name] for name in expected], [*expected.values()], 1e-4)
-
-    def test_the_crop_shifts_images_and_nothing_else(self):
-        x, seen = images(50, size=16), []
-        padded = F.pad(x, [4] * 4, mode="reflect")
-        for i, y in enumerate(reward.random_crop(x, rng())):
-            seen += [(a, b) for a in range(9) for b in range(9)
-                     if torch.equal(y, padded[i, :, a:a + 16, b:b + 16])]
-        self.assertEqual(len(seen), 50)
-        self.assertEqual([{*side} for side in zip(*seen)], [{*range(9)}] * 2)
-
-    def test_an_image_keeps_its_label_and_half_are_mirrored(self):
-        ramp = torch.arange(16)[None, :] * 2 + torch.arange(7)[:, None] * 30
-        data = ramp[:, None, None, :].expand(7, 3, 16, 16).byte()
-        x, y = reward.draw_labelled(data, torch.arange(7), 500, rng())
-        z = teacher.draw_batch(data, 500, rng())
-        numbers = [((b + 1) * 127.5).mean((1, 2, 3)).div(30).long() for b in (x, z)]
-        self.close(numbers[0], y, 0)
-        self.close(z.sort(-1).values, data[numbers[1]].float() / 127.5 - 1, 0)
-        for batch, number in zip((x, z), numbers):
-            self.assertEqual({*number.tolist()}, {*range(7)})
-            mirrored = (batch[:, 0, 0, 12] < batch[:, 0, 0, 4]).float().mean().item()
-            self.assertAlmostEqual(mirrored, 0.5, delta=0.07)
-            self.close(batch[:, :, 0], batch[:, :, -1], 0)             # rows stay rows
 
 
 # ==== rl_distill.py ==========================================================================
@@ -715,7 +708,7 @@ class Deployment(Working):
         for K in (1, 2, 5, 64):
             t = full(len(logit), ddpm.T)
             for n in range(K, 0, -1):
-                then, rho_t = rl.land(t, logit, n), (torch.sigmoid(logit) * t).tolist()
+                then, rho_t = rl.next_time(t, logit, n), (torch.sigmoid(logit) * t).tolist()
                 self.assertEqual(then.tolist(), [max(min(round(r), s - 1), n - 1) * (n > 1)
                                                  for r, s in zip(rho_t, t.tolist())])
                 self.assertTrue((then < t).all() and (then >= n - 1).all())
@@ -725,19 +718,22 @@ class Deployment(Working):
         z, ends, cases = noise(2), {}, [(self.net, 1), (self.net, 2), (self.net, 5),
                                         (self.first, 3), (Toy(), 64)]
         for kind, grid, (net, K) in itertools.product(ddpm.SOLVERS, ddpm.GRIDS, cases):
-            solver, policy = hand_solver(kind, grid, K), rl.by_hand([net] * K, kind, grid)
+            solver, policy = hand_solver(kind, grid, K), by_hand([net] * K, kind, grid)
             x, jumps = rl.rollout([net] * K, policy, z, AB)
             ends[kind, grid, K] = ddpm.sample(net, z, solver, AB).clamp(-1, 1)
             self.close(x, ends[kind, grid, K], 1e-6, (kind, grid, K))
-            times = torch.stack([j.t for j in jumps] + [jumps[-1].t_next], 1)
-            self.assertEqual(times.tolist(), [solver.grid] * 2)
-            self.close(torch.stack([j.u[0, 1] for j in jumps]), solver.leans, 0)
-        ddim, dpm = (ends[kind, "uniform", 5] for kind in ddpm.SOLVERS)
-        self.assertGreater((ddim - dpm).abs().max(), 1e-3)
+            row = rl.deployed([net] * K, policy, z, z, minus_mse, AB)
+            self.assertEqual(row["times"], solver.grid)
+            self.assertEqual([j.t.tolist() for j in jumps], [[t] * 2 for t in solver.grid[:-1]])
+            self.close(row["leans"], solver.leans, 0)
+            self.close(row["reward"], minus_mse(x, z)[0], 1e-6)
+        ddim, dpm, ab2 = (ends[kind, "uniform", 5] for kind in ddpm.SOLVERS)
+        for other in (dpm, ab2):
+            self.assertGreater((ddim - other).abs().max(), 1e-3)
 
     def test_a_very_sharp_policy_is_the_deployment(self):
         nets, z = [self.net] * 3, noise(4)
-        policy = rl.by_hand(nets, "DPM++", "uniform")
+        policy = by_hand(nets, "DPM++", "uniform")
         x, jumps = rl.rollout(nets, policy, z, AB, std=0.5, eta=1.0)
         self.close(x, ddpm.sample(self.net, z, hand_solver("DPM++", "uniform", 3), AB), 1e-6)
         for j in jumps:
@@ -747,17 +743,25 @@ class Deployment(Working):
             sharp, _ = rl.rollout(nets, policy, z, AB, channel, 4, 1e-6, eta, rng())
             self.close(sharp, x.repeat_interleave(4, 0), 1e-4, (channel, eta))
 
-    def test_the_base_is_the_best_hand_solver(self):
+    def test_hand_solvers_come_with_their_best_grid_and_the_best_one_first(self):
         z, nets = noise(6), [self.net] * 3
         self.patch(rl, chunk_size=lambda device: 4)
         for seed in range(2):
             target, scores = images(6, seed=seed), {}
             for kind, grid in itertools.product(ddpm.SOLVERS, ddpm.GRIDS):
                 x = ddpm.sample(self.net, z, hand_solver(kind, grid, 3), AB)
-                scores[f"{kind} {grid}"] = minus_mse(x, target)[0].mean()
-            name, policy = rl.best_by_hand(nets, z, target, minus_mse, AB)
-            self.assertEqual(name, max(scores, key=scores.get))
-            self.assertEqual(policy.config["solver"], [*hand_solver(*name.split(), 3)])
+                scores[f"{kind} {grid}"] = minus_mse(x, target)[0].mean().item()
+            found = rl.best_by_hand(nets, ddpm.SOLVERS, z, target, minus_mse, AB)
+            expected = [max((name for name in scores if name.startswith(kind)), key=scores.get)
+                        for kind in ddpm.SOLVERS]
+            self.assertEqual(list(found), sorted(expected, key=scores.get, reverse=True))
+            for name, policy in found.items():
+                self.assertEqual(policy.config["solver"], [*hand_solver(*name.split(), 3)])
+
+    def test_secants_and_noisy_paths_have_no_trend_to_lean_on(self):
+        self.assertEqual(rl.hand_kinds(self.net), ddpm.SOLVERS)
+        self.assertEqual(rl.hand_kinds(self.first), rl.hand_kinds(self.net, 0.3))
+        self.assertEqual(rl.hand_kinds(self.first), ("DDIM",))
 
 
 class Advantages(Case):
@@ -799,7 +803,7 @@ class Surrogate(Case):
         """Linear-Gaussian toy, quadratic reward: the same number, within 4 standard errors."""
         net, n = Toy(), 20_000
         x, u = randn(1, 3, 2, 2, seed=1).expand(n, 3, 2, 2), torch.zeros(n, 2)
-        mean = rl.land_at(net, x, full(n, 800), full(n, 300), u, x, AB, 0.0)[0]
+        mean = rl.take_jump(net, x, full(n, 800), full(n, 300), u, x, AB, 0.0)[0]
         x_next = (mean + 0.4 * randn(n, 3, 2, 2, seed=2)).detach()
         score = -(x_next - 0.3).square().sum((1, 2, 3))
         logp, adv = rl.pixel_logp(mean, x_next, full(n, 0.4)), score - score.mean()
@@ -817,7 +821,7 @@ class Loop(Working):
         """Three exploring jumps from DPM++ on uniform times. Returns (nets, policy, jumps)."""
         nets, z = nets or [self.net] * 3, noise(3) if z is None else z
         nets[-1].requires_grad_(True)
-        policy = rl.by_hand(nets, "DPM++", "uniform")
+        policy = by_hand(nets, "DPM++", "uniform")
         return nets, policy, rl.rollout(nets, policy, z, AB, channel, group, 0.1, eta, rng())[1]
 
     def update(self, nets, policy, jumps, adv, eta=0.0, kl=0.0, ref=None, lr=0.0):
@@ -841,7 +845,7 @@ class Loop(Working):
     def train(self, nets, *words, scale=1.0, score=minus_mse, policy=None):
         """The real train() on toys of three jumps, each noise its own target; rows of its log."""
         args, out, z = rl.parse_args(["--steps", "3", *words]), self.folder(), scale * noise(6, 2)
-        quiet(rl.train, nets, policy or rl.by_hand(nets, "DDIM", "quadratic"), (z, z), (z, z),
+        quiet(rl.train, nets, policy or by_hand(nets, "DDIM", "quadratic"), (z, z), (z, z),
               score, args, out, CPU)
         return read_log(out)
 
@@ -849,7 +853,7 @@ class Loop(Working):
         toys, z = [Toy()] * 3, noise(3, 2)
         for j in self.play("jump", 0.0, toys, 2000, z)[2]:
             acts = rl.acting(j.k, 3)
-            off = j.u - rl.by_hand(toys, "DPM++", "uniform").hand[j.k] * acts
+            off = j.u - by_hand(toys, "DPM++", "uniform").hand[j.k] * acts
             self.close(off[0::2], -off[1::2], 1e-6)
             self.close(off.std(0), 0.1 * acts, 0.005)
         for j in self.play("pixels", 0.3, toys, 400, z)[2]:
@@ -936,7 +940,7 @@ class Loop(Working):
     def test_it_finds_the_optimum_of_a_known_reward(self):
         """The landing of jump 1 must move from 667 to 300, the lean of jump 2 from 0 to 0.7."""
         nets, g = [Toy()] * 3, rng()
-        policy = rl.by_hand(nets, "DDIM", "uniform")
+        policy = by_hand(nets, "DDIM", "uniform")
         optimizer = torch.optim.Adam(policy.parameters(), 0.05)
         for _ in range(50):
             _, jumps = rl.rollout(nets, policy, noise(4, 2), AB, "jump", 8, 0.1, 0.0, g)
@@ -950,7 +954,7 @@ class Loop(Working):
     def test_a_group_shares_a_noise_and_its_target(self):
         """Through real updates. A network that says v = 0 only scales its noise, so each image
         must point where the noise points that its own target is."""
-        for channel, eta, group in (("jump", "0", 4), ("pixels", "0", 64), ("pixels", "0.01", 4)):
+        for channel, eta, group in (("jump", "0", 4), ("pixels", "0", 32), ("pixels", "0.01", 4)):
             seen, words = [], ["--group", "4", "--updates", "2", "--channel", channel, "--eta", eta]
             with mock.patch.object(rl, "advantages", mock.Mock(side_effect=rl.advantages)) as adv:
                 self.train([Toy(0.0, 0.0)] * 3, *words, scale=0.3, score=lambda x, y: (
@@ -964,7 +968,7 @@ class Loop(Working):
 
     def test_channels_take_turns_at_rates_that_fall_to_0(self):
         parts, trail, std, update, play = [Toy(), Toy()], [], [], rl.policy_update, rl.rollout
-        parts += [rl.by_hand(parts[:1] * 3, "DDIM", "quadratic")]
+        parts += [by_hand(parts[:1] * 3, "DDIM", "quadratic")]
 
         def watched(losses, actions, optimizer, *more):
             now = [sum(p.sum().item() for p in part.parameters()) for part in parts]
@@ -992,52 +996,52 @@ class Loop(Working):
 class Results(Working):
     def test_training_monitor_and_table_share_no_noise(self):
         spies = {name: mock.Mock(side_effect=getattr(rl, name)) for name in
-                 ("best_by_hand", "train", "final_table", "seeded_noise")}
+                 ("best_by_hand", "train", "deployed")}
+        seeds = mock.Mock(side_effect=seeded_noise)
         self.patch(rl, **spies)
+        self.patch(student, seeded_noise=seeds)
         self.run_main(rl, *self.job)
-        base, train, table = (spies[n].call_args[0] for n in [*spies][:3])
-        drawn = [set(call[0][0]) for call in spies["seeded_noise"].call_args_list]
+        base, train, table = (spy.call_args[0] for spy in spies.values())
+        drawn = [set(call[0][0]) for call in seeds.call_args_list]
         for one, other in itertools.combinations(drawn, 2):
             self.assertFalse(one & other)
-        for z, n, trains in ((train[2][0], 4, True), (base[1], 4, True), (table[4][0], 8, False),
+        for z, n, trains in ((train[2][0], 4, True), (base[2], 4, True), (table[2], 8, False),
                              (train[3][0], rl.MONITOR, False)):
             seeds, = [s for s in drawn if torch.equal(seeded_noise(sorted(s), (3, 8, 8)), z)]
             self.assertEqual(len(seeds), n)
             self.assertTrue(max(seeds) < student.CLONE_SEEDS if trains else
                             min(seeds) >= student.HELD_OUT)
 
-    def test_the_printed_gain_is_right(self):
-        n, g, best = 40, np.random.default_rng(0), "teacher, DPM++ quadratic"
+    def test_the_printed_table_is_right(self):
+        n, g, best = 40, np.random.default_rng(0), "AB2 quadratic"
         common = 3 * g.normal(size=n) - 10                 # hard noises are hard for everybody
-        s = {"target": np.zeros(n), "teacher, DDIM uniform": common - 2.5,
-             best: common - 1.5 + 0.1 * g.normal(size=n), "policy": common - 1 + g.normal(size=n),
-             "before, DDIM logsnr": common - 1.7 + 0.1 * g.normal(size=n)}
-        s["teacher, DDIM uniform"][0] = 5                  # the best image is not the best row
+        s = {"target": np.zeros(n), best: common - 1.5 + 0.1 * g.normal(size=n),
+             "DDIM uniform": common - 2.5, "policy": common - 1 + g.normal(size=n)}
         rows = {name: dict(reward=torch.tensor(x), raw=dict(mse=torch.tensor(2 * x)), images=i,
-                           times=torch.tensor([[1000, 400 + i, 0]] * n),
-                           leans=torch.tensor([[0.0, 0.25]] * n))
+                           times=[1000, 400 + i, 0], leans=[0.0, 0.25])
                 for i, (name, x) in enumerate(s.items())}
         self.patch(rl, judged=lambda x, *judge: dict(frechet=1.5 * x))
         result, text = quiet(rl.print_result, rows, (None, None))
-        gains = s["policy"] - s[best]
-        gain, error, closed = gains.mean(), gains.std(ddof=1) / math.sqrt(n), gains.mean() / (
-            s["target"] - s[best]).mean()
         self.assertEqual((result["best_hand"], result["times"], result["leans"]),
                          (best, [1000, 403, 0], [0, 0.25]))
-        for key, value in dict(gain=gain, gain_error=error, closed=closed).items():
-            self.close(result[key], value, 1e-6, key)
-        line = next(line for line in text.splitlines() if "gain" in line)
-        for part in (best, f"{gain:.4f} ± {error:.4f}", f", {100 * closed:.0f} %"):
-            self.assertIn(part, line)
+        json.dumps(result, allow_nan=False)
         for i, (name, x) in enumerate(s.items()):
-            self.assertRegex(text, rf"\n{re.escape(name)} +{x.mean():.4f} ± +"
-                             rf"{x.std(ddof=1) / math.sqrt(n):.4f} .* {1.5 * i:.3f}\n")
+            gains = s["policy"] - x
+            gain, error, closed = gains.mean(), gains.std(ddof=1) / math.sqrt(n), gains.mean() / (
+                s["target"] - x).mean() if name != "target" else 0.0
+            for key, value in dict(gain=gain, gain_error=error, closed=closed).items():
+                self.close(result["rows"][name][key], value, 1e-6, (name, key))
+            if name == best:
+                self.assertIn(f"{best}, same noises: {gain:.4f} ± {error:.4f}\n", text)
+            end = f" +{100 * closed:.0f}%" if i in (1, 2) else ""
+            self.assertRegex(text, rf"\n{re.escape(name)} +-?{abs(x.mean()):.4f} ± +"
+                             rf"{x.std(ddof=1) / math.sqrt(n):.4f} .* {1.5 * i:.3f}{end}\n")
 
     def test_a_saved_policy_comes_back_as_it_was(self):
         first, net = self.first, randomised(self.net, 5, 1e-6)         # too little for fp16
         for nets, half in itertools.product(
                 ([net] * 3, [first, net, net], [first] * 3), (True, False)):
-            policy = randomised(rl.by_hand(nets, "DPM++", "uniform"), 1, 0.3)
+            policy = randomised(by_hand(nets, "DPM++", "uniform"), 1, 0.3)
             rl.save_policy("p.pt", nets, policy, dict(a=1), half)
             back, again, content = rl.load_policy("p.pt")
             self.assertEqual([(back.index(n), type(n)) for n in back],
@@ -1067,7 +1071,7 @@ class Samples(Working):
     def models(self):
         """(nets, policy) of a teacher, a student, and a relay of four jumps from its file."""
         nets = [self.first, self.net, self.net, self.net]
-        policy = randomised(rl.by_hand(nets, "DPM++", "quadratic"), 0, 0.2)
+        policy = randomised(by_hand(nets, "DPM++", "quadratic"), 0, 0.2)
         rl.save_policy("policy.pt", nets, policy, {})
         return (self.net, None), (self.first, None), sample.load_model("policy.pt", CPU)[:2]
 
@@ -1108,7 +1112,7 @@ class Samples(Working):
                 self.close(path[:, 1], real(nets, z, solver, AB, keep=[round(K / 10) or 1])[0], 0)
 
     def test_the_path_of_a_long_policy_ends_at_the_image_too(self):
-        policy, z = rl.by_hand([Toy()] * 12, "DDIM", "uniform"), noise(2)
+        policy, z = by_hand([Toy()] * 12, "DDIM", "uniform"), noise(2)
         path = sample.draw_path([Toy()] * 12, policy, None, z, AB, 0.0, None)
         self.close(path[:, -1].clamp(-1, 1), sample.draw([Toy()] * 12, policy, None, z, AB))
 
@@ -1117,7 +1121,7 @@ class Samples(Working):
         names = [(f"{kind} {grid}", K) for K in (2, 5) for kind in ddpm.SOLVERS
                  for grid in ddpm.GRIDS]
         for path, expected in ((self.tiny / "teacher.pt", names + [("the target", 3)]),
-                               (self.tiny / "student.pt", names[:3] + names[6:9]),
+                               (self.tiny / "student.pt", names[:3] + names[9:12]),
                                ("policy.pt", [("learned", 4)])):
             found = [(c[0].split(", ")[1], *c[1:]) for c in sample.contenders(path, [2, 5], CPU)]
             self.assertEqual([c[:2] for c in found], expected)
@@ -1163,7 +1167,7 @@ class Commands(Working):
         self.assertNotIn("Traceback", text.getvalue())
         return text.getvalue().strip().splitlines()[-1]
 
-    def resumes(self, module, *words, state="state.pt"):
+    def resumes(self, module, *words):
         """Run to `a`, and to `b` with a kill after the first checkpoint: the same bits."""
         def killed(*args):
             save(*args)
@@ -1172,9 +1176,9 @@ class Commands(Working):
         with mock.patch.object(module, "save_state", killed), \
                 self.assertRaises(KeyboardInterrupt):
             self.run_main(module, *words, "--out", "b")
-        self.assertNotEqual(*(Path(f, state).read_bytes() for f in "ab"))
+        self.assertNotEqual(*(Path(f, "state.pt").read_bytes() for f in "ab"))
         self.assertIn("resumed at", self.run_main(module, *words, "--out", "b", "--resume"))
-        a, b = (tree_flatten(load_checkpoint(f"{f}/{state}", "state")["parts"])[0] for f in "ab")
+        a, b = (tree_flatten(load_checkpoint(f"{f}/state.pt", "state")["parts"])[0] for f in "ab")
         self.assertEqual(len(a), len(b))
         self.assertTrue(all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
                             for x, y in zip(a, b)))
@@ -1258,14 +1262,6 @@ class Commands(Working):
         self.run_main(student, *self.words[:2], "--smoke", "--init", "teacher", "--out", "c")
         self.assertEqual(student.load_student("c/student.pt")[0].config, TINY)
 
-    def test_the_encoders_train_and_resume_to_the_same_bits(self):
-        x, labels = pictures.shapes_images(60, 8)
-        self.patch(reward, SAVE_EVERY=1, LOG_EVERY=1, load_images=lambda *a, **k: (x, labels))
-        self.assertIn("judge: ", self.resumes(reward, "--smoke", state="state-coach.pt"))
-        for role in ("coach", "judge"):
-            a, b = (reward.load_encoder(f"{f}/{role}.pt", role)[0].state_dict() for f in "ab")
-            self.assertTrue(all(torch.equal(a[key], b[key]) for key in a))
-
     def test_the_main_job_resumes_to_the_same_bits_and_its_policy_is_sampled_and_evaluated(self):
         self.patch(rl, SAVE_EVERY=1)
         text = self.resumes(rl, *self.job, "--channel", "both", "--relay", "--kl", "0.1")
@@ -1303,11 +1299,12 @@ class Commands(Working):
                 ("student or policy is needed", sample, "--model", coach),
                 ("act without noise", sample, "--model", "policy.pt", "--eta", "1"),
                 ("go with --evaluate", sample, "--model", plain, "--steps", "1", "2"),
+                ("goes with --solver DDIM", sample, "--model", plain, "--eta", "1", "--solver",
+                 "AB2"),
                 ("at least 8", sample, "--evaluate", "--model", plain, "--n", "7"),
                 ("no such folder", teacher, "--data", "nowhere"),
                 ("--updates: must be", student, "--updates", "0"),
-                ("invalid choice", student, "--init", "nobody"),
-                ("--resume goes with", reward, "--resume")]:
+                ("invalid choice", student, "--init", "nobody")]:
             with self.subTest(expected=expected, words=words[-2:]):
                 self.assertTrue(expected)
                 self.assertIn(expected, self.fails(module, *words))
@@ -1323,14 +1320,14 @@ PLANTED_1 = [
     (ddpm, " / ab_next).sqrt()", ").sqrt()", "Jump.test_it_is_eq_12_with_the_sigma_of_eq_16"),
     (ddpm, " - spread(sigma, x_t) ** 2)", ")", "Jump.test_eta_1_one_step_apart_is_ddpms_posterior"),
     (ddpm, "spread(lean,", "-spread(lean,", "Sampler.test_samples_have_the_numbers_of_diffusers"),
-    (ddpm, " * D)", " * x0_hat)", "Sampler.test_dpm_is_algorithm_2_of_lu_and_ddim_its_order_1"),
+    (ddpm, " * D)", " * x0_hat)",
+     "Sampler.test_dpm_is_algorithm_2_of_lu_ddim_its_order_1_and_ab2"),
     (ddpm, " & (t_next > 0)", "", "Jump.test_dpm_lean_is_h_over_2_h_last_but_0_at_the_ends"),
     (ddpm, "if k > 1 else 0.0", "", "Sampler.test_the_last_jump_has_no_noise_the_first_no_lean"),
     (ddpm, " * 1009 + stream", "", "Sampler.test_noise_depends_on_its_seed_and_stream_alone"),
     (ddpm, "is not None and k in keep", "or 1", "Sampler.test_only_the_states_asked_for_are_kept"),
     (ddpm, "if net.clip", "if not net.clip", "Sampler.test_estimates_of_images_stay_in_range"),
-    (teacher, "flip(-1)", "flip(-2)",
-     "Judging.test_an_image_keeps_its_label_and_half_are_mirrored"),
+    (teacher, "flip(-1)", "flip(-2)", "Training.test_half_of_the_images_are_mirrored"),
     (teacher, "(1, T + 1,", "(1, T,", "Training.test_times_are_uniform_from_1_to_T"),
     (teacher, "p, 1 - decay)", "p, decay)", "Training.test_ema_averages_parameters"),
     (student, "(d.cos()", "-(d.cos()", "Cloning.test_a_secant_jump_lands_where_it_should"),
@@ -1339,7 +1336,8 @@ PLANTED_1 = [
     (student, "T, anywhere)", "T - 1, anywhere)", "Cloning.test_jumps_reach_both_ends"),
     (student, "CLONE_SEEDS + self.made, CLONE_SEEDS + self.made +", "CLONE_SEEDS, CLONE_SEEDS +",
      "Cloning.test_the_pool_keeps_the_newest_paths"),
-    (student, "HELD_OUT, HELD_OUT +", "0, ", "Cloning.test_the_table_is_of_noise_never_trained_on"),
+    (student, "(teacher, HELD_OUT, n,", "(teacher, 0, n,",
+     "Cloning.test_the_table_is_of_noise_never_trained_on"),
     (reward, " encoder(", " torch.no_grad()(encoder)(", "Rewards.test_gradients_pass_a_frozen_net"),
     (reward, "(b, dim=1)", "(b, dim=0)", "Rewards.test_no_reward_depends_on_the_batch"),
     (reward, "(p * (p / q)", "(q * (q / p)", "Rewards.test_every_term_agrees_with_loops"),
@@ -1349,8 +1347,6 @@ PLANTED_1 = [
      "Judging.test_precision_and_recall_agree_with_loops"),
     (reward, "(k + 1, dim=1).values  #", "(k, dim=1).values  #",
      "Judging.test_precision_and_recall_agree_with_loops"),
-    (reward, "labels[index]", "labels[index.flip(0)]",
-     "Judging.test_an_image_keeps_its_label_and_half_are_mirrored"),
 ]
 PLANTED_2 = [  # (module, what the source says, the mistake, the test that notices)
     (rl, "z.repeat_interleave(group, 0) if", "z.repeat(group, 1, 1, 1) if",
@@ -1363,8 +1359,8 @@ PLANTED_2 = [  # (module, what the source says, the mistake, the test that notic
      "Surrogate.test_it_is_eq_7_and_the_policy_gradient_without_a_clip_range"),
     (rl, "return -torch.minimum(ratio * adv,", "return torch.minimum(ratio * adv,",
      "Loop.test_it_finds_the_optimum_of_a_known_reward"),
-    (rl, "return max(policies.items()", "return min(policies.items()",
-     "Deployment.test_the_base_is_the_best_hand_solver"),
+    (rl, "reverse=True", "reverse=False",
+     "Deployment.test_hand_solvers_come_with_their_best_grid_and_the_best_one_first"),
     (rl, "logp_pixels = pixel_logp(mean, x_next, sigma)",
      "logp_pixels = pixel_logp(mean, mean, sigma)",
      "Loop.test_the_ratio_is_1_from_what_is_stored"),
@@ -1384,14 +1380,13 @@ PLANTED_2 = [  # (module, what the source says, the mistake, the test that notic
      "Deployment.test_landing_leaves_room_and_ends_at_0"),
     (rl, "std = STD[1] + (STD[0] - STD[1]) * left", "std = STD[0]",
      "Loop.test_channels_take_turns_at_rates_that_fall_to_0"),
-    (rl, 'g["lr"] = g["peak"] * left', 'g["lr"] = g["peak"]',
+    (rl, "= peak[channel] * left", "= peak[channel]",
      "Loop.test_channels_take_turns_at_rates_that_fall_to_0"),
     (rl, "noise_and_targets(teacher, HELD_OUT, args", "noise_and_targets(teacher, 2, args",
      "Results.test_training_monitor_and_table_share_no_noise"),
-    (rl, 'best = best_of(rows, ",")', 'best = best_of(rows, "DDIM")',
-     "Results.test_the_printed_gain_is_right"),
-    (rl, "gain_error=standard_error(gain)", 'gain_error=standard_error(rows[best]["reward"])',
-     "Results.test_the_printed_gain_is_right"),
+    (rl, "list(rows)[1], rows", "list(rows)[2], rows", "Results.test_the_printed_table_is_right"),
+    (rl, "gain_error=standard_error(gain)", 'gain_error=standard_error(row["reward"])',
+     "Results.test_the_printed_table_is_right"),
     (rl, 'explores = channel == "pixels" and net', "explores = net",
      "Deployment.test_a_very_sharp_policy_is_the_deployment"),
     (rl, "s.unflatten(0, (-1, copies)) for s", "s.unflatten(0, (copies, -1)).transpose(0, 1) for s",
@@ -1439,8 +1434,8 @@ class PlantedMistakes(Case):
 
 if __name__ == "__main__":
     def load_tests(loader, tests, pattern):
-        for path in ("harness/test_harness.py", "assignments/test_assignments.py",
-                     "study/test_study.py"):
+        for path in ("harness/test_harness.py", "checkpoints/test_train_encoders.py",
+                     "assignments/test_assignments.py", "study/test_study.py"):
             if (HERE / path).exists():
                 folder, file = (HERE / path).parent, Path(path).name
                 tests.addTests(loader.discover(str(folder), file, str(folder)))

@@ -1,12 +1,14 @@
 """What the policy gradient is compared with: every arm of the study, and its competitors.
 
-Adds to rl_distill.py three other ways to find the same K x 2 numbers, u = (logit rho, lean) of each
-jump: random search, the cross-entropy method, and the reward's own gradient. All start at the same
-hand solver, see the same training noises and the same reward, and may spend as many network
-evaluations as the policy gradient spends on its rollouts. Variants of the policy gradient are
-flags of rl_distill.py. Next file: run.py, which plays the arms and keeps the books.
+Adds to rl_distill.py other ways to find the same K x 2 numbers, u = (logit rho, lean) of each jump:
+random search, the cross-entropy method, the reward's own gradient, and two numbers for all jumps.
+All see the same training noises and the same reward, and spend no more network evaluations than the
+policy gradient spends on its rollouts; but for the last they start at the same hand solver.
+Variants of the policy gradient are flags of rl_distill.py. The settings above were chosen by
+tune.py, three a method. Next file: run.py, which plays the arms and keeps the books.
 """
 import copy
+import itertools
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -16,14 +18,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # From the repository:
-from ddpm import GRIDS, SOLVERS, T, estimate, spread                           # noqa: E402
-from rl_distill import (NOISES_PER_UPDATE, acting, channel_of, deployed,       # noqa: E402
-                        group_size, land, land_at)
+from ddpm import (GRIDS, SOLVERS, Solver, T, dpm_leans, estimate,              # noqa: E402
+                  hand_solver, make_grid, power_grid, spread)
+from rl_distill import (NOISES_PER_UPDATE, JumpPolicy, acting, channel_of,     # noqa: E402
+                        deployed, group_size, next_time, take_jump)
 
 SEARCH_NOISES, SEARCH_STD = 64, (0.15, 0.03)    # noises of each try; std, first and last try
 POPULATION, ELITES = 16, 4                      # of a generation, De Boer et al. 2005
 CEM_STD = 0.1, 0.01                             # of the first generation; floor of all others
 OWN_LR = 0.03                                   # Adam's first rate, falls to 0; 0.01..0.1
+POWERS, LEANS = (1.5, 1.75, 2.0), (0.5, 0.6, 0.7, 0.8)      # of two_numbers
 BACKWARD = 2                                    # a backward pass costs two evaluations
 
 # ==== BUDGET ==================================================================================
@@ -93,6 +97,15 @@ def random_search(nets, policy, train_set, reward, rollouts, alpha_bar, seed):
     return policy, tries * len(noises[0]) * len(nets)
 
 
+def two_numbers(nets, policy, train_set, reward, rollouts, alpha_bar, seed):
+    """The best of twelve: times T (1 - k / K)^power, the same lean at every jump but the first."""
+    K, noises = len(nets), pick(SEARCH_NOISES, torch.Generator().manual_seed(seed), *train_set)
+    tries = [JumpPolicy(Solver(power_grid(K, power), [0.0] + [lean] * (K - 1))).to(noises[0].device)
+             for power, lean in itertools.product(POWERS, LEANS)]
+    scores = [mean_reward(nets, p, p.shift.data, *noises, reward, alpha_bar) for p in tries]
+    return tries[scores.index(max(scores))], len(tries) * len(noises[0]) * K
+
+
 def cross_entropy(nets, policy, train_set, reward, rollouts, alpha_bar, seed):
     """Mean and std of each entry become those of the best quarter of a generation; a generation
     shares fresh noises. Cross-entropy method, De Boer et al. 2005. The last mean is deployed."""
@@ -129,11 +142,11 @@ class SmoothSchedule:
         return here * ((t - low) * (above / here).log()).exp()
 
 
-def smooth_land(t, logit_rho, n):
-    """land() forward; backward as if t_next = rho t had not been rounded (straight through).
+def smooth_time(t, logit_rho, n):
+    """next_time() forward; backward as if t_next = rho t had not been rounded (straight through).
     t: (B,) floats that are integers, logit_rho: (B,), n: evaluations left with this one."""
     t_next = torch.sigmoid(logit_rho) * t
-    return land(t.detach().long(), logit_rho.detach(), n) + (t_next - t_next.detach())
+    return next_time(t.detach().long(), logit_rho.detach(), n) + (t_next - t_next.detach())
 
 
 def smooth_rollout(nets, policy, z, schedule):
@@ -145,8 +158,8 @@ def smooth_rollout(nets, policy, z, schedule):
         if k == len(nets) - 1:          # D itself; in jump() sqrt(1 - ab') has no derivative here
             x0_hat = estimate(net, x, t, net(x, t, torch.zeros_like(t)), schedule)
             return (x0_hat + spread(u[:, 1], x) * (x0_hat - x0_last)).clamp(-1, 1)
-        t_next = smooth_land(t, u[:, 0], len(nets) - k)
-        x, _, x0_last = land_at(net, x, t, t_next, u, x0_last, schedule, 0.0)
+        t_next = smooth_time(t, u[:, 0], len(nets) - k)
+        x, _, x0_last = take_jump(net, x, t, t_next, u, x0_last, schedule, 0.0)
         t = t_next
 
 
@@ -178,27 +191,35 @@ class Arm(NamedTuple):
     flags: tuple = ()                   # of rl_distill.py, besides --steps, --seed and INIT's
 
 
-GROUPS = ("hand", "jump", "own", "search", "cem", "relay", "ablation", "pixels")
-COMPETITORS = {"own": own_gradient, "search": random_search, "cem": cross_entropy}
+GROUPS = ("hand", "two", "jump", "search", "own", "cem", "relay", "ablation", "pixels")
+COMPETITORS = {"two": two_numbers, "search": random_search, "own": own_gradient,
+               "cem": cross_entropy}
 INIT = {"teacher": (), "student": ("--init", "student"), "relay": ("--relay",)}
-HAND_STEPS = {"teacher": (1, 2, 3, 4, 6, 8, 10, 20), "student": (1, 2, 4, 8)}
+HAND_STEPS = {"teacher": (4, 3, 6, 8), "student": (1, 2, 4, 8)}
 
 
-def hand_solvers(init):
-    """(kind, grid) of the hand solvers of a start. The student takes DDIM alone: its x0_hat is the
-    end of a secant, so that there is no trend to lean on."""
-    return [(kind, grid) for kind in SOLVERS[:1 if init == "student" else 2] for grid in GRIDS]
+def hand_solvers(init, steps):
+    """{name: Solver} of a start: those of rl_distill.py (hand_kinds), and DPM-Solver++(2M) whose
+    last lean aims at t = 1, where lambda is finite, in place of 0 (Lu et al. stop there)."""
+    if init == "student":
+        return {f"DDIM {grid}": hand_solver("DDIM", grid, steps) for grid in GRIDS}
+    found = {f"{kind} {grid}": hand_solver(kind, grid, steps) for kind in SOLVERS for grid in GRIDS}
+    for grid in GRIDS:
+        times = make_grid(grid, steps)
+        found[f"DPM++ to t = 1, {grid}"] = Solver(times, dpm_leans([*times[:-1], 1]))
+    return found
 
 
 def arms():
     """Every arm, the most important first."""
     pixels = "--channel", "pixels"
-    out = [Arm("hand", f"{kind} {grid}", init, k) for init, counts in HAND_STEPS.items()
-           for k in counts for kind, grid in hand_solvers(init)]
+    out = [Arm("hand", name, init, k) for init, counts in HAND_STEPS.items()
+           for k in counts for name in hand_solvers(init, k)]
     out += [Arm(group, name, init, k) for group, name, init, counts in (
-        ("jump", "policy gradient", "teacher", (4, 3, 6, 8)),
-        ("own", "own gradient", "teacher", (4, 3, 6, 8)),
-        ("search", "random search", "teacher", (4, 3, 6, 8)),
+        ("two", "two numbers", "teacher", (4, 3, 6, 8)),
+        ("jump", "policy gradient", "teacher", (4, 6, 3, 8)),
+        ("search", "random search", "teacher", (4, 6, 8)),
+        ("own", "own gradient", "teacher", (4, 6, 3, 8)),
         ("cem", "cross-entropy method", "teacher", (4, 6)),
         ("relay", "policy gradient", "relay", (4, 3)),
         ("relay", "policy gradient", "student", (2, 4))) for k in counts]
@@ -207,6 +228,6 @@ def arms():
         Arm("pixels", "pixels, as published", "teacher", 4, (*pixels, "--eta", "0.3")),
         Arm("pixels", "last landing", "teacher", 4, pixels),
         Arm("pixels", "jump and landing in turns", "teacher", 4,
-            ("--channel", "both", "--updates", "80")),
+            ("--channel", "both", "--updates", "40")),
         Arm("pixels", "last landing", "student", 1, pixels),
         Arm("pixels", "last landing", "student", 4, pixels)]

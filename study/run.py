@@ -30,10 +30,10 @@ from ddpm import linear_alpha_bar
 from harness.checkpoints import find, load_checkpoint, provenance, save_checkpoint, write_whole
 from harness.runs import (ROOT, append_jsonl, claim_run, device_name, number, pick_device,
                           read_jsonl, run_main)
-from rl_distill import (HAND_NOISES, MONITOR, best_by_hand, by_hand, deployed, load_inputs,
-                        load_policy, noise_and_targets, save_policy, standard_error, train)
 from reward import judged
-from student import HELD_OUT
+from rl_distill import (HAND_NOISES, MONITOR, JumpPolicy, best_by_hand, deployed, hand_kinds,
+                        load_inputs, load_policy, save_policy, standard_error, train)
+from student import HELD_OUT, noise_and_targets
 
 RESULTS, README = ROOT / "study" / "results.jsonl", ROOT / "study" / "README.md"
 KEY = "group", "name", "init", "steps", "seed", "n", "weights"      # what makes a row the same row
@@ -119,25 +119,31 @@ class World:
     def measured(self, nets, policy):
         """What a row says of a policy on held-out noise: reward (n,), frechet, times, leans."""
         result = deployed(nets, policy, *self.sets[1], self.reward, self.alpha_bar)
-        return dict(reward=result["reward"].cpu(), times=result["times"].float().mean(0).tolist(),
-                    leans=result["leans"].mean(0).tolist(),
+        return dict(reward=result["reward"].cpu(), times=result["times"], leans=result["leans"],
                     frechet=judged(result["images"], *self.judge)["frechet"])
 
-    def hand(self, init, steps, kind, grid):
+    def hand(self, init, steps, name):
         """measured() of a hand solver."""
         def make():
             args = rl_distill.parse_args([*arms.INIT[init], *self.smoke])
             args.steps = steps                  # one is none too few where nothing is learned
             nets = load_inputs(args, self.device)[1]
-            return self.measured(nets, by_hand(nets, kind, grid))
-        return self.kept(f"hand {init} {steps} {kind} {grid}", make)
+            policy = JumpPolicy(arms.hand_solvers(init, steps)[name]).to(self.device)
+            return self.measured(nets, policy)
+        return self.kept(f"hand {init} {steps} {name}", make)
 
     def best_hand(self, init, steps):
         """Reward (n,) of the hand solver that is best on these very noises: on the teacher, and on
-        the networks an arm starts from, as in the table of rl_distill.py."""
-        rewards = [self.hand(who, steps, *solver)["reward"] for who in dict.fromkeys(
-            ("teacher", init)) for solver in arms.hand_solvers(who)]
+        the networks an arm starts from."""
+        rewards = [self.hand(who, steps, name)["reward"] for who in dict.fromkeys(
+            ("teacher", init)) for name in arms.hand_solvers(who, steps)]
         return max(rewards, key=torch.mean)
+
+    def start(self, nets, args):
+        """(name, policy) of the hand solver at which rl_distill.py starts."""
+        some = (x[:HAND_NOISES] for x in self.sets[0])
+        return next(iter(best_by_hand(nets, hand_kinds(nets[-1], args.eta), *some, self.reward,
+                                      self.alpha_bar).items()))
 
     @functools.cached_property
     def target(self):
@@ -159,14 +165,13 @@ def play(arm, seed, world):
     """Find the policy of an arm, as rl_distill.main does, or by a competitor, and measure it.
     Returns (measured(), minutes, network evaluations)."""
     if arm.group == "hand":
-        return world.hand(arm.init, arm.steps, *arm.name.split()), 0.0, 0
+        return world.hand(arm.init, arm.steps, arm.name), 0.0, 0
     out, began = place(arm, seed, world), time.time()
     args = rl_distill.parse_args([*command(arm, seed), "--out", str(out), *world.smoke])
     _, nets, reward, _ = load_inputs(args, world.device)
     train_set, _, monitor_set = world.sets
     if not (out / "policy.pt").exists():
-        hand, policy = best_by_hand(nets, *(x[:HAND_NOISES] for x in train_set), reward,
-                                    world.alpha_bar)
+        hand, policy = world.start(nets, args)
         if arm.group in arms.COMPETITORS:
             policy, spent = arms.COMPETITORS[arm.group](
                 nets, policy, train_set, reward, arms.rollouts(args), world.alpha_bar, seed)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = str(ROOT), str(ROOT / "checkpoints")
 
 # From the repository:
 from harness.runs import BadInput, number                                      # noqa: E402
@@ -30,11 +30,11 @@ from teacher import load_teacher                                               #
 # --smoke, with enough updates to be killed in the middle: flags and constants of the module
 SIZES = {"teacher": dict(updates=40, SAVE_EVERY=3, LOG_EVERY=1),
          "student": dict(updates=40, SAVE_EVERY=3, LOG_EVERY=1),
-         "reward": dict(epochs=5, SAVE_EVERY=3, LOG_EVERY=1),
+         "train_encoders": dict(epochs=5, SAVE_EVERY=3, LOG_EVERY=1),
          "rl_distill": dict(updates=12, SAVE_EVERY=2)}
 CHILD = """
 import sys
-sys.path.insert(0, {root!r})
+sys.path[:0] = {root!r}, {root!r} + "/checkpoints"
 import {script} as script
 from harness.runs import run_main
 real, sizes = script.parse_args, {sizes!r}
@@ -49,8 +49,8 @@ script.parse_args = parse_args
 run_main(script.main)
 """
 LOADERS = {"teacher-a/teacher.pt": load_teacher, "student-a/student.pt": load_student,
-           "reward-a/coach.pt": lambda path: load_encoder(path, "coach"),
-           "reward-a/judge.pt": lambda path: load_encoder(path, "judge"),
+           "train_encoders-a/coach.pt": lambda path: load_encoder(path, "coach"),
+           "train_encoders-a/judge.pt": lambda path: load_encoder(path, "judge"),
            "rl_distill-a/policy.pt": lambda path: load_policy(path)[1:]}
 
 # ==== PROCESSES ===============================================================================
@@ -92,8 +92,9 @@ def kills(folder, wanted, rng):
     """Kill each script at random moments, resume, and compare with the run that was left alone."""
     count, copies, same, began = 0, 0, 0, time.time()
     teacher = "--teacher", folder / "teacher-a/teacher.pt"
-    inputs = dict(teacher=("--data", "shapes"), student=teacher, reward=(), rl_distill=(
-        *teacher, "--student", folder / "student-a/student.pt", "--encoders", folder / "reward-a"))
+    inputs = dict(teacher=("--data", "shapes"), student=teacher, train_encoders=(), rl_distill=(
+        *teacher, "--student", folder / "student-a/student.pt",
+        "--encoders", folder / "train_encoders-a"))
     for script, flags in inputs.items():
         start = time.time()
         process = launch(script, *flags, "--out", folder / f"{script}-a")

@@ -1,0 +1,154 @@
+"""Trains coach and judge of reward.py, two small classifiers of CIFAR-10: nothing of the paper.
+
+    python checkpoints/train_encoders.py                    # 20 epochs, a minute each on two cores
+    python checkpoints/train_encoders.py --data DIR         # DIR/train and DIR/test, classes inside
+    python checkpoints/train_encoders.py --smoke            # seconds, numbers mean nothing
+
+Reads images; writes to --out: coach.pt with the scales of the reward terms, judge.pt with what it
+sees in the training images (both fp16, for --encoders DIR of the other scripts), state-coach.pt and
+state-judge.pt (for --resume), log.jsonl.
+"""
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# From the repository:
+from ddpm import parameter_count                                               # noqa: E402
+from teacher import LOG_EVERY                                                  # noqa: E402
+from reward import ENCODERS, NEIGHBOURS, encode, moments, term_scales          # noqa: E402
+from harness.checkpoints import (half_weights, load_state, load_weights,       # noqa: E402
+                                 provenance, save_checkpoint, save_state)
+from harness.images import fingerprint, load_images                            # noqa: E402
+from harness.runs import (BadInput, autocast, claim_run, device_name,          # noqa: E402
+                          log_line, number, parser_for, pick_device, run_flags, run_main)
+
+REFERENCE = 5000            # real images whose judge features are kept for precision/recall
+SAVE_EVERY = 200            # updates
+
+# ==== TRAINING ================================================================================
+
+
+def random_crop(x, generator, padding=4):
+    """Shift each image up to `padding` pixels each way, mirrored at the border: (B, 3, H, W)."""
+    B, _, H, W = x.shape
+    padded = F.pad(x, [padding] * 4, mode="reflect")
+    dy, dx = (torch.randint(2 * padding + 1, (B, 1), generator=generator).to(x.device)
+              for _ in range(2))
+    rows = dy + torch.arange(H, device=x.device)                              # (B, H)
+    columns = dx + torch.arange(W, device=x.device)                           # (B, W)
+    batch = torch.arange(B, device=x.device)[:, None, None]
+    return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def draw_labelled(images, labels, batch_size, generator):
+    """Random images, cropped and half of them mirrored: (B, 3, H, W) in [-1, 1], labels (B,)."""
+    index = torch.randint(len(images), (batch_size,), generator=generator).to(images.device)
+    mirror = (torch.rand(batch_size, generator=generator) < 0.5).to(images.device)
+    x = random_crop(images[index].float() / 127.5 - 1, generator)
+    return torch.where(mirror[:, None, None, None], x.flip(-1), x), labels[index]
+
+
+def train_encoder(role, images, labels, args, out, device):
+    """Cross-entropy, label smoothing, AdamW, one-cycle learning rate. Returns (net, seconds)."""
+    seed = args.seed + 1000 * (role == "judge")
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    net = ENCODERS[role](classes=int(labels.max()) + 1).to(
+        device, memory_format=torch.channels_last).train()
+    updates = max(2, args.epochs * len(images) // args.batch_size)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, updates, pct_start=0.2)
+    state, parts = out / f"state-{role}.pt", dict(net=net, optimizer=optimizer, schedule=schedule,
+                                                  generator=generator)
+    if not args.resume or not state.exists():
+        save_state(state, parts, 0, 0.0)       # from here on it knows which lines of the log count
+    first, seconds_before = load_state(state, parts) if args.resume else (0, 0.0)
+    start = time.time()
+    for update in tqdm(range(first, updates), initial=first, total=updates, mininterval=5,
+                       desc=role):
+        x, y = draw_labelled(images, labels, args.batch_size, generator)
+        with autocast(device):
+            logits = net(x.contiguous(memory_format=torch.channels_last))[2]
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=0.1)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        done, seconds = update + 1, seconds_before + time.time() - start
+        if done % LOG_EVERY == 0 or done == updates:
+            log_line(out, encoder=role, update=done, loss=loss.item(), seconds=seconds)
+        if done % SAVE_EVERY == 0 or done == updates:
+            save_state(state, parts, done, seconds)
+    return net.eval().requires_grad_(False), seconds_before + time.time() - start
+
+
+@torch.no_grad()
+def accuracy(net, images, labels, batch=500):
+    """Share of (N, 3, H, W) uint8 images classified rightly."""
+    right = sum((net(x.float() / 127.5 - 1)[2].argmax(1) == y).sum().item()
+                for x, y in zip(images.split(batch), labels.split(batch)))
+    return right / len(images)
+
+
+def judge_reference(net, images):
+    """Judge's features of the training images: moments of all, a random REFERENCE of them."""
+    features = torch.cat([encode(net, x.float() / 127.5 - 1) for x in images.split(500)])
+    mean, covariance = moments(features)
+    pick = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:REFERENCE]
+    return dict(mean=mean, covariance=covariance, features=features[pick].half())
+
+
+# ==== COMMAND LINE ============================================================================
+
+def parse_args(argv=None):
+    """Command line of checkpoints/train_encoders.py."""
+    p = parser_for(__doc__, "python checkpoints/train_encoders.py --data cifar10 --epochs 6")
+    count = number(int, 1)
+    p.add_argument("--data", default="cifar10", help="cifar10, shapes, or a folder")
+    p.add_argument("--epochs", type=count, default=20, help="passes over the images, 5..30")
+    p.add_argument("--batch-size", type=count, default=256, help="images per update, 64..1024")
+    p.add_argument("--lr", type=number(float, 1e-7, 1), default=3e-3, help="peak rate, 1e-3..5e-3")
+    run_flags(p)
+    args = p.parse_args(argv)
+    if args.smoke:
+        args.data, args.epochs, args.batch_size = "shapes", 1, 100
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device, most = pick_device(args.device), 600 if args.smoke else None
+    sets = [x[:most] for x in (*load_images(args.data), *load_images(args.data, train=False))]
+    if len(sets[0]) <= NEIGHBOURS or len(sets[2]) == 0:
+        raise BadInput(f"--data {args.data} has {len(sets[0])} training and {len(sets[2])} test "
+                       f"images; the judge's metrics need more than {NEIGHBOURS} and at least 1")
+    out = claim_run(args, "encoders", fingerprint(torch.cat([sets[0], sets[2]])))
+    print("config:", vars(args))
+    print(f"device {device_name(device)} | {len(sets[0])} images")
+    images, labels, test_images, test_labels = (x.to(device) for x in sets)
+    for role in ENCODERS:
+        if (out / f"{role}.pt").exists():      # finished before --resume
+            continue
+        net, seconds = train_encoder(role, images, labels, args, out, device)
+        load_weights(net, half_weights(net))   # what the file holds is what is measured
+        share = accuracy(net, test_images, test_labels)
+        some = images[:512].float() / 127.5 - 1
+        extra = (dict(scales=term_scales(net, some)) if role == "coach" else
+                 judge_reference(net, images))
+        save_checkpoint(out / f"{role}.pt", role, config=dict(classes=net.classify.out_features),
+                        weights=half_weights(net), **extra, provenance=provenance(
+                            "checkpoints/train_encoders.py", args, seconds, device, accuracy=share))
+        log_line(out, encoder=role, accuracy=share, seconds=seconds)
+        print(f"{role}: {parameter_count(net) / 1e6:.2f} M parameters, "
+              f"test accuracy {share:.4f}, {seconds / 60:.1f} min")
+    print(f"wrote {out}/coach.pt, judge.pt, log.jsonl")
+
+
+if __name__ == "__main__":
+    run_main(main)

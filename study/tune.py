@@ -1,0 +1,69 @@
+"""Chooses the settings of the policy gradient and of its competitors: three tries a method, alike.
+
+    python study/tune.py                 # half an hour on two CPU cores, a thread each is enough
+    python study/tune.py jump own        # some of the methods
+
+Each try learns at K = 4 with seed 0 and is scored on 128 noises that no table of the study and no
+training sees (seeds from HELD_OUT + 2 000 000). Lines go to study/tuning.jsonl; the best try of a
+method is what rl_distill.py and arms.py have as their constants. Chooses nothing by itself.
+"""
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import arms                                     # puts the repository on the path
+import run
+# From the repository:
+import rl_distill
+from harness.runs import ROOT, append_jsonl, run_main
+from student import HELD_OUT, noise_and_targets
+
+STEPS, TUNE, NOISES = 4, HELD_OUT + 2 * 10 ** 6, 128
+TRIES = {                                       # {method: (constants of arms.py or rl_distill.py)}
+    "jump": [dict(STD=std, lr_jump=lr) for std, lr in (
+        ((0.07, 0.01), 0.05), ((0.07, 0.01), 0.025), ((0.14, 0.02), 0.05))],
+    "own": [dict(OWN_LR=lr) for lr in (0.01, 0.03, 0.1)],
+    "search": [dict(SEARCH_STD=std) for std in ((0.15, 0.03), (0.07, 0.01), (0.3, 0.03))],
+    "cem": [dict(CEM_STD=std) for std in ((0.1, 0.01), (0.2, 0.01), (0.05, 0.01))]}
+
+
+def attempt(method, settings, world):
+    """Learn with these settings: (policy, network evaluations)."""
+    args = rl_distill.parse_args(["--steps", str(STEPS), *world.smoke])
+    args.lr_jump = settings.get("lr_jump", args.lr_jump)
+    nets, (train_set, _, monitor_set) = [world.teacher] * STEPS, world.sets
+    policy = world.start(nets, args)[1]
+    constants = {k: v for k, v in settings.items() if k != "lr_jump"}
+    with mock.patch.multiple(rl_distill if method == "jump" else arms, **constants):
+        if method != "jump":
+            return arms.COMPETITORS[method](nets, policy, train_set, world.reward,
+                                            arms.rollouts(args), world.alpha_bar, 0)
+        with tempfile.TemporaryDirectory() as out:
+            rl_distill.train(nets, policy, train_set, monitor_set, world.reward, args, Path(out),
+                             world.device)
+    return policy, arms.evaluations(args)
+
+
+def main(argv=None):
+    methods = (sys.argv[1:] if argv is None else argv) or list(TRIES)
+    world = run.World(SimpleNamespace(device="auto", smoke=False))
+    tune_set = noise_and_targets(world.teacher, TUNE, NOISES, world.device)
+    for method in methods:
+        for settings in TRIES[method]:
+            began = time.time()
+            policy, spent = attempt(method, settings, world)
+            result = rl_distill.deployed([world.teacher] * STEPS, policy, *tune_set, world.reward,
+                                         world.alpha_bar)
+            row = dict(method=method, settings=settings, reward=result["reward"].mean().item(),
+                       error=rl_distill.standard_error(result["reward"]), times=result["times"],
+                       leans=result["leans"], train_nfe=spent, minutes=(time.time() - began) / 60,
+                       commit=run.commit())
+            append_jsonl(ROOT / "study" / "tuning.jsonl", row)
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)
