@@ -58,19 +58,15 @@ def q_sample(x0, t, eps, alpha_bar) -> torch.Tensor:
 
     x0, eps: (B, ...); t: (B,) integers in 0..T.
     """
-    # -- exercise 1
     ab = spread(alpha_bar[t], x0)
     return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
-    # --
 
 
 def x0_and_eps(x_t, t, v, alpha_bar) -> tuple[torch.Tensor, torch.Tensor]:
     """x0_hat = sqrt(ab) x_t - sqrt(1 - ab) v, eps_hat = sqrt(1 - ab) x_t + sqrt(ab) v. Appendix D,
     Salimans & Ho 2022. x_t, v: (B, ...); t: (B,). The pair explains x_t, whatever v."""
-    # -- exercise 3
     ab = spread(alpha_bar[t], x_t)
     return ab.sqrt() * x_t - (1 - ab).sqrt() * v, (1 - ab).sqrt() * x_t + ab.sqrt() * v
-    # --
 
 
 def simple_loss(net, x0, t, eps, alpha_bar) -> torch.Tensor:
@@ -78,26 +74,20 @@ def simple_loss(net, x0, t, eps, alpha_bar) -> torch.Tensor:
 
     net(x_t, t) -> v, which becomes eps_hat by x0_and_eps. Returns a scalar.
     """
-    # -- exercise 1
     x_t = q_sample(x0, t, eps, alpha_bar)
     _, eps_hat = x0_and_eps(x_t, t, net(x_t, t).float(), alpha_bar)
     return F.mse_loss(eps_hat, eps)
-    # --
 
 
-# ==============================================================================================
-# THE JUMP: one function for DDIM, DDPM, DPM-Solver++ and the policy of rl_distill.py
-# ==============================================================================================
+# ==== THE JUMP: one function for DDIM, DDPM, DPM-Solver++ and the policy of rl_distill.py =====
 
 def ddim_sigma(t, t_next, eta, alpha_bar) -> torch.Tensor:
     """sigma = eta sqrt((1 - ab') / (1 - ab)) sqrt(1 - ab / ab'). Eq. 16, Song et al. 2020.
 
     t, t_next: (B,) integers with t > t_next. Returns (B,); 0 where t_next = 0.
     """
-    # -- exercise 2
     ab, ab_next = alpha_bar[t], alpha_bar[t_next]
     return eta * ((1 - ab_next) / (1 - ab)).sqrt() * (1 - ab / ab_next).sqrt()
-    # --
 
 
 def jump(x_t, x0_hat, t, t_next, alpha_bar, lean=None, x0_last=None, eta=0.0):
@@ -111,14 +101,12 @@ def jump(x_t, x0_hat, t, t_next, alpha_bar, lean=None, x0_last=None, eta=0.0):
     Ho et al.); lean = dpm_lean(...) makes it DPM-Solver++(2M). x_t, x0_hat, x0_last: (B, ...);
     x0_last is the estimate of the evaluation before; lean, t, t_next: (B,), t > t_next.
     """
-    # -- exercise 2
     D = x0_hat if lean is None else x0_hat + spread(lean, x_t) * (x0_hat - x0_last)
     ab, ab_next = spread(alpha_bar[t], x_t), spread(alpha_bar[t_next], x_t)
     sigma = ddim_sigma(t, t_next, eta, alpha_bar)
     eps = (x_t - ab.sqrt() * D) / (1 - ab).sqrt()
     direction = (1 - ab_next - spread(sigma, x_t) ** 2).clamp(min=0).sqrt()
     return ab_next.sqrt() * D + direction * eps, sigma
-    # --
 
 
 def half_log_snr(alpha_bar):

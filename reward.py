@@ -29,9 +29,7 @@ from harness.runs import (BadInput, claim_run, log_line, number, parser_for, pic
 NEIGHBOURS = 5              # k of precision/recall/density/coverage, Naeem et al. 2020
 BINS = 32                   # of the intensity histogram, per colour channel
 
-# ==============================================================================================
-# ENCODERS: images (B, 3, 32, 32) in [-1, 1] -> (list of feature maps, features (B, C), logits)
-# ==============================================================================================
+# ==== ENCODERS: images (B, 3, 32, 32) in [-1, 1] -> (list of feature maps, features (B, C), logits)
 
 
 def conv_norm(c_in, c_out, stride=1):

@@ -87,10 +87,8 @@ def next_time(t, logit_rho, n):
 def jump_logp(mean, u, std, acts) -> torch.Tensor:
     """log N(u; mean, std^2) summed over the entries that act. mean, u: (B, 2); acts: (2,) of bool.
     Returns (B,)."""
-    # -- exercise 5
     logp = -((u - mean) / std).square() / 2 - math.log(std) - math.log(2 * math.pi) / 2
     return (logp * acts).sum(1)
-    # --
 
 
 def pixel_logp(mean, x_next, sigma) -> torch.Tensor:
@@ -100,16 +98,12 @@ def pixel_logp(mean, x_next, sigma) -> torch.Tensor:
     DEVIATES: *mean* over the 3072 dimensions, where the density has their sum (ReDiF's and DDPO's
     code do the same). The summed ratio is e^(+-50) after the smallest change.
     """
-    # -- exercise 5
     return -((x_next - mean).square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
-    # --
 
 
 def gaussian_kl(mean, mean_ref, sigma) -> torch.Tensor:
     """Gaussian KL at equal sigma: |mu - mu_ref|^2 / (2 sigma^2) per dimension. (B, ...) -> (B,)."""
-    # -- exercise 6
     return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
-    # --
 
 
 # ==== ROLLOUT =================================================================================
@@ -193,13 +187,11 @@ def advantages(reward, group) -> torch.Tensor:
     DEVIATES from GRPO (Shao et al. 2024), which divides by each group's own std: a group whose
     rewards hardly differ stays small here. Equal rewards give exactly 0, never scaled rounding.
     """
-    # -- exercise 4
     groups = reward.reshape(-1, group)                              # (M, group)
     centred = groups - groups.mean(1, keepdim=True)
     rounding = 1e-6 * (1 + groups.abs().max())
     centred = torch.where(centred.abs() > rounding, centred, 0.0)
     return (centred / centred.square().mean().sqrt().clamp(min=rounding)).reshape(-1)
-    # --
 
 
 # ==== UPDATE ==================================================================================
@@ -209,11 +201,9 @@ def clipped_surrogate(logp, logp_old, adv, clip_range) -> tuple[torch.Tensor, to
 
     Returns (loss (B,), ratio (B,) detached). clip_range = inf is the plain policy gradient.
     """
-    # -- exercise 5
     ratio = (logp - logp_old).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.minimum(ratio * adv, clipped * adv), ratio.detach()
-    # --
 
 
 def jump_losses(policy, jumps, adv, std):
@@ -374,9 +364,7 @@ def train(nets, policy, train_set, monitor_set, reward, args, out, device):
     return seconds_before + time.time() - start
 
 
-# ==============================================================================================
-# CHECKPOINT: the distinct networks, which of them makes which jump, and the policy
-# ==============================================================================================
+# ==== CHECKPOINT: the distinct networks, which of them makes which jump, and the policy =======
 
 def save_policy(path, nets, policy, origin, half=True):
     """half=False keeps fp32: small updates of pixels are lost in the rounding."""
@@ -412,29 +400,26 @@ def standard_error(x):
 def print_result(rows, judge):
     """Print the table of rows {name: deployed(...)}: 'target', hand solvers, best first, 'policy'.
     judge: (encoder, its checkpoint). Returns a dict of plain values."""
-    table, best, policy = {}, list(rows)[1], rows["policy"]
-    terms, n, K = list(policy["raw"]), len(policy["reward"]), len(policy["leans"])
-    print(f"\nheld-out noise, n = {n}, {K} evaluations (target: {len(TARGET.leans)}); closed: the "
-          "share of a row's distance to the target that the policy makes good\n"
-          f"{'':16s}    reward ± error  " + " ".join(f"{t:>11s}" for t in terms)
+    table, policy, (_, best, *_) = {}, rows["policy"], rows
+    n, times, leans = len(policy["reward"]), policy["times"], policy["leans"]
+    print(f"\nheld-out noise, n = {n}, {len(leans)} evaluations (target: {len(TARGET.leans)}); "
+          "closed: the share of a row's distance to the target that the policy makes good\n"
+          f"{'':16s}    reward ± error  " + " ".join(f"{term:>11s}" for term in policy["raw"])
           + "   Fréchet  closed")
     for name, row in rows.items():
-        gain, left = policy["reward"] - row["reward"], rows["target"]["reward"] - row["reward"]
-        table[name] = dict(
-            reward=row["reward"].mean().item(), error=standard_error(row["reward"]),
-            **{t: row["raw"][t].mean().item() for t in terms},
-            frechet=judged(row["images"], *judge)["frechet"], gain=gain.mean().item(),
-            gain_error=standard_error(gain),
-            closed=(gain.mean() / left.mean()).item() if row is not rows["target"] else 0.0)
-        cells = " ".join(f"{table[name][t]:11.4f}" for t in terms)
-        closed = f"{table[name]['closed']:7.0%}" if name not in ("target", "policy") else ""
-        print("{:16s} {reward:8.4f} ± {error:6.4f}  {} {frechet:9.3f} {}".format(
-            name, cells, closed, **table[name]).rstrip())
+        gain, terms = policy["reward"] - row["reward"], {k: v.mean() for k, v in row["raw"].items()}
+        left = (rows["target"]["reward"] - row["reward"]).mean().clamp(min=1e-9)
+        values = dict(reward=row["reward"].mean(), error=standard_error(row["reward"]), **terms,
+                      frechet=judged(row["images"], *judge)["frechet"], gain=gain.mean(),
+                      gain_error=standard_error(gain), closed=gain.mean() / left)
+        print("{:16s} {reward:8.4f} ± {error:6.4f}  ".format(name, **values)
+              + " ".join(f"{v:11.4f}" for v in terms.values()) + f" {values['frechet']:9.3f}"
+              + f" {values['closed']:7.0%}" * (name not in ("target", "policy")))
+        table[name] = {key: float(value) for key, value in values.items()}
     print("gain over the best by hand, {}, same noises: {gain:.4f} ± {gain_error:.4f}".format(
         best, **table[best]))
-    print("times", *policy["times"], "  leans", *(f"{lean:.2f}" for lean in policy["leans"]))
-    return dict(rows=table, n=n, steps=K, best_hand=best, times=policy["times"],
-                leans=policy["leans"])
+    print("times", *times, "  leans", *(f"{lean:.2f}" for lean in leans))
+    return dict(rows=table, n=n, steps=len(leans), best_hand=best, times=times, leans=leans)
 
 
 def plot_alignment(rows, path):
@@ -535,8 +520,8 @@ def main(argv=None):
     train_set = noise_and_targets(teacher, 0, args.noises, device)
     held_set = noise_and_targets(teacher, HELD_OUT, args.held_out, device)
     monitor_set = noise_and_targets(teacher, HELD_OUT + 10 ** 6, MONITOR, device)
-    kinds = hand_kinds(nets[-1], args.eta)
-    hand = best_by_hand(nets, kinds, *(x[:HAND_NOISES] for x in train_set), reward, alpha_bar)
+    hand = best_by_hand(nets, hand_kinds(nets[-1], args.eta), *(x[:HAND_NOISES] for x in train_set),
+                        reward, alpha_bar)
     score, raw = reward(held_set[1], held_set[1])
     rows = dict(target=dict(images=held_set[1], reward=score, raw=raw), **{
         name: deployed(nets, p, *held_set, reward, alpha_bar) for name, p in hand.items()})

@@ -30,9 +30,7 @@ from harness.images import to_uint8
 from harness.runs import (BadInput, chunk_size, claim_run, device_name, log_line, number,
                           parser_for, pick_device, run_flags, run_main, wait_for)
 
-# ==============================================================================================
-# MODELS: a policy says itself how it jumps, teacher and student are told by a hand solver
-# ==============================================================================================
+# ==== MODELS: a policy says itself how it jumps, teacher and student are told by a hand solver
 
 
 def load_model(path, device):

@@ -55,10 +55,8 @@ def secant_velocity(x_t, x_next, t, t_next, alpha_bar) -> torch.Tensor:
     at x_next. x_t, x_next, v: (B, ...); t, t_next: (B,) integers, t > t_next;
     phi_t = angle(t, alpha_bar, x_t).
     """
-    # -- exercise 3
     d = angle(t, alpha_bar, x_t) - angle(t_next, alpha_bar, x_t)
     return (d.cos() * x_t - x_next) / d.sin()
-    # --
 
 
 # ==== NETWORK =================================================================================

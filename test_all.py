@@ -1028,9 +1028,10 @@ class Results(Working):
         for i, (name, x) in enumerate(s.items()):
             gains = s["policy"] - x
             gain, error, closed = gains.mean(), gains.std(ddof=1) / math.sqrt(n), gains.mean() / (
-                s["target"] - x).mean() if name != "target" else 0.0
+                s["target"] - x).mean() if name != "target" else gains.mean() / 1e-9
             for key, value in dict(gain=gain, gain_error=error, closed=closed).items():
-                self.close(result["rows"][name][key], value, 1e-6, (name, key))
+                self.close(result["rows"][name][key] / (1 + abs(value)), value / (1 + abs(value)),
+                           1e-6, (name, key))
             if name == best:
                 self.assertIn(f"{best}, same noises: {gain:.4f} ± {error:.4f}\n", text)
             end = f" +{100 * closed:.0f}%" if i in (1, 2) else ""

@@ -3,38 +3,41 @@
     python assignments/handout.py OUT_DIR              # all exercises blank
     python assignments/handout.py OUT_DIR --only 1 3   # these; the others stay solved
 
-In the sources an exercise stands between the lines '# -- exercise N' and '# --'. What stands there
-is replaced by a NotImplementedError; formula and shapes are in the docstring above it. Everything
-else is copied, but for the tests, which quote the answers, and the code of the study.
+The body of each function below is replaced by a NotImplementedError; formula and shapes are in its
+docstring, which stays. Everything else is copied, but for the tests, which quote the answers, and
+the code of the study.
 """
 import argparse
-import re
+import ast
 import shutil
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-REGION = re.compile(r"^( +)# -- exercise (\d+)\n(.*?)^ +# --\n", re.M | re.S)
+EXERCISES = {1: ("q_sample", "simple_loss"), 2: ("ddim_sigma", "jump"),
+             3: ("x0_and_eps", "secant_velocity"), 4: ("advantages",),
+             5: ("jump_logp", "pixel_logp", "clipped_surrogate"), 6: ("gaussian_kl",)}
 COPIED = ("*.py", "harness/*.py", "requirements.txt", "README.md", "LICENSE", "checkpoints/*",
           "figures/*", "study/README.md", "assignments/README.md", "assignments/reading.md",
           "assignments/grade.py", "assignments/bugs.py")
 
 
+def bodies(source):
+    """{exercise: [(first line, line after the last)]} of the bodies in a source, counted from 0."""
+    found = {f.name: (f.body[0].end_lineno, f.end_lineno) for f in ast.parse(source).body
+             if isinstance(f, ast.FunctionDef)}
+    return {number: [found[name] for name in names if name in found]
+            for number, names in EXERCISES.items()}
+
+
 def blank(source, only):
-    """The source text with the regions of exercises `only` replaced by stubs."""
-    def stub(match):
-        indent, number, body = match.groups()
-        if int(number) not in only:
-            return match.group(0)
-        return (f"{indent}# -- exercise {number}\n{indent}raise NotImplementedError("
-                f'"exercise {number}: see the docstring above")\n{indent}# --\n')
-    return REGION.sub(stub, source)
-
-
-def numbers(root=ROOT):
-    """The exercises that are marked in the sources, sorted."""
-    return sorted({int(m.group(2)) for path in root.glob("*.py")
-                   for m in REGION.finditer(path.read_text(encoding="utf-8"))})
+    """The source text with the functions of exercises `only` replaced by stubs."""
+    lines = source.splitlines(keepends=True)
+    places = [(*place, number) for number in only for place in bodies(source)[number]]
+    for first, end, number in sorted(places, reverse=True):
+        lines[first:end] = [f'    raise NotImplementedError("exercise {number}: see the docstring '
+                            'above")\n']
+    return "".join(lines)
 
 
 def make(out, only):
@@ -59,10 +62,10 @@ def make(out, only):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("out", help="new folder of the handout")
-    p.add_argument("--only", type=int, nargs="+", choices=numbers(), help="exercises to blank")
+    p.add_argument("--only", type=int, nargs="+", choices=[*EXERCISES], help="exercises to blank")
     args = p.parse_args(argv)
     try:
-        blanked = make(args.out, set(args.only or numbers()))
+        blanked = make(args.out, set(args.only or list(EXERCISES)))
     except (ValueError, OSError) as error:
         sys.exit(p.error(str(error)))
     print(f"wrote {args.out}; blank in {', '.join(blanked)}. Start with assignments/README.md")
