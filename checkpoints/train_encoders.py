@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ddpm import parameter_count                                               # noqa: E402
 from teacher import LOG_EVERY                                                  # noqa: E402
 from reward import ENCODERS, NEIGHBOURS, encode, moments, term_scales          # noqa: E402
-from harness.checkpoints import (half_weights, load_state, load_weights,       # noqa: E402
-                                 provenance, save_checkpoint, save_state)
+from harness.checkpoints import (half_weights, load_state, provenance,         # noqa: E402
+                                 save_checkpoint, save_state)
 from harness.images import fingerprint, load_images                            # noqa: E402
 from harness.runs import (BadInput, autocast, claim_run, device_name,          # noqa: E402
                           log_line, number, parser_for, pick_device, run_flags, run_main)
@@ -136,7 +136,7 @@ def main(argv=None):
         if (out / f"{role}.pt").exists():      # finished before --resume
             continue
         net, seconds = train_encoder(role, images, labels, args, out, device)
-        load_weights(net, half_weights(net))   # what the file holds is what is measured
+        net.load_state_dict(half_weights(net))  # what the file holds is what is measured
         share = accuracy(net, test_images, test_labels)
         some = images[:512].float() / 127.5 - 1
         extra = (dict(scales=term_scales(net, some)) if role == "coach" else

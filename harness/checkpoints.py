@@ -8,34 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from harness.runs import ROOT, BadInput, device_name, settings
+from harness.runs import BadInput, device_name, find, settings, write_whole
 
 FORMAT = "redif-3"
-
-
-def find(path):
-    """The path; where it is not there but in the repository (a bundled file), that one."""
-    return ROOT / path if not Path(path).exists() and (ROOT / path).exists() else Path(path)
-
-
-def write_whole(path, data, new=False):
-    """Write bytes under a temporary name, to the disk, then rename: the old file or the new, never
-    half a one, whenever the power fails. new: FileExistsError where there is a file already."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        (os.link if new else os.replace)(temporary, path)     # a link takes no other file's place
-    finally:
-        temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):                        # Windows opens no folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)                                      # the new name, too
-        os.close(folder)
 
 
 def save_npz(path, array):
@@ -98,16 +73,12 @@ def load_checkpoint(path, kind):
     return content
 
 
-def load_weights(net, weights, path="checkpoint"):
-    """Copy a state dict into net and return net; BadInput where names or shapes differ."""
+def frozen_network(net, weights, path, device):
+    """net with these weights on the device, in eval mode, its weights frozen; BadInput where names
+    or shapes differ."""
     with rebuilding(f"{path} does not fit the network its config describes: it", "weights"):
         net.load_state_dict(weights)                          # copies fp16 to fp32
-    return net
-
-
-def frozen_network(net, weights, path, device):
-    """net with these weights on the device, in eval mode, its weights frozen; BadInput as above."""
-    return load_weights(net, weights, path).to(device).eval().requires_grad_(False)
+    return net.to(device).eval().requires_grad_(False)
 
 
 def half_weights(net):

@@ -1,6 +1,7 @@
 """Command line, folders of runs, their log, errors and devices: nothing of the paper."""
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -55,11 +56,44 @@ def settings(args):
     return {name: value for name, value in vars(args).items() if name not in aside}
 
 
-def claim_run(args, default, data=None):
+def find(path):
+    """The path; where it is not there but in the repository (a bundled file), that one."""
+    return ROOT / path if not Path(path).exists() and (ROOT / path).exists() else Path(path)
+
+
+def checksum(names):
+    """A short word that tells whether the files of these names, or the coach there, changed."""
+    files = [file for name in names for file in (find(name), find(f"{name}/coach.pt"))]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files if f.is_file())).hexdigest()[:12]
+
+
+def write_whole(path, data, new=False):
+    """Write bytes under a temporary name, to the disk, then rename: the old file or the new, never
+    half a one, whenever the power fails. new: FileExistsError where there is a file already."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        (os.link if new else os.replace)(temporary, path)     # a link takes no other file's place
+    finally:
+        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):                        # Windows opens no folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)                                      # the new name, too
+        os.close(folder)
+
+
+def claim_run(args, default, images=None):
     """The folder of a run, claimed for this process: --out, or the next free runs/default-N. Call
-    it when all inputs are read: a refused command leaves nothing. data: fingerprint of the training
-    images. BadInput where --out is taken, or has no run that --resume can go on with."""
-    now = json.loads(json.dumps({"settings": settings(args), "data": data}, default=str))
+    it when all inputs are read: a refused command leaves nothing. images: their fingerprint.
+    BadInput where --out is taken, or has no run that --resume can go on with."""
+    files = checksum(name for name in settings(args).values() if isinstance(name, str))
+    now = {"settings": settings(args), "training images": images, "checkpoints": files}
+    now = json.loads(json.dumps(now, default=str))
     if getattr(args, "resume", False):
         return resume_run(args.out, now)
     for folder in [Path(args.out)] if args.out else (
@@ -67,8 +101,7 @@ def claim_run(args, default, data=None):
         with contextlib.suppress(FileExistsError):             # taken, perhaps a moment ago
             folder.mkdir(parents=True, exist_ok=bool(args.out))
             if all(file.match(".*.tmp") for file in folder.iterdir()):
-                with open(folder / "config.json", "x", encoding="utf-8") as file:
-                    json.dump(now, file)                       # "x": one process alone can create
+                write_whole(folder / "config.json", json.dumps(now).encode(), new=True)
                 CLAIMED.append(folder)
                 return folder
     raise BadInput(f"{folder} is not empty, or no folder; give another --out, or go on by --resume")
@@ -80,13 +113,10 @@ def resume_run(out, now):
     if not out or not config.is_file():
         raise BadInput(f"--resume needs --out DIR of a run; there is no run to resume in {out}")
     try:
-        old, new = ({**{f"--{k.replace('_', '-')}": v for k, v in c["settings"].items()},
-                     "training images": c["data"]} for c in (json.loads(config.read_bytes()), now))
+        old, new = ({**{f"--{k.replace('_', '-')}": v for k, v in c.pop("settings").items()}, **c}
+                    for c in (json.loads(config.read_bytes()), dict(now)))
     except (ValueError, TypeError, KeyError, AttributeError):
-        if any(folder.glob("state*.pt")):
-            raise BadInput(f"{config} cannot be read; start a new run") from None
-        config.write_text(json.dumps(now), encoding="utf-8")   # a kill as it was written tore it
-        return resume_run(out, now)
+        raise BadInput(f"{config} cannot be read; start a new run") from None
     for k in {**old, **new}:
         if old.get(k) != new.get(k):
             raise BadInput(f"{folder} had {k} {old.get(k)}, not {new.get(k)}; resume with the same")
@@ -166,12 +196,12 @@ def wait_for(device):
     torch.zeros(1, device=device).item()
 
 
-def autocast(device, enabled=True):
+def autocast(device):
     """bf16 where the hardware computes in it: GPUs from Ampere on, CPUs with AVX512-BF16."""
     if device.type == "cuda":
-        enabled &= torch.cuda.get_device_capability(device) >= (8, 0)
+        enabled = torch.cuda.get_device_capability(device) >= (8, 0)
     else:                                                      # what has AMX has AVX512-BF16
-        enabled &= getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        enabled = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
 
 

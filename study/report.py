@@ -7,8 +7,7 @@ import statistics
 
 import arms                                     # puts the repository on the path
 # From the repository:
-from harness.checkpoints import write_whole
-from harness.runs import BadInput
+from harness.runs import BadInput, write_whole
 
 MARKERS = "<!-- second version: begin -->", "<!-- second version: end -->"
 

@@ -13,7 +13,6 @@ arms run side by side, one thread each. Tables go to study/README.md (report.py)
 import argparse
 import contextlib
 import functools
-import hashlib
 import os
 import subprocess
 import sys
@@ -27,8 +26,8 @@ import report
 # From the repository:
 import rl_distill
 from ddpm import linear_alpha_bar
-from harness.checkpoints import find, load_checkpoint, provenance, save_checkpoint, write_whole
-from harness.runs import (ROOT, append_jsonl, claim_run, device_name, number, pick_device,
+from harness.checkpoints import load_checkpoint, provenance, save_checkpoint, write_whole
+from harness.runs import (ROOT, append_jsonl, checksum, claim_run, device_name, number, pick_device,
                           read_jsonl, run_main)
 from reward import judged
 from rl_distill import (HAND_NOISES, MONITOR, JumpPolicy, best_by_hand, deployed, hand_kinds,
@@ -90,11 +89,9 @@ class World:
         self.args = rl_distill.parse_args(self.smoke)
         self.teacher, _, self.reward, self.judge = load_inputs(self.args, self.device)
         self.n = self.args.held_out
-        files = (find(path).read_bytes() for path in (
-            self.args.teacher, self.args.student, f"{self.args.encoders}/coach.pt",
-            f"{self.args.encoders}/judge.pt"))
-        self.weights = hashlib.sha256(b"".join(files)).hexdigest()[:12] + "-smoke" * args.smoke
-        self.code = hashlib.sha256(Path(rl_distill.__file__).read_bytes()).hexdigest()[:6]
+        self.weights = checksum([self.args.teacher, self.args.student, self.args.encoders,
+                                 f"{self.args.encoders}/judge.pt"]) + "-smoke" * args.smoke
+        self.code = checksum([rl_distill.__file__])[:6]
         self.folder = ROOT / "runs" / "study" / self.weights
         self.results = self.folder / "results.jsonl" if args.smoke else RESULTS
 
