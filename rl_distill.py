@@ -35,7 +35,7 @@ from harness.figures import plot_panels, plot_strips
 from harness.runs import (BadInput, chunk_size, claim_run, device_name, log_line, number,
                           parser_for, pick_device, read_log, run_flags, run_main, settings)
 
-STD = 0.14, 0.02            # of u, at the first and the last update; 0.05..0.2 and a seventh of it
+STD = 0.07, 0.01            # of u, at the first and the last update; 0.05..0.2 and a seventh of it
 CLIP_JUMP, CLIP_PIXELS = 0.2, 1e-4      # PPO's clip range, 0.1..0.3; of a mean density 1e-5..1e-3
 SIGMA_FLOOR = 0.02          # noise on the jump to t = 0 (DDIM sigma 0); in training, not deployment
 NOISES_PER_UPDATE = 16      # M, 8..64

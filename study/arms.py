@@ -5,7 +5,7 @@ random search, the cross-entropy method, the reward's own gradient, and two numb
 All see the same training noises and the same reward, and spend no more network evaluations than the
 policy gradient spends on its rollouts; but for the last they start at the same hand solver.
 Variants of the policy gradient are flags of rl_distill.py. The settings above were chosen by
-tune.py, three a method. Next file: run.py, which plays the arms and keeps the books.
+tune.py, four a method. Next file: run.py, which plays the arms and keeps the books.
 """
 import copy
 import itertools
@@ -23,10 +23,10 @@ from ddpm import (GRIDS, SOLVERS, Solver, T, dpm_leans, estimate,              #
 from rl_distill import (NOISES_PER_UPDATE, JumpPolicy, acting, channel_of,     # noqa: E402
                         deployed, group_size, next_time, take_jump)
 
-SEARCH_NOISES, SEARCH_STD = 64, (0.15, 0.03)    # noises of each try; std, first and last try
+SEARCH_NOISES, SEARCH_STD = 64, (0.07, 0.01)    # noises of each try; std, first and last try
 POPULATION, ELITES = 16, 4                      # of a generation, De Boer et al. 2005
-CEM_STD = 0.1, 0.01                             # of the first generation; floor of all others
-OWN_LR = 0.03                                   # Adam's first rate, falls to 0; 0.01..0.1
+CEM_STD = 0.2, 0.01                             # of the first generation; floor of all others
+OWN_LR = 0.1                                    # Adam's first rate, falls to 0; 0.01..0.1
 POWERS, LEANS = (1.5, 1.75, 2.0), (0.5, 0.6, 0.7, 0.8)      # of two_numbers
 BACKWARD = 2                                    # a backward pass costs two evaluations
 

@@ -1,4 +1,4 @@
-"""Chooses the settings of the policy gradient and of its competitors: three tries a method, alike.
+"""Chooses the settings of the policy gradient and of its competitors: four tries a method, alike.
 
     python study/tune.py                 # half an hour on two CPU cores, a thread each is enough
     python study/tune.py jump own        # some of the methods
@@ -24,10 +24,11 @@ from student import HELD_OUT, noise_and_targets
 STEPS, TUNE, NOISES = 4, HELD_OUT + 2 * 10 ** 6, 128
 TRIES = {                                       # {method: (constants of arms.py or rl_distill.py)}
     "jump": [dict(STD=std, lr_jump=lr) for std, lr in (
-        ((0.07, 0.01), 0.05), ((0.07, 0.01), 0.025), ((0.14, 0.02), 0.05))],
-    "own": [dict(OWN_LR=lr) for lr in (0.01, 0.03, 0.1)],
-    "search": [dict(SEARCH_STD=std) for std in ((0.15, 0.03), (0.07, 0.01), (0.3, 0.03))],
-    "cem": [dict(CEM_STD=std) for std in ((0.1, 0.01), (0.2, 0.01), (0.05, 0.01))]}
+        ((0.07, 0.01), 0.05), ((0.07, 0.01), 0.025), ((0.14, 0.02), 0.05), ((0.14, 0.01), 0.1))],
+    "own": [dict(OWN_LR=lr) for lr in (0.01, 0.03, 0.1, 0.2)],
+    "search": [dict(SEARCH_STD=std) for std in (
+        (0.15, 0.03), (0.07, 0.01), (0.3, 0.03), (0.15, 0.01))],
+    "cem": [dict(CEM_STD=std) for std in ((0.1, 0.01), (0.2, 0.01), (0.4, 0.01), (0.2, 0.03))]}
 
 
 def attempt(method, settings, world):
