@@ -180,6 +180,32 @@ def own_gradient(nets, policy, train_set, reward, rollouts, alpha_bar, seed):
     return policy, updates * size * (1 + BACKWARD) * len(nets)
 
 
+# ==== A STRONGER HAND SOLVER ==================================================================
+
+ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12),
+                   (55 / 24, -59 / 24, 37 / 24, -9 / 24))           # for equal steps, newest first
+
+
+class Ipndm(NamedTuple):
+    """iPNDM (Zhang & Chen 2022, arXiv 2204.13902, after PNDM, Liu et al. 2022): Adams-Bashforth on
+    eps, in the first jumps of the order that the past allows. No Solver: it remembers eps."""
+    grid: list
+    order: int                          # 2..4
+
+    @torch.no_grad()
+    def __call__(self, net, z, alpha_bar):
+        """Images (B, 3, H, W) in [-1, 1] of start noise z."""
+        x, past = z, []
+        for now, then in zip(self.grid, self.grid[1:]):
+            t, ab, ab_next = torch.full((len(x),), now), alpha_bar[now], alpha_bar[then]
+            t = t.to(x.device)
+            x0_hat = estimate(net, x, t, net(x, t, torch.full_like(t, then)), alpha_bar)
+            past = [(x - ab.sqrt() * x0_hat) / (1 - ab).sqrt(), *past][:self.order]
+            eps = sum(w * e for w, e in zip(ADAMS_BASHFORTH[len(past) - 1], past))
+            x = (ab_next / ab).sqrt() * (x - (1 - ab).sqrt() * eps) + (1 - ab_next).sqrt() * eps
+        return x.clamp(-1, 1)
+
+
 # ==== ALL ARMS ================================================================================
 
 class Arm(NamedTuple):
@@ -199,14 +225,16 @@ HAND_STEPS = {"teacher": (4, 3, 6, 8), "student": (1, 2, 4, 8)}
 
 
 def hand_solvers(init, steps):
-    """{name: Solver} of a start: those of rl_distill.py (hand_kinds), and DPM-Solver++(2M) whose
-    last lean aims at t = 1, where lambda is finite, in place of 0 (Lu et al. stop there)."""
+    """{name: Solver or Ipndm} of a start: those of rl_distill.py (hand_kinds), DPM-Solver++(2M)
+    whose last lean aims at t = 1, where lambda is finite, in place of 0, and iPNDM."""
     if init == "student":
         return {f"DDIM {grid}": hand_solver("DDIM", grid, steps) for grid in GRIDS}
     found = {f"{kind} {grid}": hand_solver(kind, grid, steps) for kind in SOLVERS for grid in GRIDS}
     for grid in GRIDS:
         times = make_grid(grid, steps)
         found[f"DPM++ to t = 1, {grid}"] = Solver(times, dpm_leans([*times[:-1], 1]))
+        found.update({f"iPNDM-{order} {grid}": Ipndm(times, order)
+                      for order in (2, 3, 4) if order <= steps})
     return found
 
 

@@ -27,8 +27,8 @@ import report
 import rl_distill
 from ddpm import linear_alpha_bar
 from harness.checkpoints import load_checkpoint, provenance, save_checkpoint, write_whole
-from harness.runs import (ROOT, append_jsonl, checksum, claim_run, device_name, number, pick_device,
-                          read_jsonl, run_main)
+from harness.runs import (ROOT, append_jsonl, checksum, chunk_size, claim_run, device_name, number,
+                          pick_device, read_jsonl, run_main)
 from reward import judged
 from rl_distill import (HAND_NOISES, MONITOR, JumpPolicy, best_by_hand, deployed, hand_kinds,
                         load_inputs, load_policy, save_policy, standard_error, train)
@@ -115,7 +115,10 @@ class World:
 
     def measured(self, nets, policy):
         """What a row says of a policy on held-out noise: reward (n,), frechet, times, leans."""
-        result = deployed(nets, policy, *self.sets[1], self.reward, self.alpha_bar)
+        return self.facts(deployed(nets, policy, *self.sets[1], self.reward, self.alpha_bar))
+
+    def facts(self, result):
+        """The same of what deployed() returns."""
         return dict(reward=result["reward"].cpu(), times=result["times"], leans=result["leans"],
                     frechet=judged(result["images"], *self.judge)["frechet"])
 
@@ -125,8 +128,14 @@ class World:
             args = rl_distill.parse_args([*arms.INIT[init], *self.smoke])
             args.steps = steps                  # one is none too few where nothing is learned
             nets = load_inputs(args, self.device)[1]
-            policy = JumpPolicy(arms.hand_solvers(init, steps)[name]).to(self.device)
-            return self.measured(nets, policy)
+            solver = arms.hand_solvers(init, steps)[name]
+            if not isinstance(solver, arms.Ipndm):
+                return self.measured(nets, JumpPolicy(solver).to(self.device))
+            z, target = (x.split(chunk_size(self.device)) for x in self.sets[1])
+            images = [solver(nets[0], x, self.alpha_bar) for x in z]
+            rewards = [self.reward(x, y)[0] for x, y in zip(images, target)]
+            return self.facts(dict(images=torch.cat(images), reward=torch.cat(rewards),
+                                    times=solver.grid, leans=[]))
         return self.kept(f"hand {init} {steps} {name}", make)
 
     def best_hand(self, init, steps):

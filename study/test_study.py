@@ -109,6 +109,22 @@ class Competitors(unittest.TestCase):
             self.assertEqual(Counting.rows - args.updates * 3, arms.evaluations(args), words)
 
 
+class HandSolvers(unittest.TestCase):
+    def test_ipndm_is_ddim_where_it_remembers_nothing(self):
+        net, z = MixtureNet(torch.tensor([[0.5, -0.3]]), 0.2, ALPHA_BAR), seeded_noise([1, 2], (2,))
+        for order, same in ((1, True), (2, False)):
+            solver = hand_solver("DDIM", "quadratic", 4)
+            off = arms.Ipndm(solver.grid, order)(net, z, ALPHA_BAR) - sample(
+                net, z, solver, ALPHA_BAR).clamp(-1, 1)
+            self.assertEqual(off.abs().max().item() < 1e-4, same)
+
+    def test_its_weights_are_exact_for_polynomials_of_their_order(self):
+        for weights in arms.ADAMS_BASHFORTH:               # at 0, -1, -2, ..; the mean over 0..1
+            for power in range(len(weights)):
+                found = sum(w * (-j) ** power for j, w in enumerate(weights))
+                self.assertAlmostEqual(found, 1 / (power + 1))
+
+
 class OwnGradient(unittest.TestCase):
     def test_the_smooth_schedule_is_alpha_bar_at_integers_and_falls_between_them(self):
         t, schedule = torch.arange(T + 1).float().requires_grad_(), arms.SmoothSchedule(ALPHA_BAR)
