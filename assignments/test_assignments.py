@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import ddpm
 import rl_distill
 import student
-from assignments import bugs, grade, handout
+from assignments import bugs, grade, handout, loop
 
 MODULES = dict(ddpm=ddpm, student=student, rl_distill=rl_distill)
 TOP = ("ddpm", "teacher", "student", "reward", "rl_distill", "sample")
@@ -238,6 +238,20 @@ class Grader(unittest.TestCase):
                 self.assertIn(expected, result["property"])
             Path(folder, "ddpm.py").write_text("")            # and it falls back to nothing
             self.assertIn("no attribute 'q_sample'", grade.grade(folder, 1, 0)["property"])
+
+
+class Projector(unittest.TestCase):
+    def test_the_page_shows_what_the_policy_does(self):
+        with tempfile.TemporaryDirectory() as folder:
+            with mock.patch.object(loop, "draw", side_effect=loop.draw) as spy:
+                quiet(loop.main, ["--out", folder + "/loop.png"])
+            self.assertTrue(Path(folder, "loop.png").exists())
+            nets, policy, teacher, reward, seed, _ = spy.call_args[0]
+            times, leans, score = loop.draw(*spy.call_args[0][:5], folder + "/again.png")
+        row = rl_distill.deployed(nets, policy, *student.noise_and_targets(
+            teacher, seed, 1, torch.device("cpu")), reward, ddpm.linear_alpha_bar())
+        self.assertEqual((times, leans), (row["times"][:-1], row["leans"]))
+        self.assertAlmostEqual(score, row["reward"].item(), places=4)
 
 
 class Handout(unittest.TestCase):

@@ -1,0 +1,77 @@
+"""Draws figures/loop.png, one page for the projector: the decision process of one image.
+
+    python assignments/loop.py                     # seconds; --policy, --seed, --out for others
+
+Everything in it is what the code does with the bundled policy: the states it visits, what the
+network makes of each, the times and leans that were learned, the reward at the end.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# From the repository:
+from ddpm import estimate, linear_alpha_bar                                    # noqa: E402
+from harness.figures import new_figure, save_figure, tile                      # noqa: E402
+from harness.runs import run_main                                              # noqa: E402
+from reward import Reward, load_encoder                                        # noqa: E402
+from rl_distill import load_policy, rollout                                    # noqa: E402
+from student import HELD_OUT, noise_and_targets                                # noqa: E402
+from teacher import load_teacher                                               # noqa: E402
+
+
+def show(axis, image, title):
+    """One image (1, 3, H, W) in [-1, 1], with a title above it."""
+    axis.imshow(tile(image, gap=0), interpolation="nearest")
+    axis.set_title(title, fontsize=12)
+    axis.axis("off")
+
+
+def draw(nets, policy, teacher, reward, seed, path):
+    """The page for the image of one seed. Returns (times, leans, reward)."""
+    alpha_bar = linear_alpha_bar()
+    z, target = noise_and_targets(teacher, seed, 1, torch.device("cpu"))
+    image, jumps = rollout(nets, policy, z, alpha_bar)
+    score, K = reward(image, target)[0].item(), len(jumps)
+    figure, axes = new_figure(3, K + 1, (2.6 * (K + 1), 7.4), height_ratios=[1, 1, 0.5])
+    for k, j in enumerate(jumps):
+        with torch.no_grad():
+            x0_hat = estimate(nets[k], j.x_t, j.t, nets[k](j.x_t, j.t, j.t_next), alpha_bar)
+        show(axes[0, k], j.x_t / 2, f"state $x_t$, t = {j.t.item()}")
+        show(axes[1, k], x0_hat, "the network's estimate")
+        lean = f"lean = {j.u[0, 1].item():.2f}" if k else "nothing to lean on yet"
+        rho, land = j.t_next.item() / j.t.item(), f"land at t = {j.t_next.item()}"
+        axes[2, k].text(0.5, 1, f"action {k + 1}\nrho = {rho:.2f}\n{lean}\n\n{land}", ha="center",
+                        va="top", fontsize=13)
+        axes[2, k].axis("off")
+    show(axes[0, K], image, f"image, {K} evaluations")
+    show(axes[1, K], target, "target, the teacher's 50")
+    axes[2, K].text(0.5, 1, f"reward {score:.2f}\n(0: the same image)\n\ncredit goes to\nall "
+                    f"{K} actions", ha="center", va="top", fontsize=13)
+    axes[2, K].axis("off")
+    figure.suptitle("One image is one episode: look, decide how far to jump (rho) and how far to "
+                    "lean on the trend, land, look again", fontsize=14)
+    save_figure(figure, path)
+    return [j.t.item() for j in jumps], [j.u[0, 1].item() for j in jumps], score
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--policy", default="checkpoints/policy.pt", help="checkpoint of rl_distill.py")
+    p.add_argument("--seed", type=int, default=HELD_OUT, help="of the noise")
+    p.add_argument("--out", default=str(ROOT / "figures" / "loop.png"), help="the picture")
+    args = p.parse_args(argv)
+    nets, policy, _ = load_policy(args.policy)
+    teacher, _ = load_teacher("checkpoints/teacher.pt")
+    coach, content = load_encoder("checkpoints/coach.pt", "coach")
+    reward = Reward("feature+perceptual", coach, content["scales"])
+    draw(nets, policy, teacher, reward, args.seed, args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)
