@@ -3,8 +3,10 @@
     python assignments/test_assignments.py          # under half a minute on one CPU core
 """
 import contextlib
+import importlib
 import io
 import itertools
+import re
 import subprocess
 import sys
 import tempfile
@@ -238,6 +240,21 @@ class Grader(unittest.TestCase):
                 self.assertIn(expected, result["property"])
             Path(folder, "ddpm.py").write_text("")            # and it falls back to nothing
             self.assertIn("no attribute 'q_sample'", grade.grade(folder, 1, 0)["property"])
+
+
+class Guide(unittest.TestCase):
+    def test_the_reading_guide_names_functions_classes_and_pictures_that_are_there(self):
+        rows = [line.split("|")[1:-1] for line in (ROOT / "assignments/reading.md").read_text(
+            encoding="utf-8").splitlines() if line.startswith("| ") and "| step |" not in line]
+        self.assertGreater(len(rows), 10)
+        tests = (ROOT / "test_all.py").read_text(encoding="utf-8")
+        for _, _, functions, shown, _ in rows:
+            for name in re.findall(r"`(\w+)\.(\w+)`", functions):
+                self.assertTrue(hasattr(importlib.import_module(name[0]), name[1]), name)
+            for name in re.findall(r"`([A-Z]\w+)`", shown):
+                self.assertIn(f"class {name}(", tests)
+            for name in re.findall(r"`(\w+/[\w.]+)`", functions + shown):
+                self.assertTrue((ROOT / name).exists(), name)
 
 
 class Projector(unittest.TestCase):
