@@ -174,8 +174,9 @@ def hand_solver(kind, grid_name, steps):
     by 1/2 at every jump after the first, the last one too: the rule of Adams and Bashforth for
     equal steps, which PNDM (Liu et al. 2022, arXiv 2202.09778) has for eps, here for x0_hat."""
     grid = make_grid(grid_name, steps)
-    return Solver(grid, {"DDIM": [0.0] * steps, "DPM++": dpm_leans(grid),
-                         "AB2": [0.0] + [0.5] * (steps - 1)}[kind])
+    if kind == "DPM++":
+        return Solver(grid, dpm_leans(grid))
+    return Solver(grid, [0.0] + [0.5 if kind == "AB2" else 0.0] * (steps - 1))
 
 
 def seeded_noise(seeds, shape, stream=0, device="cpu"):

@@ -1,42 +1,100 @@
-"""Make the handout: a copy of the repository in which the bodies of the exercises are blank.
+"""Make the handout: a copy of the repository in which the functions of the exercises are blank.
 
     python assignments/handout.py OUT_DIR              # all exercises blank
     python assignments/handout.py OUT_DIR --only 1 3   # these; the others stay solved
 
-The body of each function below is replaced by a NotImplementedError; formula and shapes are in its
-docstring, which stays. Everything else is copied, but for the tests, which quote the answers, and
-the code of the study.
+Of each function below the signature stays. Its docstring becomes the statement here, which says
+what must hold and not how; its body raises NotImplementedError. Everything else is copied, but for
+the tests and the lecturer's pages, which quote the answers, and the code of the study.
 """
 import argparse
 import ast
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXERCISES = {1: ("q_sample", "simple_loss"), 2: ("ddim_sigma", "jump"),
-             3: ("x0_and_eps", "secant_velocity"), 4: ("advantages",),
-             5: ("jump_logp", "pixel_logp", "clipped_surrogate"), 6: ("gaussian_kl",)}
 COPIED = ("*.py", "harness/*.py", "requirements.txt", "README.md", "LICENSE", "checkpoints/*",
           "figures/*", "study/README.md", "assignments/README.md", "assignments/reading.md",
           "assignments/grade.py", "assignments/bugs.py")
+JUMP = """Mean (B, ...) and sigma (B,) of the jump t -> t_next.
+
+Without lean (exercise 2): if x0_hat is right, so that x_t is q_sample of it with some eps, then
+mean + sigma N(0, I), with that eps kept as it is, must be what q_sample makes at t_next, for any
+sigma; sigma is ddim_sigma's. With lean (exercise 3) the same of D in the place of x0_hat: as far
+beyond x0_hat as `lean` times the way from x0_last to x0_hat. x_t, x0_hat, x0_last: (B, ...);
+lean, t, t_next: (B,), t > t_next."""
+EXERCISES = {                           # {number: {function: statement}}
+    1: {"q_sample": """x_t of x0 and eps (B, ...) at t (B,), integers in 0..T.
+
+A mixture of the two: x0 and eps of variance 1 make an x_t of variance 1, of which alpha_bar[t]
+is x0's share; at t = 0 it is x0. alpha_bar: (T + 1,). Images and points (B, 2) alike.""",
+        "simple_loss": """How far off the network is about the noise mixed into x0. A scalar.
+
+The mean over everything of the squared error of eps_hat. The network, net(x_t, t) -> v, is asked
+once, about q_sample's x_t; x0_and_eps makes eps_hat of its answer (as a float)."""},
+    2: {"ddim_sigma": """Standard deviation (B,) of the noise that a jump t -> t_next adds.
+
+eta times that of x_next when x_t and x0 are known, in DDPM's forward process: by Bayes' rule from
+x_next given x0, and x_t given x_next, whose share of signal is alpha_bar[t] / alpha_bar[t_next].
+t, t_next: (B,) integers, t > t_next.""", "jump": JUMP},
+    3: {"dpm_lean": """The lean (B,) that makes the jump one of second order, DPM-Solver++(2M).
+
+The best D for a jump is the estimate half way, in lambda (half_log_snr), between its two ends.
+Nobody has it: take it from the straight line, in lambda, through the estimates at t_last and t.
+0 where there is no such line: at the first jump (t_last = t), and into t = 0, where lambda is
+infinite. All times: (B,) integers, t_last >= t > t_next.""", "jump": JUMP},
+    4: {"x0_and_eps": """The two things that v says about x_t: x0_hat and eps_hat, (B, ...) each.
+
+With sqrt(alpha_bar) = cos(phi), x_t lies at angle phi between x0 and eps, and v is its derivative
+with respect to phi. x_t, v: (B, ...); t: (B,).""",
+        "secant_velocity": """The v whose one jump from x_t at t to t_next lands exactly at x_next.
+
+A jump without noise keeps x0_hat and eps_hat, so that it turns x_t by d = phi_t - phi_next.
+x_t, x_next, v: (B, ...); t, t_next: (B,) integers, t > t_next; angle() gives phi."""},
+    5: {"advantages": """How much better than its group each rollout was: (M * group,) -> same.
+
+Members of a group stand side by side. From each reward goes the mean of its group; then all are
+divided by one number, so that the mean square over the whole batch is 1. Rewards that are equal,
+all of them or within one group, have advantages of exactly 0 there, and not scaled rounding."""},
+    6: {"jump_logp": """log density of u under Normal(mean, std^2), of the entries that act. (B,).
+
+mean, u: (B, 2); std: a float; acts: (2,) of bool; entries that do not act count nothing.""",
+        "pixel_logp": """log density of x_next under N(mean, sigma^2 I), per dimension. (B,).
+
+The mean over dimensions, not their sum, and without what does not depend on the mean.
+mean, x_next: (B, C, H, W), sigma: (B,).""",
+        "clipped_surrogate": """PPO's loss of each action, and its ratio, detached: (B,) twice.
+
+Eq. 7, Schulman et al. 2017, with its sign turned. A better action may become more likely, and a
+worse one less, until the ratio has moved by clip_range; from there on the gradient is 0.
+clip_range = inf is the plain policy gradient. logp, logp_old, adv: (B,)."""},
+    7: {"gaussian_kl": """KL of N(mean, sigma^2 I) to N(mean_ref, sigma^2 I), per dimension. (B,).
+
+The mean over dimensions, with gradient. mean, mean_ref: (B, C, H, W), sigma: (B,)."""}}
 
 
-def bodies(source):
-    """{exercise: [(first line, line after the last)]} of the bodies in a source, counted from 0."""
-    found = {f.name: (f.body[0].end_lineno, f.end_lineno) for f in ast.parse(source).body
-             if isinstance(f, ast.FunctionDef)}
-    return {number: [found[name] for name in names if name in found]
-            for number, names in EXERCISES.items()}
+def functions(source):
+    """{name: node} of the functions of the exercises that stand in a source."""
+    names = {name for statements in EXERCISES.values() for name in statements}
+    return {f.name: f for f in ast.parse(source).body
+            if isinstance(f, ast.FunctionDef) and f.name in names}
 
 
-def blank(source, only):
-    """The source text with the functions of exercises `only` replaced by stubs."""
-    lines = source.splitlines(keepends=True)
-    places = [(*place, number) for number in only for place in bodies(source)[number]]
-    for first, end, number in sorted(places, reverse=True):
-        lines[first:end] = [f'    raise NotImplementedError("exercise {number}: see the docstring '
-                            'above")\n']
+def blank(source, only, keep=()):
+    """The source text with the functions of exercises `only`, but for those in `keep`, replaced by
+    stubs."""
+    lines, found = source.splitlines(keepends=True), functions(source)
+    stubs = {name: (number, text) for number in sorted(only, reverse=True)
+             for name, text in EXERCISES[number].items() if name in found and name not in keep}
+    for name in sorted(stubs, key=lambda name: -found[name].lineno):
+        number, text = stubs[name]
+        head, _, body = text.partition("\n\n")
+        stub = (f'"""{head}\n\n{textwrap.fill(" ".join(body.split()), 96)}\n"""\n'
+                f'raise NotImplementedError("exercise {number}: see the docstring")\n')
+        lines[found[name].body[0].lineno - 1:found[name].end_lineno] = [
+            textwrap.indent(stub, "    ")]
     return "".join(lines)
 
 
@@ -47,6 +105,8 @@ def make(out, only):
         raise ValueError(f"{out} is not an empty folder; give a new one")
     for pattern in COPIED:
         for path in sorted(p for p in ROOT.glob(pattern) if not p.name.startswith("test")):
+            if not path.is_file():
+                continue
             target = out / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix != ".py" or path.parent != ROOT:
@@ -65,7 +125,7 @@ def main(argv=None):
     p.add_argument("--only", type=int, nargs="+", choices=[*EXERCISES], help="exercises to blank")
     args = p.parse_args(argv)
     try:
-        blanked = make(args.out, set(args.only or list(EXERCISES)))
+        blanked = make(args.out, set(args.only or EXERCISES))
     except (ValueError, OSError) as error:
         sys.exit(p.error(str(error)))
     print(f"wrote {args.out}; blank in {', '.join(blanked)}. Start with assignments/README.md")

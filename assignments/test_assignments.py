@@ -2,10 +2,10 @@
 
     python assignments/test_assignments.py          # under half a minute on one CPU core
 """
+import ast
 import contextlib
 import importlib
 import io
-import itertools
 import re
 import subprocess
 import sys
@@ -40,6 +40,8 @@ DIRECTION = "(1 - ab_next - spread(sigma, x_t) ** 2).clamp(min=0).sqrt()"
 D = "D = x0_hat if lean is None else x0_hat + spread(lean, x_t) * (x0_hat - x0_last)"
 EPS = "eps = (x_t - ab.sqrt() * D) / (1 - ab).sqrt()"
 MEAN = "return ab_next.sqrt() * D + direction * eps, sigma"
+LEVELS = "now, then, last = (half_log_snr(alpha_bar[s]) for s in (t, t_next, t_last))"
+LEAN = ("return torch.where((t_last > t) & (t_next > 0), (then - now) / (2 * (now - last)), 0.0)")
 PAIR = "return ab.sqrt() * x_t - (1 - ab).sqrt() * v, (1 - ab).sqrt() * x_t + ab.sqrt() * v"
 SECANT = "return (d.cos() * x_t - x_next) / d.sin()"
 ANGLE = "d = angle(t, alpha_bar, x_t) - angle(t_next, alpha_bar, x_t)"
@@ -83,18 +85,26 @@ MISTAKES = {
         (ddpm, DIRECTION, DIRECTION.replace(" - spread(sigma, x_t) ** 2", "")),
         (ddpm, DIRECTION, DIRECTION.replace(" ** 2", "")),
         (ddpm, DIRECTION, DIRECTION.replace("- spread", "+ spread")),
+        (ddpm, EPS, EPS.replace("ab.sqrt() * D", "D")),
+        (ddpm, EPS, EPS.replace("(1 - ab).sqrt()", "(1 - ab_next).sqrt().clamp(min=1e-2)")),
+        (ddpm, MEAN, MEAN.replace("ab_next.sqrt() * D", "ab_next * D")),
+        (ddpm, MEAN, MEAN.replace("+ direction", "- direction")),
+    ],
+    3: [
         (ddpm, D, "D = x0_hat"),
         (ddpm, D, D.replace("(x0_hat - x0_last)", "(x0_last - x0_hat)")),
         (ddpm, D, D.replace("else x0_hat +", "else")),
         (ddpm, D, D.replace("spread(lean, x_t)", "lean[0]")),
         (ddpm, EPS, EPS.replace("* D", "* x0_hat")),
-        (ddpm, EPS, EPS.replace("ab.sqrt() * D", "D")),
-        (ddpm, EPS, EPS.replace("(1 - ab).sqrt()", "(1 - ab_next).sqrt().clamp(min=1e-2)")),
-        (ddpm, MEAN, MEAN.replace("ab_next.sqrt() * D", "ab_next * D")),
         (ddpm, MEAN, MEAN.replace("ab_next.sqrt() * D", "ab_next.sqrt() * x0_hat")),
-        (ddpm, MEAN, MEAN.replace("+ direction", "- direction")),
+        (ddpm, LEAN, LEAN.replace("2 * (now", "(now")),
+        (ddpm, LEAN, LEAN.replace("(then - now)", "(now - then)")),
+        (ddpm, LEAN, LEAN.replace("(now - last)", "(then - last)")),
+        (ddpm, LEAN, LEAN.replace(" & (t_next > 0)", "")),
+        (ddpm, LEAN, LEAN.replace("(t_last > t) & ", "")),
+        (ddpm, LEVELS, LEVELS.replace("half_log_snr(alpha_bar[s])", "s.float()")),
     ],
-    3: [
+    4: [
         (ddpm, PAIR, PAIR.replace("x_t - (1", "x_t + (1")),
         (ddpm, PAIR, PAIR.replace("x_t + ab", "x_t - ab")),
         (ddpm, PAIR, PAIR.replace(".sqrt()", "")),
@@ -105,7 +115,7 @@ MISTAKES = {
         (student, ANGLE, "d = angle(t_next, alpha_bar, x_t)"),
         (student, ANGLE, ANGLE + "\n    d = -d"),
     ],
-    4: [
+    5: [
         (rl_distill, CENTRED, "centred = groups - groups.mean(0, keepdim=True)"),
         (rl_distill, CENTRED, "centred = groups"),
         (rl_distill, CENTRED, "centred = groups - groups.mean()"),
@@ -119,7 +129,7 @@ MISTAKES = {
         (rl_distill, SCALED, SCALED.replace(".clamp(min=rounding)", ".add(1e-2)")),
         (rl_distill, GROUPS, "groups = reward.reshape(group, -1).T"),
     ],
-    5: [
+    6: [
         (rl_distill, LOGP, LOGP.removeprefix("-")),
         (rl_distill, LOGP, LOGP.replace(".square() / 2", ".square()")),
         (rl_distill, LOGP, LOGP.replace("/ std).square()", "/ std ** 2).square()")),
@@ -143,7 +153,7 @@ MISTAKES = {
         (rl_distill, RATIO, "ratio = (logp - logp.detach()).exp()"),
         (rl_distill, RATIO, "ratio = logp - logp_old"),
     ],
-    6: [
+    7: [
         (rl_distill, KL, KL.replace("2 * ", "")),
         (rl_distill, KL, KL.replace("sigma.square()", "sigma")),
         (rl_distill, KL, KL.replace(".square() /", ".abs() /")),
@@ -190,7 +200,8 @@ class Grader(unittest.TestCase):
     def test_no_exercise_waits_for_another(self):
         for number in grade.EXERCISES:
             others = set(grade.EXERCISES) - {number}
-            alone = [variant(m, handout.blank(source(m), others)) for m in MODULES.values()]
+            alone = [variant(m, handout.blank(source(m), others, handout.EXERCISES[number]))
+                     for m in MODULES.values()]
             self.assertEqual(set(verdicts(number, *alone)), {"passes"}, number)
 
     def test_every_mistake_is_rejected_with_tolerances_a_hundred_times_wider(self):
@@ -274,9 +285,10 @@ class Projector(unittest.TestCase):
 class Handout(unittest.TestCase):
     def test_the_handout_is_the_repository_with_blanks_and_runs(self):
         self.assertEqual(list(handout.EXERCISES), list(MISTAKES))
-        found = [name for name in TOP for places in handout.bodies(
-            (ROOT / f"{name}.py").read_text(encoding="utf-8")).values() for _ in places]
-        self.assertEqual(len(found), sum(map(len, handout.EXERCISES.values())))
+        found = [f for name in TOP for f in handout.functions(
+            (ROOT / f"{name}.py").read_text(encoding="utf-8"))]
+        self.assertEqual({*found}, {f for names in handout.EXERCISES.values() for f in names})
+        self.assertEqual(len(found), len({*found}))
         with tempfile.TemporaryDirectory() as folder:
             quiet(handout.main, [folder + "/all"])
             quiet(handout.main, [folder + "/some", "--only", "2"])
@@ -289,14 +301,17 @@ class Handout(unittest.TestCase):
                 ours = (ROOT / name).read_text(encoding="utf-8")
                 both = [Path(folder, which, name).read_text(encoding="utf-8")
                         for which in ("all", "some")]
-                places = handout.bodies(ours)
-                self.assertEqual(both[0] != ours, any(places.values()))
-                self.assertEqual(both[1] != ours, bool(places[2]))
+                nodes = handout.functions(ours)
+                self.assertEqual(both[0] != ours, bool(nodes))
+                self.assertEqual(both[1] != ours, any(f in nodes for f in handout.EXERCISES[2]))
                 for text in both:
                     compile(text, name, "exec")
-                for first, end in itertools.chain(*places.values()):
-                    self.assertNotIn("".join(ours.splitlines(keepends=True)[first:end]), both[0])
-                    self.assertLessEqual(end - first, 15)
+                for node in nodes.values():
+                    body = ours.splitlines()[node.body[0].end_lineno:node.end_lineno]
+                    self.assertNotIn("\n".join(body), both[0])
+                    self.assertNotIn(ast.get_docstring(node), both[0])
+                    self.assertLessEqual(len(body), 15)
+                    self.assertLessEqual(max(map(len, both[0].splitlines())), 100)
             with self.assertRaises(SystemExit):
                 quiet(handout.main, [folder + "/all"])
             done = subprocess.run([sys.executable, "-c", "import sample; print(sample.__file__)"],
