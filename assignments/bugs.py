@@ -1,4 +1,4 @@
-"""Exercise 7: the main job, shortened, with one silent mistake in it.
+"""Exercise 8: the main job, shortened, with one silent mistake in it.
 
     python assignments/bugs.py none       # as it should be
     python assignments/bugs.py a          # with mistake a (or b)
