@@ -1,5 +1,4 @@
 """Checkpoints: tensors and plain values in one dict, written whole or not at all, read as data."""
-import contextlib
 import io
 import os
 import zipfile
@@ -7,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
-from harness.runs import BadInput, device_name, find, settings, write_whole
+from harness.runs import BadInput, device_name, find, rebuilding, settings, write_whole
 
 FORMAT = "redif-3"
 
@@ -25,57 +25,35 @@ def save_npz(path, array):
 
 def all_finite(content):
     """Is every tensor in nested dicts, lists and tuples free of NaN and infinities?"""
-    if isinstance(content, torch.Tensor):
-        return not content.is_floating_point() or content.isfinite().all().item()
-    inner = content.values() if isinstance(content, dict) else content
-    return not isinstance(content, (dict, list, tuple)) or all(map(all_finite, inner))
+    return all(x.isfinite().all() for x in tree_leaves(content) if isinstance(x, torch.Tensor))
 
 
 def save_checkpoint(path, kind, **content):
-    """Write {format, kind, **content}: tensors, plain values, dicts and lists of them. BadInput
-    for a tensor that is not finite: the old file stays."""
+    """Write tensors, plain values, dicts and lists; BadInput where a tensor is not finite."""
     if not all_finite(content):
-        raise BadInput(f"a number for {Path(path).name} is not finite; the last checkpoint is "
-                       "kept; start again with a lower learning rate")
+        raise BadInput(f"{path} is not finite; the last checkpoint is kept; try a lower rate")
     memory = io.BytesIO()
     torch.save({"format": FORMAT, "kind": kind, **content}, memory)
     write_whole(path, memory.getbuffer())
 
 
-@contextlib.contextmanager
-def rebuilding(path, what):
-    """Within: whatever the content of a checkpoint makes go wrong is one sentence."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except Exception as error:                 # hostile content can make a reader raise anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise BadInput(f"{path} has no usable {what} ({reason}); get or train it anew") from None
-
-
 def load_checkpoint(path, kind):
-    """Read a checkpoint on the CPU; kind: a name, or a tuple of names that are all welcome.
-    BadInput: missing, truncated, changed, foreign, of another kind, or not finite."""
+    """The content of a checkpoint of this kind, or one of these kinds, on the CPU; BadInput where
+    it is missing, truncated, changed, foreign, of another kind, or not finite."""
     path, kinds = find(path), (kind,) if isinstance(kind, str) else kind
     if not path.is_file():
         raise BadInput(f"there is no checkpoint {path}; train one, or give the path of another")
     with rebuilding(f"{path} cannot be read: it", "content"), zipfile.ZipFile(path) as file:
-        if file.testzip():
-            raise ValueError("a checksum does not fit")
         content = torch.load(path, map_location="cpu", weights_only=True)     # runs no code
-        if content["format"] != FORMAT:
-            raise BadInput(f"{path} is not a checkpoint of this project (format {FORMAT})")
+        if file.testzip() or content["format"] != FORMAT or not all_finite(content):
+            raise ValueError(f"damaged, not of format {FORMAT}, or with numbers not finite")
         if content["kind"] not in kinds:
             raise BadInput(f"{path} holds a {content['kind']}; a {' or '.join(kinds)} is needed")
-        if not all_finite(content):
-            raise BadInput(f"{path} holds numbers that are not finite; train it again")
-    return content
+        return content
 
 
 def frozen_network(net, weights, path, device):
-    """net with these weights on the device, in eval mode, its weights frozen; BadInput where names
-    or shapes differ."""
+    """net with these weights, frozen, on the device; BadInput where names or shapes differ."""
     with rebuilding(f"{path} does not fit the network its config describes: it", "weights"):
         net.load_state_dict(weights)                          # copies fp16 to fp32
     return net.to(device).eval().requires_grad_(False)
@@ -83,8 +61,8 @@ def frozen_network(net, weights, path, device):
 
 def half_weights(net):
     """State dict in fp16, for the small files that are handed on (loaded back as fp32)."""
-    return {k: (v.half() if v.is_floating_point() else v).detach().cpu()      # a counter is none
-            for k, v in net.state_dict().items()}
+    weights = {k: v.cpu() for k, v in net.state_dict().items()}
+    return {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
 
 
 def save_network(path, kind, net, origin):
@@ -100,37 +78,30 @@ def load_network(path, kind, build, device="cpu"):
 
 
 def save_state(path, parts, update, seconds):
-    """All that --resume needs. parts: {name: network, optimizer, schedule, torch.Generator, or what
-    else has a state_dict}."""
+    """All that --resume needs. parts: {name: torch.Generator, or what has a state_dict}."""
     log = Path(path).with_name("log.jsonl")
-    saved = {name: p.get_state() if isinstance(p, torch.Generator) else p.state_dict()
-             for name, p in parts.items()}
+    log.touch()
+    saved = {name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+             for name, part in parts.items()}
     save_checkpoint(path, "state", parts=saved, update=update, seconds=seconds,
-                    rng=torch.get_rng_state(), log_bytes=log.stat().st_size if log.exists() else 0,
+                    log_bytes=log.stat().st_size, rng=torch.get_rng_state(),
                     gpu_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
 
 
 def load_state(path, parts):
-    """Put parts, random numbers and log.jsonl back to where save_state found them. Returns (update,
-    seconds), zeros where no checkpoint was saved yet."""
-    path, log = Path(path), Path(path).with_name("log.jsonl")
-    if not path.exists():
-        if not any(path.parent.glob("state*.pt")):            # of another network of this run
-            log.unlink(missing_ok=True)
-        print("this run had no checkpoint yet, so it starts from the beginning")
-        return 0, 0.0
+    """Put back what save_state found, and log.jsonl too; returns (update, seconds)."""
+    log = Path(path).with_name("log.jsonl")
+    if not Path(path).exists():                # killed before the first: start from the beginning
+        log.unlink(missing_ok=True)
+        save_state(path, parts, 0, 0.0)
     state = load_checkpoint(path, "state")
     with rebuilding(path, "state for this run"):
-        for name in {**parts, **state["parts"]}:
-            part = parts[name]
+        for name, part in parts.items():
             (getattr(part, "set_state", None) or part.load_state_dict)(state["parts"][name])
         torch.set_rng_state(state["rng"])
-        if len(state["gpu_rng"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["gpu_rng"])
-        if (log.stat().st_size if log.exists() else 0) < state["log_bytes"]:
-            print("log.jsonl lost lines from before the checkpoint; the training goes on")
-        elif log.exists():
-            os.truncate(log, state["log_bytes"])              # lines from after the checkpoint
+        torch.cuda.set_rng_state_all(state["gpu_rng"])        # of no GPUs: none
+        log.touch()                                           # it may have been lost, or cut short
+        os.truncate(log, min(state["log_bytes"], log.stat().st_size))
         print(f"resumed at update {state['update']}")
         return state["update"], state["seconds"]
 

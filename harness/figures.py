@@ -8,23 +8,21 @@ from harness.runs import read_log
 
 def new_figure(rows=1, columns=1, size=(6, 3.5), **more):
     """(figure, axes) as plt.subplots gives them, without pyplot and so without any screen."""
-    backend = os.environ.pop("MPLBACKEND", None)     # with a wrong one matplotlib does not load
+    os.environ.pop("MPLBACKEND", None)               # with a wrong one matplotlib does not load
     from matplotlib.figure import Figure
-    os.environ.update({"MPLBACKEND": backend} if backend else {})
-    figure = Figure(figsize=size)
+    figure = Figure(figsize=size, layout="tight")
     return figure, figure.subplots(rows, columns, **more)
 
 
 def save_figure(figure, path):
     """Write a figure as PNG."""
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
 def tile(images, columns=8, gap=1):
     """(B, 3, H, W) in [-1, 1] -> one uint8 array (rows H, columns W, 3), gaps of `gap` pixels."""
-    from torchvision.utils import make_grid as tiled
-    return tiled(to_uint8(images.cpu()), columns, gap, pad_value=255).permute(1, 2, 0).numpy()
+    from torchvision.utils import make_grid
+    return make_grid(to_uint8(images.cpu()), columns, gap, pad_value=255).permute(1, 2, 0).numpy()
 
 
 def save_picture(path, images, columns=8, scale=3, gap=1):
@@ -36,7 +34,7 @@ def save_picture(path, images, columns=8, scale=3, gap=1):
 def plot_strips(panels, columns, size, path):
     """One strip per panel (title, images (B, 3, H, W)): the first `columns` images of each."""
     figure, axes = new_figure(len(panels), 1, size, squeeze=False)
-    for axis, (title, images) in zip(axes[:, 0], panels):
+    for axis, (title, images) in zip(axes.flat, panels):
         axis.imshow(tile(images[:columns], columns), interpolation="nearest")
         axis.set_title(title, fontsize=9, loc="left", pad=2)
         axis.axis("off")
@@ -44,29 +42,25 @@ def plot_strips(panels, columns, size, path):
 
 
 def plot_panels(panels, path, **axes_settings):
-    """Line plots side by side. panels: (x label, y label, lines); a line: (label or None, x, y,
-    style as matplotlib's 'o-'; broken ones are grey)."""
+    """Line plots side by side. panels: (x label, y label, lines); a line: (label, x, y, style)."""
     figure, axes = new_figure(1, len(panels), (5.5 * len(panels), 3.6), squeeze=False)
-    for axis, (x_label, y_label, lines) in zip(axes[0], panels):
+    for axis, (x_label, y_label, lines) in zip(axes.flat, panels):
         for label, x, y, style in lines:
-            axis.plot(x, y, style, label=label, markersize=4,
-                      color="grey" if style in ("--", ":", "-.") else None)
+            grey = "grey" if style in ("--", ":", "-.") else None      # for what is not learned
+            axis.plot(x, y, style, label=label, markersize=4, color=grey)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(xlabel=x_label, ylabel=y_label, **axes_settings)
         if axes_settings.get("xscale") == "log":               # a tick at every x, and no others
             ticks = sorted({at for _, x, _, _ in lines for at in x})
-            axis.set_xticks(ticks, map(str, ticks))
-            axis.set_xticks([], minor=True)
-        else:
-            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.set_xticks(ticks, ticks)
+            axis.minorticks_off()
         axis.grid(alpha=0.3)
-        if any(label for label, *_ in lines):
-            axis.legend(fontsize=8)
+        axis.legend(fontsize=8)
     save_figure(figure, path)
 
 
 def plot_loss(folder, unit, label):
     """loss.png from log.jsonl: the loss against thousands of `unit` ('images', 'jumps')."""
     rows = [r for r in read_log(folder) if r.get("loss") is not None and unit in r]
-    line = (None, [r[unit] / 1e3 for r in rows], [r["loss"] for r in rows], "-")
-    plot_panels([(f"thousand training {unit}", label, [line])], Path(folder, "loss.png"),
-                yscale="log")
+    line = label, [r[unit] / 1e3 for r in rows], [r["loss"] for r in rows], "-"
+    plot_panels([(f"thousand training {unit}", "", [line])], Path(folder, "loss.png"), yscale="log")

@@ -1,25 +1,22 @@
 """Training images: one uint8 tensor (N, 3, 32, 32) from CIFAR-10, a folder, or drawn here."""
 import hashlib
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from harness.runs import BadInput
-
-MOST_PIXELS = 50_000_000                      # a small file can unpack to all of the memory
-
-
-def to_uint8(images):
-    """(B, 3, H, W) in [-1, 1] -> uint8 in 0..255, values outside are clipped."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+from harness.runs import BadInput, rebuilding
 
 
 def to_unit(images):
     """(B, 3, H, W) in [-1, 1] -> float in [0, 1], values outside are clipped."""
     return (images.float().clamp(-1, 1) + 1) / 2
+
+
+def to_uint8(images):
+    """(B, 3, H, W) in [-1, 1] -> uint8 in 0..255, values outside are clipped."""
+    return (to_unit(images) * 255).round().to(torch.uint8)
 
 
 def shapes_images(n=2000, size=32, seed=0):
@@ -35,77 +32,39 @@ def shapes_images(n=2000, size=32, seed=0):
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
-def cifar10_images(root="data", train=True):
-    """CIFAR-10 by torchvision, its copy in root or a download (170 MB): (uint8 images, labels)."""
-    from torchvision.datasets import CIFAR10
-    if not Path(root, CIFAR10.base_folder).is_dir():
-        print(f"downloading CIFAR-10 (170 MB) to {root}/; at the 50 kB/s its host gives of late "
-              "this takes an hour, and --data DIR takes an existing copy as a folder of images")
-    try:
-        data = CIFAR10(root, train=train, download=True)      # a copy that is there is only checked
-    except Exception as error:                                # no network, a broken archive, ...
-        raise BadInput(f"CIFAR-10 could not be downloaded ({error}); give a folder of images with "
-                       "--data DIR, or use --data shapes") from None
-    return torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)
-
-
-def read_image(path, size):
-    """One image file as RGB, size x size: turned as its EXIF data say, transparency on white,
-    16-bit grey as 8-bit. ValueError for what is no picture of these kinds."""
+def folder_images(root, known):
+    """The central squares of all images below root/<class>/, upright, transparency on white: uint8
+    (N, 32, 32, 3), and labels that count the subfolders of `known`. What is hidden, linked or no
+    image of 8 bits is named. BadInput: subfolders that `known` has not, or no image."""
     from PIL import Image, ImageOps
-    with warnings.catch_warnings(), Image.open(path) as image:
-        warnings.simplefilter("ignore")                       # of odd metadata
-        if image.width * image.height > MOST_PIXELS or image.mode == "F":
-            raise ValueError("too large, or grey values of no known range")
-        image = ImageOps.exif_transpose(image)
-        if image.mode[0] == "I":              # more than 8 bits: convert() would turn them white
-            grey = np.asarray(image) / (257 if np.max(image) > 255 else 1)
-            if grey.min() < 0 or grey.max() > 255:
-                raise ValueError("more than 16 bits")
-            image = Image.fromarray(grey.round().astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+    names, classes = (sorted(path.name for path in Path(folder).glob("[!.]*") if path.is_dir())
+                      for folder in (root, known))
+    if not names or not set(names) <= set(classes):
+        raise BadInput(f"--data {root}: no such folder, or no class subfolders that fit: {names}")
+    found = [file for entry in Path(root).iterdir() for file in [*entry.rglob("*")] or [entry]]
+    files = sorted(file for file in found if file.is_symlink() or not file.is_dir())
+    images, labels, left_out = [], [], []
+    for file in tqdm(files, desc="reading images", disable=len(files) < 1000):
+        words = file.relative_to(root).parts
+        try:
+            label, is_image = classes.index(words[0]), file.suffix.lower() in IMG_EXTENSIONS
+            if not is_image or not file.is_file() or any(word[0] == "." for word in words):
+                raise ValueError("no image, a pipe that would block, or hidden")
+            image = ImageOps.exif_transpose(Image.open(file))
+            if image.mode[0] in "IF":
+                raise ValueError("deep greyscale of unknown range")
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return ImageOps.fit(image.convert("RGB"), (size, size), Image.BILINEAR)
-
-
-def class_names(root):
-    """Names of the subfolders of root that are not hidden, sorted; BadInput where there is none."""
-    found = Path(root).iterdir() if Path(root).is_dir() else []
-    names = sorted(f.name for f in found if f.is_dir() and f.name[0] != ".")
-    if not names:
-        raise BadInput(f"--data {root}: no such folder, or no class subfolders with images in it")
-    return names
-
-
-def folder_images(root, classes=None, size=32):
-    """Every image below root/<class>/, its central square: (uint8 (N, 3, size, size), labels (N,)).
-    Labels count `classes` (default: the subfolders). What is hidden, linked or no image is named.
-    BadInput where a subfolder is none of `classes`, and where no image is left."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-    from torchvision.transforms.functional import pil_to_tensor
-    names, images, labels, left_out = class_names(root), [], [], []
-    classes = classes or names
-    if unknown := set(names) - set(classes):
-        raise BadInput(f"{root} has classes that the training images have not: {sorted(unknown)}")
-    files = [(file, entry) for entry in sorted(Path(root).iterdir())
-             for file in sorted([entry, *entry.rglob("*")])]
-    for file, entry in tqdm(files, desc="reading images", disable=len(files) < 1000):
-        try:
-            label, words = classes.index(entry.name), file.relative_to(root).parts
-            usual = file.is_file() and file.suffix.lower() in IMG_EXTENSIONS     # a pipe blocks
-            if not usual or any(word[0] == "." for word in words):
-                raise ValueError
-            images.append(pil_to_tensor(read_image(file, size)))
+            images.append(np.asarray(ImageOps.fit(image.convert("RGB"), (32, 32), Image.BILINEAR)))
             labels.append(label)
         except Exception:                     # decoders of hostile bytes can raise anything
-            left_out += [str(file)] * (not file.is_dir() or file.is_symlink() and file != entry)
+            left_out.append(str(file))
     if left_out:
-        print(f"left out {len(left_out)} files, hidden or no usable image: "
-              + ", ".join(left_out[:3] + ["..."] * (len(left_out) > 3)))
+        print(f"left out {len(left_out)} files, hidden or no image of 8 bits:", *left_out[:9])
     if not images:
         raise BadInput(f"--data {root} has no readable image below its class subfolders")
-    return torch.stack(images), torch.tensor(labels)
+    return np.stack(images), labels
 
 
 def load_images(data, train=True):
@@ -114,11 +73,14 @@ def load_images(data, train=True):
     if data == "shapes":
         return shapes_images(seed=0 if train else 1)
     if data == "cifar10":
-        return cifar10_images(train=train)
-    split = Path(data, "train")
-    if train:
-        return folder_images(split if split.is_dir() else data)
-    return folder_images(Path(data, "test"), class_names(split))
+        from torchvision.datasets import CIFAR10
+        with rebuilding("--data cifar10", "copy or download; try --data DIR or shapes"):
+            found = CIFAR10("data", train, download=True)     # a copy that is there is only checked
+        images, labels = found.data, found.targets
+    else:
+        known = Path(data, "train") if Path(data, "train").is_dir() else data
+        images, labels = folder_images(known if train else Path(data, "test"), known)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
 
 def fingerprint(images):

@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -20,14 +19,24 @@ class BadInput(Exception):
     """Something the user gave is unusable; the message is the one sentence that is printed."""
 
 
+@contextlib.contextmanager
+def rebuilding(path, what):
+    """Within: whatever the content of a file makes go wrong is BadInput, one sentence."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:                 # hostile content can make a reader raise anything
+        raise BadInput(f"{path} has no usable {what} ({error!r:.120}); get it anew") from None
+
+
 def number(kind, low, high=math.inf):
     """argparse type: an int or float within low..high, both included; never NaN or infinite."""
-    def parse(text):
-        if not (low <= kind(text) <= high and abs(kind(text)) < math.inf):
-            raise argparse.ArgumentTypeError(f"must be between {low} and {high}, not {text}")
-        return kind(text)
-    parse.__name__ = "whole number" if kind is int else "number"
-    return parse
+    def number(text):
+        if low <= kind(text) <= high and math.isfinite(kind(text)):
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"must be between {low} and {high}, not {text}")
+    return number
 
 
 def parser_for(doc, example):
@@ -70,9 +79,8 @@ def checksum(names):
 def write_whole(path, data, new=False):
     """Write bytes under a temporary name, to the disk, then rename: the old file or the new, never
     half a one, whenever the power fails. new: FileExistsError where there is a file already."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -81,47 +89,34 @@ def write_whole(path, data, new=False):
         (os.link if new else os.replace)(temporary, path)     # a link takes no other file's place
     finally:
         temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):                        # Windows opens no folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)                                      # the new name, too
-        os.close(folder)
 
 
 def claim_run(args, default, images=None):
-    """The folder of a run, claimed for this process: --out, or the next free runs/default-N. Call
-    it when all inputs are read: a refused command leaves nothing. images: their fingerprint.
-    BadInput where --out is taken, or has no run that --resume can go on with."""
-    files = checksum(name for name in settings(args).values() if isinstance(name, str))
-    now = {"settings": settings(args), "training images": images, "checkpoints": files}
-    now = json.loads(json.dumps(now, default=str))
+    """Claim a run's folder, when all its inputs are read: --out, or the next free runs/default-N.
+    BadInput: it is taken, or --resume finds other flags, checkpoints or (a fingerprint) images."""
+    now = {f"--{name.replace('_', '-')}": value for name, value in settings(args).items()}
+    files = checksum(value for value in now.values() if isinstance(value, str))
+    text = json.dumps({**now, "training images": images, "checkpoints": files}, default=str)
     if getattr(args, "resume", False):
-        return resume_run(args.out, now)
-    for folder in [Path(args.out)] if args.out else (
-            Path("runs", default + f"-{n}" * (n > 1)) for n in range(1, 10000)):
+        path, now = Path(args.out or "", "config.json"), json.loads(text)
+        if not args.out or not path.is_file():
+            raise BadInput(f"--resume needs --out DIR of a run; no run to resume in {args.out}")
+        with rebuilding(path, "settings"):
+            old = {**json.loads(path.read_bytes())}
+        for k, was, wanted in ((k, old.get(k), now.get(k)) for k in {**old, **now}):
+            if was != wanted:
+                raise BadInput(f"{args.out} had {k} {was}, not {wanted}; resume with the same")
+        CLAIMED.append(path.parent)
+        return path.parent
+    numbered = (f"runs/{default}-{n}" if n > 1 else f"runs/{default}" for n in range(1, 10000))
+    for folder in map(Path, [args.out] if args.out else numbered):
         with contextlib.suppress(FileExistsError):             # taken, perhaps a moment ago
             folder.mkdir(parents=True, exist_ok=bool(args.out))
-            if all(file.match(".*.tmp") for file in folder.iterdir()):
-                write_whole(folder / "config.json", json.dumps(now).encode(), new=True)
+            if all(file.suffix == ".tmp" for file in folder.iterdir()):
+                write_whole(folder / "config.json", text.encode(), new=True)
                 CLAIMED.append(folder)
                 return folder
     raise BadInput(f"{folder} is not empty, or no folder; give another --out, or go on by --resume")
-
-
-def resume_run(out, now):
-    """The folder `out` of a run to go on with; BadInput unless its config.json says `now`."""
-    folder, config = Path(out or ""), Path(out or "", "config.json")
-    if not out or not config.is_file():
-        raise BadInput(f"--resume needs --out DIR of a run; there is no run to resume in {out}")
-    try:
-        old, new = ({**{f"--{k.replace('_', '-')}": v for k, v in c.pop("settings").items()}, **c}
-                    for c in (json.loads(config.read_bytes()), dict(now)))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise BadInput(f"{config} cannot be read; start a new run") from None
-    for k in {**old, **new}:
-        if old.get(k) != new.get(k):
-            raise BadInput(f"{folder} had {k} {old.get(k)}, not {new.get(k)}; resume with the same")
-    CLAIMED.append(folder)
-    return folder
 
 
 def append_jsonl(path, row):
@@ -135,8 +130,8 @@ def append_jsonl(path, row):
 
 def read_jsonl(path):
     """The rows of a .jsonl, without torn lines; [] where there is no file."""
-    path, rows = Path(path), []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    rows = []
+    for line in Path(path).read_bytes().splitlines() if Path(path).exists() else []:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
@@ -153,8 +148,8 @@ def read_log(folder):
 
 
 def run_main(main, memory="--batch-size"):
-    """Run a script's main: bad input ends in one sentence and exit code 2, never in a traceback;
-    Ctrl-C in the command that goes on, and 130. memory: the flags to lower where it runs out."""
+    """Run a script's main: bad input, or no memory for these flags, ends in one sentence and exit
+    code 2, Ctrl-C in the command that goes on and 130."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")               # an ascii terminal has no ± or é
@@ -162,18 +157,17 @@ def run_main(main, memory="--batch-size"):
         return main()
     except (BadInput, OSError) as error:                       # OSError: full disk, no rights, ...
         sentence, code = error, 2
+    except (RuntimeError, MemoryError) as error:
+        if not any(sign in repr(error) for sign in ("of memory", "te memory", "ALLOC", "MemoryE")):
+            raise
+        sentence, code = f"memory ran out; lower {memory}, or use another --device", 2
     except KeyboardInterrupt:
         sentence, code = "interrupted before a checkpoint; start it again, with a new --out", 130
         if CLAIMED and any(CLAIMED[-1].glob("state*.pt")):
-            words = [word for last, word in zip(sys.argv, sys.argv[1:]) if word != "--resume"
-                     and "--out" not in (last, word) and not word.startswith("--out=")]
-            words = ["python", sys.argv[0], *words, "--out", str(CLAIMED[-1]), "--resume"]
-            sentence = f"interrupted; to go on: {shlex.join(words)}"
-    except (RuntimeError, MemoryError) as error:
-        if not re.search("out of memory|enough memory|t allocate|alloc_failed|MemoryError",
-                         repr(error), re.IGNORECASE):
-            raise
-        sentence, code = f"memory ran out; lower {memory}, or use another --device", 2
+            words = [word for word in sys.argv if word != "--resume"]
+            if not any(word.startswith("--out") for word in words):
+                words += ["--out", str(CLAIMED[-1])]
+            sentence = f"interrupted; to go on: {shlex.join(['python', *words, '--resume'])}"
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
     sys.exit(code)
 
@@ -198,10 +192,9 @@ def wait_for(device):
 
 def autocast(device):
     """bf16 where the hardware computes in it: GPUs from Ampere on, CPUs with AVX512-BF16."""
+    enabled = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()    # what has AMX has it
     if device.type == "cuda":
         enabled = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:                                                      # what has AMX has AVX512-BF16
-        enabled = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
 
 

@@ -22,6 +22,7 @@ from unittest import mock
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.datasets import CIFAR10
 
 from harness import checkpoints, figures, images, runs
@@ -71,7 +72,7 @@ class Folders(Case):
         for expected in ("run", "run-3", "run-4"):
             self.assertEqual(claim_run(flags(lr=0.5), "run", "3-abc"), Path("runs", expected))
         config = json.loads(Path("runs/run-4/config.json").read_text())
-        self.assertEqual(config, {"settings": {"seed": 0, "lr": 0.5}, "training images": "3-abc",
+        self.assertEqual(config, {"--seed": 0, "--lr": 0.5, "training images": "3-abc",
                                   "checkpoints": hashlib.sha256(b"").hexdigest()[:12]})
 
     def test_no_run_lands_in_the_folder_of_another_and_a_refused_one_leaves_nothing(self):
@@ -112,7 +113,7 @@ class Folders(Case):
         claim_run(flags("x"), "run")
         with mock.patch.object(Path, "iterdir", lambda self: iter([])):
             self.bad_input("give another --out", claim_run, flags("x", lr=9), "run")
-        self.assertEqual(json.loads(Path("x/config.json").read_text())["settings"]["lr"], 1e-3)
+        self.assertEqual(json.loads(Path("x/config.json").read_text())["--lr"], 1e-3)
 
     def test_a_resumed_run_must_have_the_same_settings_images_and_checkpoints(self):
         Path("e").mkdir()
@@ -141,11 +142,12 @@ class Folders(Case):
             self.assertEqual(claim_run(flags("x", resume=True), "run"), Path("x"))
             found, text = quiet(checkpoints.load_state, "x/state.pt", {})
             self.assertEqual((found, runs.read_log("x")), ((0, 0.0), []))
-            self.assertIn("from the beginning", text)
+            self.assertIn("resumed at update 0", text)
+            Path("x/state.pt").unlink()
             self.bad_input("--lr", claim_run, flags("x", resume=True, lr=2), "run")
-        for damaged in ("", '{"settings": {"se', "[]", '{"settings": 3, "checkpoints": null}'):
+        for damaged in ("", '{"--seed": 0, "--l', "[]", "3", "null"):
             Path("x/config.json").write_text(damaged)
-            self.bad_input("config.json cannot be read", claim_run, flags("x", resume=True), "run")
+            self.bad_input("no usable settings", claim_run, flags("x", resume=True), "run")
 
     def test_leftover_temporary_files_are_no_obstacle(self):
         Path("x").mkdir()
@@ -229,11 +231,14 @@ class CommandLine(Case):
         for given in (["--out", out, "--resume"], [f"--out={out}", "--resume"]):
             code, text = self.ends(main, *words[:3], *given, *words[3:])
             self.assertEqual(code, 130)
-            self.assertEqual(shlex.split(text.split("to go on: ")[1]),
-                             ["python", *words, "--out", out, "--resume"])
+            self.assertEqual(shlex.split(text.split("to go on: ")[1]), [
+                "python", *words[:3], *given[:-1], *words[3:], "--resume"])
+        out = None
+        text = self.ends(main, *words)[1]
+        self.assertTrue(text.endswith("--lr 1 --out runs/run --resume"), text)
 
     def test_optimised_python_ascii_terminals_and_any_mplbackend_change_nothing(self):
-        code = """import math, os, sys, torch
+        code = """import math, sys, torch
 from harness import checkpoints, figures, runs
 def main():
     print('0.5 ± 0.1')
@@ -241,16 +246,16 @@ def main():
     figure, axes = figures.new_figure(1, 2)
     axes[1].plot([1, 2])
     figures.save_figure(figure, sys.argv[1] + '.png')
-    print('matplotlib.pyplot' in sys.modules, os.environ['MPLBACKEND'])
+    print('matplotlib.pyplot' in sys.modules)
     checkpoints.save_checkpoint('a.pt', 'é', x=torch.tensor(math.nan))
 runs.run_main(main)"""
         backends = ("module://matplotlib_inline.backend_inline", "unknown-thing")
         both = [process(code, str(n), MPLBACKEND=backend, PYTHONIOENCODING="ascii", PYTHONUTF8="0",
                         python=(sys.executable, *["-OO"] * n))
                 for n, backend in enumerate(backends)]
-        for n, (one, backend) in enumerate(zip(both, backends)):
+        for n, one in enumerate(both):
             out, error = one.communicate()
-            self.assertEqual(out, f"0.5 ? 0.1\nFalse {backend}\n", error)
+            self.assertEqual(out, "0.5 ? 0.1\nFalse\n", error)
             self.assertEqual(one.returncode, 2)
             self.assertIn("is not finite", error)
             self.assertTrue(Path(f"{n}.png").exists())
@@ -290,7 +295,7 @@ class Checkpoints(Case):
             torch.save(content, path)
             self.bad_input("cannot be read", load, path, "toy")
         torch.save({"format": "redif-2", "kind": "toy"}, path)
-        self.bad_input("not a checkpoint of this project", load, path, "toy")
+        self.bad_input("not of format redif-3", load, path, "toy")
         self.bad_input("cannot be read", load, self.save(thing=Path("x")), "toy")
 
     def test_kinds_and_shapes_must_fit(self):
@@ -411,33 +416,38 @@ class Resume(Case):
         self.assertEqual(runs.read_log("."), expected)
         self.assertTrue(torch.equal(again["net"][0].weight, whole["net"][0].weight))
 
-    def test_a_log_shorter_than_its_checkpoint_or_gone_is_said_and_never_fatal(self):
+    def test_a_log_shorter_than_its_checkpoint_or_gone_is_never_fatal(self):
         checkpoints.save_state("state.pt", {}, 2, 1.0)                 # where nothing was logged
         self.assertEqual(quiet(checkpoints.load_state, "state.pt", {})[0], (2, 1.0))
         self.train(self.parts(), 0, 3)
         checkpoints.save_state("state.pt", {}, 3, 1.0)
         os.truncate("log.jsonl", 70)
-        for size in (70, None):
-            found, text = quiet(checkpoints.load_state, "state.pt", {})
-            self.assertEqual(found, (3, 1.0))
-            self.assertIn("log.jsonl lost lines", text)
-            self.assertEqual(os.path.getsize("log.jsonl") if os.listdir() != ["state.pt"] else None,
-                             size)
-            Path("log.jsonl").unlink(missing_ok=True)
+        for size in (70, 0):
+            self.assertEqual(quiet(checkpoints.load_state, "state.pt", {})[0], (3, 1.0))
+            self.assertEqual(os.path.getsize("log.jsonl"), size)
+            Path("log.jsonl").unlink()
 
     def test_parts_that_do_not_fit_are_one_sentence(self):
         parts, load = self.parts(), checkpoints.load_state
         checkpoints.save_state("state.pt", parts, 3, 1.0)
         self.bad_input("no usable state", load, "state.pt", {**parts, "net": torch.nn.Linear(4, 4)})
         self.bad_input("no usable state", load, "state.pt", {**parts, "more": []})
-        del parts["net"]
-        self.bad_input("no usable state", load, "state.pt", parts)
 
     def test_a_second_network_of_a_run_keeps_the_log_of_the_first(self):
         runs.log_line(".", update=1)
-        checkpoints.save_state("state-coach.pt", {}, 1, 1.0)
+        checkpoints.save_state("state-judge.pt", {}, 0, 0.0)           # before its first update
         self.assertEqual(quiet(checkpoints.load_state, "state-judge.pt", {})[0], (0, 0.0))
         self.assertEqual(runs.read_log("."), [{"update": 1}])
+
+
+class NoFloat64(TorchDispatchMode):
+    """Within: a device that has no float64."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if getattr(result, "dtype", None) is torch.float64:
+            raise TypeError("this device has no float64")
+        return result
 
 
 class Images(Case):
@@ -450,6 +460,17 @@ class Images(Case):
         self.assertEqual(images.to_uint8(x).tolist(), [0, 0, 128, 255, 255])
         self.assertEqual(images.to_unit(x).tolist(), [0, 0, 0.5, 1, 1])
 
+    def test_a_device_without_float64_is_no_obstacle(self):
+        x, net = torch.zeros(2, 3, 4, 4), torch.nn.BatchNorm1d(2)
+        with NoFloat64():
+            runs.pick_device("cpu")
+            images.to_uint8(x), images.to_unit(x), figures.tile(x), images.fingerprint(x)
+            checkpoints.save_checkpoint("a.pt", "toy", weights=checkpoints.half_weights(net))
+            weights = checkpoints.load_checkpoint("a.pt", "toy")["weights"]
+            checkpoints.frozen_network(net, weights, "a.pt", "cpu")
+            with self.assertRaises(TypeError):
+                x.double()
+
     def test_a_folder_is_read_in_order_and_every_file_left_out_is_counted_and_named(self):
         self.write("d/a/1.png", np.full((40, 60, 3), (200, 0, 0), np.uint8))
         for name in ("b/deep/2.PNG", "b/._2.png", "loose.png"):
@@ -460,7 +481,7 @@ class Images(Case):
         self.assertEqual((data.shape, data.dtype, labels.tolist()),
                          ((2, 3, 32, 32), torch.uint8, [0, 1]))
         self.assertEqual(data[:, :, 5, 5].tolist(), [[200, 0, 0], [50, 50, 50]])
-        self.assertRegex(text, r"^left out 4 .*\._2.png, .*3.png, .*notes.txt, \.\.\.\n$")
+        self.assertRegex(text, r"^left out 4 .*\._2.png .*3.png .*notes.txt .*loose.png\n$")
 
     def test_a_hidden_folder_is_no_class_and_its_files_are_left_out(self):
         for name in ("d/.cache/x.png", "d/a/.old/y.png", "d/a/1.png", ".hidden/d/a/1.png"):
@@ -476,7 +497,7 @@ class Images(Case):
         self.assertEqual(images.load_images("d")[1].tolist(), [0, 1, 2])
         self.assertEqual(images.load_images("d", train=False)[1].tolist(), [1, 2])
         self.write("d/test/emu/1.png")
-        self.bad_input("['emu']", images.load_images, "d", train=False)
+        self.bad_input("'emu'", images.load_images, "d", train=False)
 
     def test_hostile_files_are_left_out_and_sound_ones_upright_and_opaque(self):
         exif, palette = Image.Exif(), Image.new("P", (9, 9), 1)
@@ -487,13 +508,14 @@ class Images(Case):
         self.write("d/a/1.jpg", red_left, exif=exif, quality=95)
         self.write("d/a/2.png", Image.new("RGBA", (32, 32), (0, 0, 0, 0)))
         self.write("d/a/3.png", palette)
-        self.write("d/a/huge.png", Image.new("1", (9000, 9000)))
+        self.write("d/a/huge.png", Image.new("1", (2000, 2000)))
         Path("d/a/empty.png").write_bytes(b"")
         Path("d/a/folder.png").mkdir()
         os.mkfifo("d/a/pipe.png")
         os.symlink(Path("d").resolve(), "d/a/circle")
         os.symlink("nowhere", "d/a/gone.png")
-        (data, _), text = quiet(images.load_images, "d")
+        with mock.patch.object(Image, "MAX_IMAGE_PIXELS", 10 ** 6):
+            (data, _), text = quiet(images.load_images, "d")
         self.assertEqual(len(data), 3)
         self.assertGreater(data[0, 0, 4, 16], 200)                  # red is above now
         self.assertLess(data[0, 0, 28, 16], 50)
@@ -501,23 +523,19 @@ class Images(Case):
         self.assertEqual(data[2, :, 3, 3].tolist(), [10, 20, 30])
         self.assertIn("left out 5 ", text)
 
-    def test_deep_greyscale_is_scaled_to_8_bits_or_left_out(self):
-        ramp = np.linspace(0, 65535, 1024).round().reshape(32, 32)
-        for n, array in enumerate((ramp, ramp / 257, ramp * 30000)):
-            self.write(f"d/a/{n}.tif", array.astype(np.int32))
-        self.write("d/a/f.tif", ramp.astype(np.float32))
-        self.write("d/a/u.tif", ramp.astype(np.uint16))
-        self.write("d/a/0.png", ramp.astype(np.uint16))
+    def test_deep_greyscale_is_left_out_for_its_range_is_not_known(self):
+        ramp = np.linspace(0, 255, 1024).reshape(32, 32)
+        for name, kind in (("8.png", "uint8"), ("16.png", "uint16"), ("16.tif", "uint16"),
+                           ("i.tif", "int32"), ("f.tif", "float32")):
+            self.write(f"d/a/{name}", ramp.astype(kind))
         (data, _), text = quiet(images.load_images, "d")
-        self.assertEqual(len(data), 4)
-        for image in data:
-            self.assertLessEqual((image - torch.tensor(ramp / 257)).abs().max().item(), 1)
-        self.assertIn("left out 2 ", text)
+        self.assertEqual(data.tolist(), [[ramp.astype(int).tolist()] * 3])
+        self.assertIn("left out 4 ", text)
 
     def test_folders_without_images_are_refused(self):
         self.bad_input("no such folder", images.load_images, "none")
         Path("d/a").mkdir(parents=True)
-        self.bad_input("no class subfolders", images.load_images, "d/a")
+        self.bad_input("no class subfolders that fit", images.load_images, "d/a")
         self.bad_input("no readable image", images.load_images, "d")
         self.write("d/a/1.png")
         self.bad_input("no such folder", images.load_images, "d", train=False)
@@ -548,7 +566,7 @@ class Images(Case):
 
     def test_no_network_for_the_download_is_one_sentence(self):
         with mock.patch.object(CIFAR10, "download", side_effect=OSError("unreachable")):
-            self.bad_input("could not be downloaded", images.load_images, "cifar10")
+            self.bad_input("no usable copy or download", images.load_images, "cifar10")
         self.assertEqual(os.listdir(), [])
 
     def test_pictures_leave_the_random_numbers_alone_and_show_what_they_should(self):
