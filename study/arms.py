@@ -26,7 +26,7 @@ from rl_distill import (NOISES_PER_UPDATE, JumpPolicy, acting, channel_of,     #
 SEARCH_NOISES, SEARCH_STD = 64, (0.07, 0.01)    # noises of each try; std, first and last try
 POPULATION, ELITES = 16, 4                      # of a generation, De Boer et al. 2005
 CEM_STD = 0.2, 0.01                             # of the first generation; floor of all others
-OWN_LR = 0.1                                    # Adam's first rate, falls to 0; 0.01..0.1
+OWN_LR = 0.2                                    # Adam's first rate, falls to 0; 0.01..0.1
 POWERS, LEANS = (1.5, 1.75, 2.0), (0.5, 0.6, 0.7, 0.8)      # of two_numbers
 BACKWARD = 2                                    # a backward pass costs two evaluations
 
