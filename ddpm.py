@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # For the demonstration and main alone:
-from harness.figures import new_figure, save_figure
+from harness.figures import new_figure
 from harness.runs import claim_run, log_line, parser_for, pick_device, run_flags, run_main
 
 # ==============================================================================================
@@ -434,7 +434,7 @@ def demo(out, seed, device):
     axes[1, 4].loglog(counts, rows, "o-", markersize=3)
     axes[1, 4].legend(SOLVERS, fontsize=8)
     axes[1, 4].set(title="rms error, one Gaussian", xlabel="network evaluations")
-    save_figure(figure, out / "ddpm.png")
+    figure.savefig(out / "ddpm.png")
 
 
 # ==== COMMAND LINE ============================================================================

@@ -21,7 +21,7 @@ from torch import nn
 from ddpm import linear_alpha_bar, seeded_noise
 from teacher import load_teacher, targets
 from harness.checkpoints import frozen_network, load_checkpoint, rebuilding
-from harness.figures import new_figure, save_figure
+from harness.figures import new_figure
 from harness.images import to_unit
 from harness.runs import (BadInput, claim_run, log_line, number, parser_for, pick_device, run_flags,
                           run_main)
@@ -84,10 +84,9 @@ ENCODERS = {"coach": Coach, "judge": Judge}
 
 
 def load_encoder(path, role, device="cpu"):
-    """Frozen encoder in eval mode from a checkpoint of reward.py. Returns (net, checkpoint).
+    """Frozen encoder of train_encoders.py, in eval mode. Returns (net, checkpoint).
 
-    requires_grad_(False) freezes the weights alone: gradients still reach the *images*, which
-    the reward's own gradient needs. (no_grad here would silently cut them off.)
+    Only its weights are frozen: gradients still reach the *images* (under no_grad they would not).
     """
     content = load_checkpoint(path, role)
     with rebuilding(path, role):
@@ -319,7 +318,7 @@ def show_rewards(images, coach, scales, path):
         axes[1, column].grid(alpha=0.3)
     axes[1, 0].set_ylabel("standardised reward")
     axes[1, 0].legend(fontsize=8)
-    save_figure(figure, path)
+    figure.savefig(path)
     return table
 
 

@@ -1,8 +1,9 @@
-"""Exercise 8: the main job, shortened, with one silent mistake in it.
+"""Exercises 8 and 9: the main job, shortened, with one line of rl_distill.py changed.
 
     python assignments/bugs.py none       # as it should be
-    python assignments/bugs.py a          # with mistake a (or b)
+    python assignments/bugs.py a          # with silent mistake a (or b)
     python assignments/bugs.py a --show   # the changed lines: after you have made up your mind
+    python assignments/bugs.py wide       # ten times the exploration; 'lean', 'rho': of one alone
 """
 import argparse
 import sys
@@ -13,19 +14,23 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 JOB = ["--steps", "4", "--updates", "12", "--noises", "64", "--held-out", "64"]
-# (what stands in rl_distill.py, what the mistake puts there)
-MISTAKES = {
+# (what stands in rl_distill.py, what the variant puts there)
+VARIANTS = {
     "none": [],
-    "a": [("z.repeat_interleave(group, 0)", "z.repeat(group, 1, 1, 1)")],
-    "b": [("clipped_surrogate(logp, j.logp, adv, CLIP_JUMP)",
-           "clipped_surrogate(logp, logp.detach(), adv, CLIP_JUMP)")],
+    "a": [("logp = jump_logp(policy(j.k, j.x_t) * acts, j.u, std, acts)",
+           "logp = jump_logp(policy(j.k, j.x_t) * acts, j.u, STD[0], acts)")],
+    "b": [("t_next = next_time(t, u[:, 0], len(nets) - k)",
+           "t_next = next_time(t, mean_u[:, 0], len(nets) - k)")],
+    "wide": [("STD = 0.07, 0.01 ", "STD = 0.7, 0.1 ")],
+    "lean": [("u = mean_u + std *", "u = mean_u + std * torch.tensor([0, 1], device=z.device) *")],
+    "rho": [("u = mean_u + std *", "u = mean_u + std * torch.tensor([1, 0], device=z.device) *")],
 }
 
 
 def changed(which):
-    """Source of rl_distill.py with a mistake planted."""
+    """Source of rl_distill.py with the lines of a variant."""
     source = (ROOT / "rl_distill.py").read_text(encoding="utf-8")
-    for right, wrong in MISTAKES[which]:
+    for right, wrong in VARIANTS[which]:
         if source.count(right) != 1:
             sys.exit(f"bugs.py: '{right}' must stand once in rl_distill.py; use the unchanged file")
         source = source.replace(right, wrong)
@@ -34,12 +39,12 @@ def changed(which):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("which", choices=MISTAKES)
+    p.add_argument("which", choices=VARIANTS)
     p.add_argument("--show", action="store_true", help="print what was changed, run nothing")
     args, more = p.parse_known_args(argv)
     source = changed(args.which)
     if args.show:
-        for right, wrong in MISTAKES[args.which]:
+        for right, wrong in VARIANTS[args.which]:
             print(f"- {right}\n+ {wrong}")
         return
     from harness.runs import run_main

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 # From the repository:
 from ddpm import estimate, linear_alpha_bar                                    # noqa: E402
-from harness.figures import new_figure, save_figure, tile                      # noqa: E402
+from harness.figures import new_figure, tile                                   # noqa: E402
 from harness.runs import run_main                                              # noqa: E402
 from reward import Reward, load_encoder                                        # noqa: E402
 from rl_distill import load_policy, rollout                                    # noqa: E402
@@ -55,7 +55,7 @@ def draw(nets, policy, teacher, reward, seed, path):
     axes[2, K].axis("off")
     figure.suptitle("One image is one episode: look, decide how far to jump (rho) and how far to "
                     "lean on the trend, land, look again", fontsize=14)
-    save_figure(figure, path)
+    figure.savefig(path)
     return [j.t.item() for j in jumps], [j.u[0, 1].item() for j in jumps], score
 
 

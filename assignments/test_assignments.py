@@ -6,6 +6,7 @@ import ast
 import contextlib
 import importlib
 import io
+import itertools
 import re
 import subprocess
 import sys
@@ -221,22 +222,27 @@ class Grader(unittest.TestCase):
                         self.assertTrue({"wrong value", "wrong shape"}
                                         >= set(verdicts(number, broken)), right)
 
-    def test_zeros_never_pass(self):
-        def empty(function):
-            def zero(*args, **kw):
+    def test_zeros_a_constant_and_a_copy_of_the_input_never_pass(self):
+        def copy(like, inputs):
+            return next((x.to(like.dtype) for x in inputs if isinstance(x, torch.Tensor)
+                         and x.shape == like.shape), torch.zeros_like(like))
+
+        def faked(function, fake):
+            def instead(*args, **kw):
                 result = function(*args, **kw)
-                return (tuple(torch.zeros_like(r) for r in result)
-                        if isinstance(result, tuple) else torch.zeros_like(result))
-            return zero
+                return (tuple(fake(r, args[i:] + args[:i]) for i, r in enumerate(result))
+                        if isinstance(result, tuple) else fake(result, args))
+            return instead
+        fakes = lambda like, _: torch.zeros_like(like), lambda like, _: 0 * like + 0.5, copy
         for number, (names, _) in grade.EXERCISES.items():
-            for module in (MODULES[name] for name in names):
+            for module, fake in itertools.product((MODULES[name] for name in names), fakes):
                 mine = [name for name in handout.EXERCISES[number] if hasattr(module, name)
                         and getattr(module, name).__module__ == module.__name__]
                 self.assertGreater(len(mine), 0)
                 for name in mine:
-                    zeros = variant(module, source(module))
-                    setattr(zeros, name, empty(getattr(module, name)))
-                    self.assertEqual(set(verdicts(number, zeros)), {"wrong value"}, name)
+                    cheat = variant(module, source(module))
+                    setattr(cheat, name, faked(getattr(module, name), fake))
+                    self.assertEqual(set(verdicts(number, cheat)), {"wrong value"}, name)
 
     def test_whatever_the_code_does_the_grader_goes_on(self):
         cases = {"while True: pass": "no end after", "import sys; sys.exit(0)": "importing",
@@ -319,16 +325,16 @@ class Handout(unittest.TestCase):
             self.assertEqual(Path(done.stdout.strip()).resolve(),
                              Path(folder, "all", "sample.py").resolve(), done.stderr)
 
-    def test_the_silent_bugs_are_planted_compile_and_know_their_flags(self):
+    def test_silent_bugs_and_variants_are_planted_compile_and_know_their_flags(self):
         ours = source(rl_distill)
         self.assertEqual(bugs.changed("none"), ours)
-        for which in ("a", "b"):
+        for which in {*bugs.VARIANTS} - {"none"}:
             self.assertNotEqual(bugs.changed(which), ours)
             variant(rl_distill, bugs.changed(which))
         args = rl_distill.parse_args(bugs.JOB)
         self.assertEqual((args.channel, args.init, args.steps), ("jump", "teacher", 4))
         with mock.patch.object(sys, "exit", side_effect=SystemExit), \
-                mock.patch.object(bugs, "MISTAKES", {"a": [("no such line", "")]}):
+                mock.patch.object(bugs, "VARIANTS", {"a": [("no such line", "")]}):
             self.assertRaises(SystemExit, bugs.changed, "a")
 
 

@@ -10,13 +10,8 @@ def new_figure(rows=1, columns=1, size=(6, 3.5), **more):
     """(figure, axes) as plt.subplots gives them, without pyplot and so without any screen."""
     os.environ.pop("MPLBACKEND", None)               # with a wrong one matplotlib does not load
     from matplotlib.figure import Figure
-    figure = Figure(figsize=size, layout="tight")
+    figure = Figure(figsize=size, dpi=120, layout="tight")
     return figure, figure.subplots(rows, columns, **more)
-
-
-def save_figure(figure, path):
-    """Write a figure as PNG."""
-    figure.savefig(path, dpi=120)
 
 
 def tile(images, columns=8, gap=1):
@@ -38,7 +33,7 @@ def plot_strips(panels, columns, size, path):
         axis.imshow(tile(images[:columns], columns), interpolation="nearest")
         axis.set_title(title, fontsize=9, loc="left", pad=2)
         axis.axis("off")
-    save_figure(figure, path)
+    figure.savefig(path)
 
 
 def plot_panels(panels, path, **axes_settings):
@@ -56,7 +51,7 @@ def plot_panels(panels, path, **axes_settings):
             axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    save_figure(figure, path)
+    figure.savefig(path)
 
 
 def plot_loss(folder, unit, label):

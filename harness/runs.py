@@ -60,9 +60,8 @@ def run_flags(p, trains=True):
 
 
 def settings(args):
-    """The flags that decide the result, as plain values; not those that say where and how often."""
-    aside = ("out", "resume", "device", "log_every", "save_every")
-    return {name: value for name, value in vars(args).items() if name not in aside}
+    """The flags that decide the result, as plain values; not those that say where."""
+    return {k: value for k, value in vars(args).items() if k not in ("out", "resume", "device")}
 
 
 def find(path):
@@ -119,32 +118,22 @@ def claim_run(args, default, images=None):
     raise BadInput(f"{folder} is not empty, or no folder; give another --out, or go on by --resume")
 
 
-def append_jsonl(path, row):
-    """Append one JSON object to a .jsonl, on a line of its own; NaN becomes null."""
+def log_line(folder, name="log.jsonl", /, **row):
+    """Append a row to folder/log.jsonl, on a line of its own; NaN becomes null."""
     row = json.loads(json.dumps(row), parse_constant=lambda name: None)
-    with open(path, "a+b") as file:
+    with open(Path(folder, name), "a+b") as file:
         file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
         mend = b"" if file.read() in (b"\n", b"") else b"\n"   # a kill tore the last line
         file.write(mend + json.dumps(row).encode() + b"\n")
 
 
-def read_jsonl(path):
-    """The rows of a .jsonl, without torn lines; [] where there is no file."""
-    rows = []
-    for line in Path(path).read_bytes().splitlines() if Path(path).exists() else []:
+def read_log(folder, name="log.jsonl"):
+    """The rows that log_line wrote, without torn lines; [] where there is no file."""
+    path, rows = Path(folder, name), []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
-
-
-def log_line(folder, /, **row):
-    """Append a row to folder/log.jsonl, which plots are drawn from."""
-    append_jsonl(Path(folder, "log.jsonl"), row)
-
-
-def read_log(folder):
-    """The rows that log_line wrote."""
-    return read_jsonl(Path(folder, "log.jsonl"))
 
 
 def run_main(main, memory="--batch-size"):

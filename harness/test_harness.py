@@ -1,6 +1,6 @@
 """The specification of harness/. Test names are sentences; no network, no GPU, seconds.
 
-    python -m unittest harness.test_harness        # from the root of the repository
+    python harness/test_harness.py
 """
 import contextlib
 import hashlib
@@ -25,8 +25,10 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.datasets import CIFAR10
 
-from harness import checkpoints, figures, images, runs
-from harness.runs import BadInput, claim_run
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from harness import checkpoints, figures, images, runs                         # noqa: E402
+from harness.runs import BadInput, claim_run                                   # noqa: E402
 
 
 def quiet(function, *args, **kw):
@@ -122,7 +124,7 @@ class Folders(Case):
         same = dict(out="x", grid=("a", "b"), teacher="t.pt", encoders="e")
         claim_run(flags(**same), "run", "3-abc")
         same["resume"] = True
-        self.assertEqual(claim_run(flags(**same, save_every=7), "run", "3-abc"), Path("x"))
+        self.assertEqual(claim_run(flags(**same, device=7), "run", "3-abc"), Path("x"))
         self.bad_input("--lr 0.001, not 0.5", claim_run, flags(**same, lr=0.5), "run", "3-abc")
         self.bad_input("--clip-range None, not 1", claim_run, flags(**same, clip_range=1), "run",
                        "3-abc")
@@ -245,7 +247,7 @@ def main():
     runs.parser_for(__doc__, '').format_help()
     figure, axes = figures.new_figure(1, 2)
     axes[1].plot([1, 2])
-    figures.save_figure(figure, sys.argv[1] + '.png')
+    figure.savefig(sys.argv[1] + '.png')
     print('matplotlib.pyplot' in sys.modules)
     checkpoints.save_checkpoint('a.pt', 'é', x=torch.tensor(math.nan))
 runs.run_main(main)"""

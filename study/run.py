@@ -27,8 +27,8 @@ import report
 import rl_distill
 from ddpm import linear_alpha_bar
 from harness.checkpoints import load_checkpoint, provenance, save_checkpoint, write_whole
-from harness.runs import (ROOT, append_jsonl, checksum, chunk_size, claim_run, device_name, number,
-                          pick_device, read_jsonl, run_main)
+from harness.runs import (ROOT, checksum, chunk_size, claim_run, device_name, log_line, number,
+                          pick_device, read_log, run_main)
 from reward import judged
 from rl_distill import (HAND_NOISES, MONITOR, JumpPolicy, best_by_hand, deployed, hand_kinds,
                         load_inputs, load_policy, save_policy, standard_error, train)
@@ -43,7 +43,7 @@ KEY = "group", "name", "init", "steps", "seed", "n", "weights"      # what makes
 def read_rows(path):
     """{values of KEY: row} of a .jsonl, the newest of equal ones; a torn line is no row."""
     rows = {}
-    for row in read_jsonl(path):
+    for row in read_log(path.parent, path.name):
         with contextlib.suppress(KeyError, TypeError):         # another JSON value is no row either
             rows[tuple(row[name] for name in KEY)] = row
     return rows
@@ -241,7 +241,7 @@ def work(args, world):
         path = place(arm, seed, world)
         if claim(path.with_name(path.name + ".claim")) and (arm, seed) in todo(args, world):
             row = row_of(arm, seed, world, version)
-            append_jsonl(world.results, row)
+            log_line(world.results.parent, world.results.name, **row)
             print(f"{arm.init:8s} {arm.name:26s} K {arm.steps:2d} seed {seed}  reward "
                   f"{row['reward']:8.4f}  closed {100 * row['closed']:4.0f} %  Fréchet "
                   f"{row['frechet']:7.3f}  {row['minutes']:5.1f} min", flush=True)

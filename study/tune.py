@@ -18,7 +18,7 @@ import arms                                     # puts the repository on the pat
 import run
 # From the repository:
 import rl_distill
-from harness.runs import ROOT, append_jsonl, run_main
+from harness.runs import ROOT, log_line, run_main
 from student import HELD_OUT, noise_and_targets
 
 STEPS, TUNE, NOISES = 4, HELD_OUT + 2 * 10 ** 6, 128
@@ -62,7 +62,7 @@ def main(argv=None):
                        error=rl_distill.standard_error(result["reward"]), times=result["times"],
                        leans=result["leans"], train_nfe=spent, minutes=(time.time() - began) / 60,
                        commit=run.commit())
-            append_jsonl(ROOT / "study" / "tuning.jsonl", row)
+            log_line(ROOT / "study", "tuning.jsonl", **row)
             print(row, flush=True)
 
 
