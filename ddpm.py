@@ -420,7 +420,7 @@ def demo(out, seed, device):
         std = sample(gaussian, x_T, ddim, alpha_bar, 1.0, range(n)).std(0).mean().item()
         rows.append(rms)
         print(f"{steps:5d}  " + "  ".join(f"{value:15.5f}" for value in rms) + f"  {std:12.5f}")
-        log_line(out, nfe=steps, rms=rms, std=std)
+        log_line(out / "log.jsonl", nfe=steps, rms=rms, std=std)
 
     figure, axes = new_figure(2, 5, (14, 5.8))
     panels = [(f"forward, t = {t}", q_sample(exact, torch.full((n,), t), more, alpha_bar))

@@ -342,7 +342,8 @@ def main(argv=None):
     print("config:", vars(args))
     z = seeded_noise(range(args.seed, args.seed + 32), (3, side, side), device=device)
     images = targets(teacher, z, linear_alpha_bar(device))
-    log_line(out, **show_rewards(images, coach, content["scales"], out / "rewards.png"))
+    table = show_rewards(images, coach, content["scales"], out / "rewards.png")
+    log_line(out / "log.jsonl", **table)
     print(f"wrote {out}/rewards.png, log.jsonl")
 
 

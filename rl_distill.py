@@ -354,7 +354,7 @@ def train(nets, policy, train_set, monitor_set, reward, args, out, device):
                    grid=held["times"], leans=held["leans"],
                    terms={k: v.mean().item() for k, v in raw.items()},
                    seconds=seconds_before + time.time() - start)
-        log_line(out, **row)
+        log_line(out / "log.jsonl", **row)
         print("{update:6d} {channel:7s} {reward:7.4f} ±{reward_std:6.4f} {held_out:8.4f} "
               "{ratio_t0:.6f}  {clip:.2f} {kl:.1e} {in_group:.4f}  {grad_norm:.1e} "
               .format(**row) + " ".join(map(str, row["grid"])) + " | "

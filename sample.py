@@ -28,7 +28,7 @@ from harness.checkpoints import load_checkpoint, save_npz
 from harness.figures import plot_panels, save_picture
 from harness.images import to_uint8
 from harness.runs import (BadInput, chunk_size, claim_run, device_name, log_line, number,
-                          parser_for, pick_device, run_flags, run_main, wait_for)
+                          parser_for, pick_device, run_flags, run_main)
 
 # ==== MODELS: a policy says itself how it jumps, teacher and student are told by a hand solver
 
@@ -90,15 +90,14 @@ def evaluate(args, models, reward, judge, teacher, out, device):
           f"{'sampler':40s} {'NFE':>4s} {'reward':>17s} {'Frechet':>8s} {'prec':>6s} "
           f"{'recall':>6s} {'dens':>6s} {'cover':>6s} {'ms':>7s}")
     for name, K, nets, policy, solver in (c for model in models for c in model):
-        wait_for(device)
         start = time.time()
         images = draw(nets, policy, solver, z, alpha_bar)
-        wait_for(device)
+        images.sum().item()                                # wait for a GPU before the clock is read
         ms = 1000 * (time.time() - start) / len(z)
         score = torch.cat([reward(x, y)[0] for x, y in zip(images.split(500), target.split(500))])
         rows.append(dict(name=name, nfe=K, reward=score.mean().item(),
                          error=standard_error(score), ms=ms, **judged(images, *judge)))
-        log_line(out, **rows[-1])
+        log_line(out / "log.jsonl", **rows[-1])
         print("{name:40s} {nfe:4d} {reward:8.4f} ± {error:6.4f} {frechet:8.4f} {precision:6.3f} "
               "{recall:6.3f} {density:6.3f} {coverage:6.3f} {ms:7.2f}".format(**rows[-1]),
               flush=True)
@@ -181,7 +180,7 @@ def main(argv=None):
     save_picture(out / "path.png", path.flatten(0, 1), columns=path.shape[1])
     if args.npz:
         save_npz(args.npz, to_uint8(images).permute(0, 2, 3, 1).numpy())
-    log_line(out, n=args.n, seconds=time.time() - began)
+    log_line(out / "log.jsonl", n=args.n, seconds=time.time() - began)
     print(f"{args.n} images in {time.time() - began:.1f} s\nwrote {out}/samples.png, path.png, "
           "log.jsonl" + (f", {args.npz}" if args.npz else ""))
 

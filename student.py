@@ -189,7 +189,7 @@ def clone(net, ema, teacher, args, out, device):
         losses.append(loss.detach())
         done, seconds = update + 1, seconds_before + time.time() - start
         if done % LOG_EVERY == 0 or done == args.updates:
-            log_line(out, update=done, jumps=done * args.batch_size, paths=pool.made,
+            log_line(out / "log.jsonl", update=done, jumps=done * args.batch_size, paths=pool.made,
                      loss=torch.stack(losses).mean().item(), seconds=seconds)
             losses.clear()
         if done % SAVE_EVERY == 0 or done == args.updates:
@@ -281,7 +281,7 @@ def main(argv=None):
     print("steps  " + "  ".join(f"{name:>17s}" for name in names))
     for row in rows:
         print(f"{row['steps']:5d}  " + "  ".join(f"{row[name]:17.4f}" for name in names))
-        log_line(out, evaluation=row)
+        log_line(out / "log.jsonl", evaluation=row)
     print(f"cloned in {seconds / 60:.1f} min from {paths} teacher paths\n"
           f"wrote {out}/student.pt, samples.png, state.pt, loss.png, log.jsonl")
 

@@ -23,7 +23,7 @@ from ddpm import (PAPER_UNET, SMALL_UNET, T, UNet, hand_solver, linear_alpha_bar
                   sample, seeded_noise, simple_loss)
 from harness.checkpoints import load_network, load_state, provenance, save_network, save_state
 from harness.figures import plot_loss, save_picture
-from harness.images import fingerprint, load_images
+from harness.images import load_images
 from harness.runs import (autocast, chunk_size, claim_run, device_name, log_line, number,
                           parser_for, pick_device, run_flags, run_main)
 
@@ -101,7 +101,7 @@ def train(net, ema, images, args, out, device):
         losses.append(loss.detach())           # stays on the device: reading it would wait
         done, seconds = update + 1, seconds_before + time.time() - start
         if done % LOG_EVERY == 0 or done == args.updates:
-            log_line(out, update=done, images=done * args.batch_size,
+            log_line(out / "log.jsonl", update=done, images=done * args.batch_size,
                      loss=torch.stack(losses).mean().item(), grad_norm=grad_norm.item(),
                      lr=group["lr"], seconds=seconds)
             losses.clear()
@@ -148,7 +148,7 @@ def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     images, _ = load_images(args.data)
-    out = claim_run(args, "teacher", fingerprint(images))
+    out = claim_run(args, "teacher", images)
     print("config:", vars(args))
     torch.manual_seed(args.seed)
     shape = {**SMALL_UNET, "width": 16} if args.smoke else SMALL_UNET

@@ -846,7 +846,7 @@ class Loop(Working):
         args, out, z = rl.parse_args(["--steps", "3", *words]), self.folder(), scale * noise(6, 2)
         quiet(rl.train, nets, policy or by_hand(nets, "DDIM", "quadratic"), (z, z), (z, z),
               score, args, out, CPU)
-        return read_log(out)
+        return read_log(out / "log.jsonl")
 
     def test_exploration_is_antithetic_and_of_the_right_spread(self):
         toys, z = [Toy()] * 3, noise(3, 2)
@@ -1153,7 +1153,8 @@ class Commands(Working):
         self.assertEqual(len(a), len(b))
         self.assertTrue(all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
                             for x, y in zip(a, b)))
-        self.assertEqual(*([{**row, "seconds": 0} for row in read_log(f)] for f in "ab"))
+        self.assertEqual(*([{**row, "seconds": 0} for row in read_log(f"{f}/log.jsonl")]
+                           for f in "ab"))
         return text
 
     def test_every_script_explains_itself_and_refuses_numbers_out_of_range(self):

@@ -98,7 +98,8 @@ class Files(unittest.TestCase):
                 one, other = (load_checkpoint(f / f"{role}.pt", role)["weights"] for f in (a, b))
                 self.assertTrue(all(torch.equal(one[key], other[key]) for key in one), kills)
                 reward.load_encoder(b / f"{role}.pt", role)
-            self.assertEqual(*([{**row, "seconds": 0} for row in read_log(f)] for f in (a, b)))
+            self.assertEqual(*([{**row, "seconds": 0} for row in read_log(f / "log.jsonl")]
+                               for f in (a, b)))
 
     def test_bad_input_is_refused(self):
         run("--smoke", "--out", self.folder / "a")

@@ -24,7 +24,7 @@ from teacher import LOG_EVERY                                                  #
 from reward import ENCODERS, NEIGHBOURS, encode, moments, term_scales          # noqa: E402
 from harness.checkpoints import (half_weights, load_state, provenance,         # noqa: E402
                                  save_checkpoint, save_state)
-from harness.images import fingerprint, load_images                            # noqa: E402
+from harness.images import load_images                                         # noqa: E402
 from harness.runs import (BadInput, autocast, claim_run, device_name,          # noqa: E402
                           log_line, number, parser_for, pick_device, run_flags, run_main)
 
@@ -82,7 +82,8 @@ def train_encoder(role, images, labels, args, out, device):
         schedule.step()
         done, seconds = update + 1, seconds_before + time.time() - start
         if done % LOG_EVERY == 0 or done == updates:
-            log_line(out, encoder=role, update=done, loss=loss.item(), seconds=seconds)
+            log_line(out / "log.jsonl", encoder=role, update=done, loss=loss.item(),
+                     seconds=seconds)
         if done % SAVE_EVERY == 0 or done == updates:
             save_state(state, parts, done, seconds)
     return net.eval().requires_grad_(False), seconds_before + time.time() - start
@@ -128,7 +129,7 @@ def main(argv=None):
     if len(sets[0]) <= NEIGHBOURS or len(sets[2]) == 0:
         raise BadInput(f"--data {args.data} has {len(sets[0])} training and {len(sets[2])} test "
                        f"images; the judge's metrics need more than {NEIGHBOURS} and at least 1")
-    out = claim_run(args, "encoders", fingerprint(torch.cat([sets[0], sets[2]])))
+    out = claim_run(args, "encoders", torch.cat([sets[0], sets[2]]))
     print("config:", vars(args))
     print(f"device {device_name(device)} | {len(sets[0])} images")
     images, labels, test_images, test_labels = (x.to(device) for x in sets)
@@ -144,7 +145,7 @@ def main(argv=None):
         save_checkpoint(out / f"{role}.pt", role, config=dict(classes=net.classify.out_features),
                         weights=half_weights(net), **extra, provenance=provenance(
                             "checkpoints/train_encoders.py", args, seconds, device, accuracy=share))
-        log_line(out, encoder=role, accuracy=share, seconds=seconds)
+        log_line(out / "log.jsonl", encoder=role, accuracy=share, seconds=seconds)
         print(f"{role}: {parameter_count(net) / 1e6:.2f} M parameters, "
               f"test accuracy {share:.4f}, {seconds / 60:.1f} min")
     print(f"wrote {out}/coach.pt, judge.pt, log.jsonl")

@@ -14,13 +14,10 @@ FORMAT = "redif-3"
 
 
 def save_npz(path, array):
-    """Write an array as arr_0 of a new .npz, as FID tools read; BadInput where the file exists."""
+    """Write an array as arr_0 of a new .npz, as FID tools read; FileExistsError: it is there."""
     memory = io.BytesIO()
     np.savez(memory, array)
-    try:
-        write_whole(path, memory.getbuffer(), new=True)
-    except FileExistsError:
-        raise BadInput(f"{path} exists already; give another name") from None
+    write_whole(path, memory.getbuffer(), new=True)
 
 
 def all_finite(content):

@@ -56,6 +56,6 @@ def plot_panels(panels, path, **axes_settings):
 
 def plot_loss(folder, unit, label):
     """loss.png from log.jsonl: the loss against thousands of `unit` ('images', 'jumps')."""
-    rows = [r for r in read_log(folder) if r.get("loss") is not None and unit in r]
+    rows = [row for row in read_log(Path(folder, "log.jsonl")) if row.get("loss") and unit in row]
     line = label, [r[unit] / 1e3 for r in rows], [r["loss"] for r in rows], "-"
     plot_panels([(f"thousand training {unit}", "", [line])], Path(folder, "loss.png"), yscale="log")

@@ -1,5 +1,4 @@
 """Training images: one uint8 tensor (N, 3, 32, 32) from CIFAR-10, a folder, or drawn here."""
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -81,8 +80,3 @@ def load_images(data, train=True):
         known = Path(data, "train") if Path(data, "train").is_dir() else data
         images, labels = folder_images(known if train else Path(data, "test"), known)
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
-
-
-def fingerprint(images):
-    """Number and hash of images, a short word that tells whether they changed."""
-    return f"{len(images)}-{hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()[:16]}"

@@ -92,10 +92,12 @@ def write_whole(path, data, new=False):
 
 def claim_run(args, default, images=None):
     """Claim a run's folder, when all its inputs are read: --out, or the next free runs/default-N.
-    BadInput: it is taken, or --resume finds other flags, checkpoints or (a fingerprint) images."""
+    BadInput: it is taken, or --resume finds other flags, checkpoints or training images."""
     now = {f"--{name.replace('_', '-')}": value for name, value in settings(args).items()}
     files = checksum(value for value in now.values() if isinstance(value, str))
-    text = json.dumps({**now, "training images": images, "checkpoints": files}, default=str)
+    if images is not None:
+        now["training images"] = hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()[:12]
+    text = json.dumps({**now, "checkpoints": files}, default=str)
     if getattr(args, "resume", False):
         path, now = Path(args.out or "", "config.json"), json.loads(text)
         if not args.out or not path.is_file():
@@ -118,19 +120,19 @@ def claim_run(args, default, images=None):
     raise BadInput(f"{folder} is not empty, or no folder; give another --out, or go on by --resume")
 
 
-def log_line(folder, name="log.jsonl", /, **row):
-    """Append a row to folder/log.jsonl, on a line of its own; NaN becomes null."""
+def log_line(path, /, **row):
+    """Append a row to a .jsonl file, on a line of its own; NaN becomes null."""
     row = json.loads(json.dumps(row), parse_constant=lambda name: None)
-    with open(Path(folder, name), "a+b") as file:
+    with open(path, "a+b") as file:
         file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
         mend = b"" if file.read() in (b"\n", b"") else b"\n"   # a kill tore the last line
         file.write(mend + json.dumps(row).encode() + b"\n")
 
 
-def read_log(folder, name="log.jsonl"):
+def read_log(path):
     """The rows that log_line wrote, without torn lines; [] where there is no file."""
-    path, rows = Path(folder, name), []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    rows = []
+    for line in Path(path).read_bytes().splitlines() if Path(path).exists() else []:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
@@ -167,16 +169,11 @@ def pick_device(name="auto"):
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else mps
     try:
-        wait_for(torch.device(name))
+        torch.zeros(1, device=name).item()
     except Exception:                                          # what is raised depends on the name
         raise BadInput(f"device '{name}' cannot be used here; try --device cpu") from None
     torch.backends.cudnn.allow_tf32 = False                    # where we say fp32 we mean it
     return torch.device(name)
-
-
-def wait_for(device):
-    """Let the GPU finish, so that a clock read now is right: reading a number waits for all."""
-    torch.zeros(1, device=device).item()
 
 
 def autocast(device):

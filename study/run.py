@@ -43,7 +43,7 @@ KEY = "group", "name", "init", "steps", "seed", "n", "weights"      # what makes
 def read_rows(path):
     """{values of KEY: row} of a .jsonl, the newest of equal ones; a torn line is no row."""
     rows = {}
-    for row in read_log(path.parent, path.name):
+    for row in read_log(path):
         with contextlib.suppress(KeyError, TypeError):         # another JSON value is no row either
             rows[tuple(row[name] for name in KEY)] = row
     return rows
@@ -241,7 +241,7 @@ def work(args, world):
         path = place(arm, seed, world)
         if claim(path.with_name(path.name + ".claim")) and (arm, seed) in todo(args, world):
             row = row_of(arm, seed, world, version)
-            log_line(world.results.parent, world.results.name, **row)
+            log_line(world.results, **row)
             print(f"{arm.init:8s} {arm.name:26s} K {arm.steps:2d} seed {seed}  reward "
                   f"{row['reward']:8.4f}  closed {100 * row['closed']:4.0f} %  Fréchet "
                   f"{row['frechet']:7.3f}  {row['minutes']:5.1f} min", flush=True)

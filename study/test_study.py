@@ -188,12 +188,12 @@ class Books(unittest.TestCase):
         args = SimpleNamespace(only=None, seeds=[0, 1])
         everything = run.todo(args, world)
         (first, _), (second, _), (third, _) = everything[:3]
-        run.log_line(world.results.parent, world.results.name, **self.row(first))
+        run.log_line(world.results, **self.row(first))
         with open(world.results, "a") as file:
             file.write(json.dumps(self.row(second))[:-9])
         self.assertEqual(run.todo(args, world), everything[1:])
-        run.log_line(world.results.parent, world.results.name, **self.row(second))
-        run.log_line(world.results.parent, world.results.name, **self.row(third, weights="other"))
+        run.log_line(world.results, **self.row(second))
+        run.log_line(world.results, **self.row(third, weights="other"))
         self.assertEqual(run.todo(args, world), everything[2:])
 
     def test_an_arm_is_claimed_once_and_a_dead_claim_is_taken_over(self):

@@ -62,7 +62,7 @@ def main(argv=None):
                        error=rl_distill.standard_error(result["reward"]), times=result["times"],
                        leans=result["leans"], train_nfe=spent, minutes=(time.time() - began) / 60,
                        commit=run.commit())
-            log_line(ROOT / "study", "tuning.jsonl", **row)
+            log_line(ROOT / "study" / "tuning.jsonl", **row)
             print(row, flush=True)
 
 
