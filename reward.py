@@ -253,6 +253,31 @@ def precision_recall(real, fake, k=NEIGHBOURS):
                 coverage=(distance.min(1).values <= radius_real).float().mean().item())
 
 
+def standard_error(x):
+    """Standard error of the mean of (B,) values."""
+    return (x.std() / len(x) ** 0.5).item()
+
+
+def print_comparison(rows, judge):
+    """Compare rows {name: dict of reward (B,), images (B, 3, H, W)} of the same noises, 'target'
+    first, with the last of them, paired. judge: (encoder, its checkpoint). Returns a table of
+    floats; closed: the share of a row's distance to the target that the last one makes good."""
+    table, names = {}, list(rows)
+    print(f"{'':16s}    reward ± error   Fréchet     gain ± error   closed")
+    for name in names:
+        reward, gain = rows[name]["reward"], rows[names[-1]]["reward"] - rows[name]["reward"]
+        left = (rows["target"]["reward"] - reward).mean().clamp(min=1e-9)
+        values = dict(reward=reward.mean(), error=standard_error(reward), gain=gain.mean(),
+                      gain_error=standard_error(gain), closed=gain.mean() / left,
+                      frechet=judged(rows[name]["images"], *judge)["frechet"])
+        text = "{:16s} {reward:8.4f} ± {error:6.4f} {frechet:9.3f}"
+        if name not in ("target", names[-1]):
+            text += " {gain:8.4f} ± {gain_error:6.4f} {closed:7.0%}"
+        print(text.format(name, **values))
+        table[name] = {key: float(value) for key, value in values.items()}
+    return table
+
+
 # ==== GRADED DISTORTIONS: for the scales of the terms, and for the figure =====================
 
 def distort(images, kind, level, generator):

@@ -28,7 +28,7 @@ from ddpm import (GRIDS, SOLVERS, T, UNet, dpm_leans, estimate, hand_solver, jum
                   make_grid, parameter_count, spread)
 from teacher import TARGET, load_teacher
 from student import HELD_OUT, JumpUNet, load_student, noise_and_targets
-from reward import TERMS, Reward, judged, load_encoder
+from reward import TERMS, Reward, load_encoder, print_comparison
 from harness.checkpoints import (frozen_network, half_weights, load_checkpoint, load_state,
                                  provenance, rebuilding, save_checkpoint, save_state, write_whole)
 from harness.figures import plot_panels, plot_strips
@@ -38,12 +38,10 @@ from harness.runs import (BadInput, chunk_size, claim_run, device_name, log_line
 STD = 0.07, 0.01            # of u, at the first and the last update; 0.05..0.2 and a seventh of it
 CLIP_JUMP, CLIP_PIXELS = 0.2, 1e-4      # PPO's clip range, 0.1..0.3; of a mean density 1e-5..1e-3
 SIGMA_FLOOR = 0.02          # noise on the jump to t = 0 (DDIM sigma 0); in training, not deployment
+LR = dict(jump=0.05, pixels=1e-5)       # Adam's first rate: of u 0.01..0.1, of the U-Net 1e-6..1e-4
 NOISES_PER_UPDATE = 16      # M, 8..64
-SHARED_DRAWS = 8            # with --eta 0 landings share evaluations: so many times --group of them
 HAND_NOISES = 64            # training noises on which the hand solvers are chosen
-MINIBATCH = 128             # states in a backward pass of the U-Net; for memory, changes nothing
 MONITOR = 16                # noises of the reward printed each update; not those of the final table
-SAVE_EVERY = 10             # updates
 
 # ==== POLICY ==================================================================================
 
@@ -53,8 +51,7 @@ class JumpPolicy(nn.Module):
 
     t_next = rho t is how far to jump, D = x0_hat + lean (x0_hat - x0_last) how far to lean on the
     trend, as jump() in ddpm.py does. DEVIATES: in ReDiF's code the grid is fixed and only x_next is
-    an action; that u is one is this project's extension. TPDM (arXiv 2412.01243) and ART-RL (arXiv
-    2601.18681) learn the times, RDPO (Ziyuli1121/RLEPD) coefficients of a solver in similar ways.
+    an action; that u is one is this project's extension (for its relatives see README).
     """
 
     def __init__(self, solver):
@@ -106,7 +103,7 @@ def gaussian_kl(mean, mean_ref, sigma) -> torch.Tensor:
     return ((mean - mean_ref).square() / (2 * sigma.square()[:, None, None, None])).mean((1, 2, 3))
 
 
-# ==== ROLLOUT =================================================================================
+# ==== ROLLOUT AND ADVANTAGES ==================================================================
 
 class Jump(NamedTuple):
     """One jump of B rollouts: what was seen, what was done, how likely that was at the time.
@@ -178,8 +175,6 @@ def rollout(nets, policy, z, alpha_bar, channel=None, group=1, std=0.0, eta=0.0,
     return x.clamp(-1, 1), jumps
 
 
-# ==== ADVANTAGES ==============================================================================
-
 def advantages(reward, group) -> torch.Tensor:
     """A = (R - mean of its group) / rms of that over the whole batch: (M * group,) -> same.
 
@@ -194,7 +189,7 @@ def advantages(reward, group) -> torch.Tensor:
     return (centred / centred.square().mean().sqrt().clamp(min=rounding)).reshape(-1)
 
 
-# ==== UPDATE ==================================================================================
+# ==== UPDATE AND LOOP =========================================================================
 
 def clipped_surrogate(logp, logp_old, adv, clip_range) -> tuple[torch.Tensor, torch.Tensor]:
     """-min(ratio A, clip(ratio, 1 - c, 1 + c) A). Eq. 7, Schulman et al. 2017. All (B,).
@@ -216,29 +211,25 @@ def jump_losses(policy, jumps, adv, std):
 
 
 def pixel_losses(nets, nets_ref, jumps, adv, eta, kl_weight, alpha_bar):
-    """Surrogate of every x_next that explored: yields (loss, ratio, KL), (B,) each, by minibatches.
+    """Surrogate of every x_next, of jumps that explored it: yields (loss, ratio, KL), (B,) each.
 
     DEVIATES: as in ReDiF's code jumps are weighted by sigma, since the score goes as 1 / sigma:
     less variance, but the sum over jumps is no longer the gradient of the expected reward.
     """
-    explored = [j for j in jumps if j.logp_pixels is not None]
-    mean_sigma = torch.stack([j.sigma.mean() for j in explored]).mean()
-    for j in explored:
+    mean_sigma = torch.stack([j.sigma.mean() for j in jumps]).mean()
+    for j in jumps:
+        state = j.x_t, j.t, j.t_next, j.u, j.x0_last, alpha_bar, eta
         copies = len(adv) // len(j.x_t)                             # draws from each state
-        per_state = [s.unflatten(0, (-1, copies)) for s in (adv, j.sigma, j.x_next, j.logp_pixels)]
-        for i in torch.arange(len(j.x_t), device=adv.device).split(MINIBATCH):
-            state = j.x_t[i], j.t[i], j.t_next[i], j.u[i], j.x0_last[i], alpha_bar, eta
-            a, sigma, x_next, logp_old = (s[i].flatten(0, 1) for s in per_state)
-            mean = take_jump(nets[j.k], *state)[0].repeat_interleave(copies, 0)
-            loss, ratio = clipped_surrogate(pixel_logp(mean, x_next, sigma), logp_old, a,
-                                            CLIP_PIXELS)
-            loss, kl = loss * sigma / mean_sigma, torch.zeros_like(ratio)
-            if kl_weight > 0:
-                with torch.no_grad():
-                    mean_ref = take_jump(nets_ref[j.k], *state)[0].repeat_interleave(copies, 0)
-                kl = gaussian_kl(mean, mean_ref, sigma)             # same state, with gradient
-                loss = loss + kl_weight * kl
-            yield loss, ratio, kl.detach()
+        mean = take_jump(nets[j.k], *state)[0].repeat_interleave(copies, 0)
+        logp = pixel_logp(mean, j.x_next, j.sigma)
+        loss, ratio = clipped_surrogate(logp, j.logp_pixels, adv, CLIP_PIXELS)
+        loss, kl = loss * j.sigma / mean_sigma, torch.zeros_like(ratio)
+        if kl_weight > 0:
+            with torch.no_grad():
+                mean_ref = take_jump(nets_ref[j.k], *state)[0].repeat_interleave(copies, 0)
+            kl = gaussian_kl(mean, mean_ref, j.sigma)               # same state, with gradient
+            loss = loss + kl_weight * kl
+        yield loss, ratio, kl.detach()
 
 
 def policy_update(losses, actions, optimizer, clip_range, epochs):
@@ -248,36 +239,31 @@ def policy_update(losses, actions, optimizer, clip_range, epochs):
     result = dict(ratio_t0=1.0, clip=0.0, kl=0.0, grad_norm=0.0)
     for epoch in range(epochs):
         optimizer.zero_grad(set_to_none=True)
-        ratios, kls = [], []
+        seen = []
         for loss, ratio, kl in losses():
             (loss.sum() / actions).backward()
-            ratios.append(ratio)
-            kls.append(kl)
+            seen.append((ratio, kl))
         grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        ratio = torch.cat(ratios)
+        ratio, kl = (torch.cat(column) for column in zip(*seen))
         if epoch == 0:                          # before any optimizer step: farthest from 1
             result["ratio_t0"] = ratio[(ratio - 1).abs().argmax()].item()
         result["clip"] += ((ratio - 1).abs() > clip_range).float().mean().item() / epochs
-        result["kl"] += torch.cat(kls).mean().item() / epochs
+        result["kl"] += kl.mean().item() / epochs
         result["grad_norm"] += grad_norm.item() / epochs
     return result
 
 
-# ==== THE LOOP ================================================================================
-
 @torch.no_grad()
 def deployed(nets, policy, z, target, reward, alpha_bar):
-    """The policy without exploration, scored: dict of images (B, 3, H, W), reward (B,), raw terms
-    {name: (B,)}, and the K + 1 times and K leans, the same for every noise."""
+    """The policy without exploration, scored: dict of images (B, 3, H, W), reward (B,), and the
+    K + 1 times and K leans, the same for every noise."""
     parts = []
     for x, y in zip(z.split(chunk_size(z.device)), target.split(chunk_size(z.device))):
         images, jumps = rollout(nets, policy, x, alpha_bar)
-        score, raw = reward(images, y)
-        parts.append((images, score, *raw.values()))
-    images, score, *values = (torch.cat(column) for column in zip(*parts))
-    return dict(images=images, reward=score, raw=dict(zip(raw, values)),
-                times=[T, *(j.t_next[0].item() for j in jumps)],
+        parts.append((images, reward(images, y)[0]))
+    images, score = (torch.cat(column) for column in zip(*parts))
+    return dict(images=images, reward=score, times=[T, *(j.t_next[0].item() for j in jumps)],
                 leans=[j.u[0, 1].item() for j in jumps])
 
 
@@ -299,75 +285,58 @@ def best_by_hand(nets, kinds, z, target, reward, alpha_bar):
     return dict(policies[kind] for kind in sorted(score, key=score.get, reverse=True))
 
 
-def group_size(channel, args):
-    """G. With eta 0 the draws of a landing share their evaluations, so there can be many."""
-    return args.group * (SHARED_DRAWS if channel == "pixels" and args.eta == 0 else 1)
-
-
-def channel_of(update, args):
-    """Who explores and learns in this update. DEVIATES: with --channel both they take turns, since
-    a reward that both moved at once tells neither which of them was right."""
-    return ("jump", "pixels")[update % 2] if args.channel == "both" else args.channel
-
-
 def train(nets, policy, train_set, monitor_set, reward, args, out, device):
-    """SAMPLING, ADVANTAGES, TRAINING, one printed line per update. Returns seconds."""
+    """SAMPLING, ADVANTAGES, TRAINING, one printed line per update. What learns is the policy, or
+    with channel 'pixels' the last jump's network. Returns seconds."""
     alpha_bar, (z_all, target_all) = linear_alpha_bar(device), train_set
     nets_ref = copy.deepcopy(nets)
-    nets[-1].requires_grad_(args.channel != "jump")
+    learns = (policy if args.channel == "jump" else nets[-1]).requires_grad_(True)
+    optimizer = torch.optim.Adam(learns.parameters())
     generator = torch.Generator().manual_seed(args.seed)
-    peak = dict(jump=args.lr_jump, pixels=args.lr_pixels)
-    optimizers = dict(jump=torch.optim.Adam(policy.parameters()),
-                      pixels=torch.optim.Adam(nets[-1].parameters()))
-    parts = dict(net=nets[-1], policy=policy, generator=generator, **optimizers)
+    parts = dict(learns=learns, optimizer=optimizer, generator=generator)
     first, seconds_before = load_state(out / "state.pt", parts) if args.resume else (0, 0.0)
-    print("update channel  reward ± std   held-out ratio_t0  clip  kl     in-group  grad    "
-          "grid | leans")
+    print("update  reward ± std   held-out ratio_t0  clip  kl     in-group  grad    grid | leans")
     start = time.time()
     for update in range(first, args.updates):
-        channel, left = channel_of(update, args), 1 - update / args.updates
-        optimizer, group = optimizers[channel], group_size(channel, args)
-        optimizer.param_groups[0]["lr"] = peak[channel] * left
+        left = 1 - update / args.updates
+        optimizer.param_groups[0]["lr"] = (args.lr or LR[args.channel]) * left
         std = STD[1] + (STD[0] - STD[1]) * left
         # SAMPLING: each noise `group` times, side by side
         pick = torch.randperm(len(z_all), generator=generator)[:NOISES_PER_UPDATE].to(device)
-        images, jumps = rollout(nets, policy, z_all[pick], alpha_bar, channel, group, std, args.eta,
-                                generator)
+        images, jumps = rollout(nets, policy, z_all[pick], alpha_bar, args.channel, args.group, std,
+                                args.eta, generator)
         # ADVANTAGES
-        with torch.no_grad():
-            score, raw = reward(images, target_all[pick].repeat_interleave(group, 0))
-        adv = advantages(score, group)
+        score, raw = reward(images, target_all[pick].repeat_interleave(args.group, 0))
+        adv = advantages(score, args.group)
         # TRAINING
-        if channel == "jump":
+        if args.channel == "jump":
             diagnostics = policy_update(lambda: jump_losses(policy, jumps, adv, std),
                                         len(adv) * len(jumps), optimizer, CLIP_JUMP, args.epochs)
         else:
-            explored = sum(j.logp_pixels is not None for j in jumps)
+            jumps = [j for j in jumps if j.logp_pixels is not None]
             diagnostics = policy_update(
                 lambda: pixel_losses(nets, nets_ref, jumps, adv, args.eta, args.kl, alpha_bar),
-                len(adv) * explored, optimizer, CLIP_PIXELS, args.epochs)
+                len(adv) * len(jumps), optimizer, CLIP_PIXELS, args.epochs)
 
         held = deployed(nets, policy, *monitor_set, reward, alpha_bar)
-        row = dict(update=update + 1, channel=channel, reward=score.mean().item(),
-                   reward_std=score.std().item(), held_out=held["reward"].mean().item(),
-                   **diagnostics, in_group=score.reshape(-1, group).std(1).mean().item(), std=std,
-                   grid=held["times"], leans=held["leans"],
-                   terms={k: v.mean().item() for k, v in raw.items()},
-                   seconds=seconds_before + time.time() - start)
+        row = dict(update=update + 1, reward=score.mean().item(), std=score.std().item(),
+                   held_out=held["reward"].mean().item(), **diagnostics,
+                   in_group=score.reshape(-1, args.group).std(1).mean().item(),
+                   terms={k: v.mean().item() for k, v in raw.items()}, grid=held["times"],
+                   leans=held["leans"], seconds=seconds_before + time.time() - start)
         log_line(out / "log.jsonl", **row)
-        print("{update:6d} {channel:7s} {reward:7.4f} ±{reward_std:6.4f} {held_out:8.4f} "
-              "{ratio_t0:.6f}  {clip:.2f} {kl:.1e} {in_group:.4f}  {grad_norm:.1e} "
-              .format(**row) + " ".join(map(str, row["grid"])) + " | "
-              + " ".join(f"{v:.2f}" for v in row["leans"]), flush=True)
-        if (update + 1) % SAVE_EVERY == 0 or update + 1 == args.updates:
-            save_state(out / "state.pt", parts, update + 1, row["seconds"])
+        print("{update:6d} {reward:7.4f} ±{std:6.4f} {held_out:8.4f} {ratio_t0:.6f}  {clip:.2f} "
+              "{kl:.1e} {in_group:.4f}  {grad_norm:.1e} ".format(**row), *row["grid"], "|",
+              *(f"{lean:.2f}" for lean in row["leans"]), flush=True)
+        save_state(out / "state.pt", parts, update + 1, row["seconds"])
     return seconds_before + time.time() - start
 
 
-# ==== CHECKPOINT: the distinct networks, which of them makes which jump, and the policy =======
+# ==== RESULT: the checkpoint, two pictures ====================================================
 
 def save_policy(path, nets, policy, origin, half=True):
-    """half=False keeps fp32: small updates of pixels are lost in the rounding."""
+    """The distinct networks, which of them makes which jump, and the policy. half=False keeps fp32:
+    small updates of pixels are lost in the rounding."""
     distinct = list(dict.fromkeys(nets))
     save_checkpoint(path, "policy", order=[distinct.index(net) for net in nets], nets=[
         dict(kind=type(net).__name__, config=net.config,
@@ -384,57 +353,23 @@ def load_policy(path, device="cpu"):
                                    device) for saved in content["nets"]]
         policy = frozen_network(JumpPolicy(**content["policy_config"]), content["policy_weights"],
                                 path, device)
-        nets = [distinct[i] for i in content["order"]]
-        if len(nets) != len(policy.hand):
-            raise ValueError(f"{len(nets)} networks for {len(policy.hand)} jumps")
+        nets = [distinct[content["order"][k]] for k in range(len(policy.hand))]
     return nets, policy, content
-
-
-# ==== RESULT: before and after on held-out noise ==============================================
-
-def standard_error(x):
-    """Standard error of the mean of (B,) values."""
-    return (x.std() / math.sqrt(len(x))).item()
-
-
-def print_result(rows, judge):
-    """Print the table of rows {name: deployed(...)}: 'target', hand solvers, best first, 'policy'.
-    judge: (encoder, its checkpoint). Returns a dict of plain values."""
-    table, policy, (_, best, *_) = {}, rows["policy"], rows
-    n, times, leans = len(policy["reward"]), policy["times"], policy["leans"]
-    print(f"\nheld-out noise, n = {n}, {len(leans)} evaluations (target: {len(TARGET.leans)}); "
-          "closed: the share of a row's distance to the target that the policy makes good\n"
-          f"{'':16s}    reward ± error  " + " ".join(f"{term:>11s}" for term in policy["raw"])
-          + "   Fréchet  closed")
-    for name, row in rows.items():
-        gain, terms = policy["reward"] - row["reward"], {k: v.mean() for k, v in row["raw"].items()}
-        left = (rows["target"]["reward"] - row["reward"]).mean().clamp(min=1e-9)
-        values = dict(reward=row["reward"].mean(), error=standard_error(row["reward"]), **terms,
-                      frechet=judged(row["images"], *judge)["frechet"], gain=gain.mean(),
-                      gain_error=standard_error(gain), closed=gain.mean() / left)
-        print("{:16s} {reward:8.4f} ± {error:6.4f}  ".format(name, **values)
-              + " ".join(f"{v:11.4f}" for v in terms.values()) + f" {values['frechet']:9.3f}"
-              + f" {values['closed']:7.0%}" * (name not in ("target", "policy")))
-        table[name] = {key: float(value) for key, value in values.items()}
-    print("gain over the best by hand, {}, same noises: {gain:.4f} ± {gain_error:.4f}".format(
-        best, **table[best]))
-    print("times", *times, "  leans", *(f"{lean:.2f}" for lean in leans))
-    return dict(rows=table, n=n, steps=len(leans), best_hand=best, times=times, leans=leans)
 
 
 def plot_alignment(rows, path):
     """The same noises through the hand solvers, worst first, the policy and the target."""
-    K = len(rows["policy"]["leans"])
-    titles = {"policy": f"{K} evaluations, learned by the policy gradient",
-              "target": f"{len(TARGET.leans)} evaluations: the teacher's own images, the target"}
-    order = [*list(rows)[-2:0:-1], "policy", "target"]
-    plot_strips([(titles.get(name, f"{K} evaluations, by hand: {name}"), rows[name]["images"])
-                 for name in order], 12, (9, 1.15 * len(order)), path)
+    K, (target, *hand, policy) = len(rows["policy"]["leans"]), rows
+    titles = [*(f"{K} evaluations, by hand: {name}" for name in hand[::-1]),
+              f"{K} evaluations, learned by the policy gradient",
+              f"{len(TARGET.leans)} evaluations: the teacher's own images, the target"]
+    images = [rows[name]["images"] for name in (*hand[::-1], policy, target)]
+    plot_strips([*zip(titles, images)], 12, (9, 1.15 * len(titles)), path)
 
 
 def plot_grid(result, folder, path):
     """Reward over training; learned times and leans beside those of the hand solvers."""
-    log, K, own = read_log(folder), result["steps"], dpm_leans(result["times"])
+    log, K, own = read_log(folder / "log.jsonl"), result["steps"], dpm_leans(result["times"])
     updates, jumps, ends = [row["update"] for row in log], range(1, K + 1), range(K + 1)
     plot_panels([
         ("update", "reward", [("exploring", updates, [row["reward"] for row in log], "-"),
@@ -453,7 +388,6 @@ def plot_grid(result, folder, path):
 def parse_args(argv=None):
     """Command line of rl_distill.py."""
     p = parser_for(__doc__, "python rl_distill.py --steps 6 --reward feature:2+mse --seed 1")
-    count, rate = number(int, 1), number(float, 1e-9, 1)
     a = p.add_argument_group("inputs").add_argument
     a("--teacher", default="checkpoints/teacher.pt", help="checkpoint of teacher.py")
     a("--student", default="checkpoints/student.pt", help="cloned student of this teacher")
@@ -462,17 +396,16 @@ def parse_args(argv=None):
     a("--init", choices=["teacher", "student"], default="teacher",
       help="who jumps: a copy of the teacher, or the cloned student")
     a("--relay", action="store_true", help="the student takes the first jump of a teacher's copy")
-    a("--channel", choices=["jump", "pixels", "both"], default="jump",
-      help="action that explores and learns: u, x_next, or both in turns")
+    a("--channel", choices=["jump", "pixels"], default="jump",
+      help="action that explores and learns: u, or x_next by the network's weights")
     a("--steps", type=number(int, 1, 64), default=4, help="K, evaluations per image, 1..16")
     a("--reward", default="feature+perceptual", help=f"sum of {', '.join(TERMS)}; term:weight")
     a = p.add_argument_group("how").add_argument
-    a("--updates", type=count, default=20, help="policy updates, 10..500")
+    a("--updates", type=number(int, 1), default=20, help="policy updates, 10..500")
     a("--noises", type=number(int, 4), default=128, help="training noises, each with one target")
     a("--group", type=number(int, 2), default=8, help="G, rollouts of each noise, even, 4..16")
-    a("--epochs", type=count, default=4, help="PPO's passes over a batch, 1..8; 1 is REINFORCE")
-    a("--lr-jump", type=rate, default=0.05, help="first rate of u, falls to 0; 0.01..0.1")
-    a("--lr-pixels", type=rate, default=1e-5, help="the same of the U-Net, 1e-6..1e-4")
+    a("--epochs", type=number(int, 1), default=4, help="PPO's passes, 1..8; 1: REINFORCE")
+    a("--lr", type=number(float, 1e-9, 1), help=f"Adam's first rate, falls to 0 (default: {LR})")
     a("--eta", type=number(float, 0, 1), default=0.0, help="exploration of the pixels before the "
       "last jump, Eq. 16 DDIM; 0: only the last jump explores, 0..0.3")
     a("--kl", type=number(float, 0, 1e6), default=0.0, help="weight of the KL to the start, 0..1")
@@ -483,10 +416,10 @@ def parse_args(argv=None):
         args.updates, args.noises, args.group, args.held_out = 2, 4, 2, 8
     if args.group % 2:
         p.error("--group must be even: exploration comes in antithetic pairs")
-    if args.steps == 1 and args.channel != "pixels":
+    if args.steps == 1 and args.channel == "jump":
         p.error("--steps 1 leaves no jump to learn; use --channel pixels or more steps")
     if args.channel == "jump" and (args.eta > 0 or args.kl > 0):
-        p.error("--eta and --kl belong to the pixels: add --channel pixels or both")
+        p.error("--eta and --kl belong to the pixels: add --channel pixels")
     if args.relay and (args.init == "student" or args.steps == 1):
         p.error("--relay needs --init teacher and at least two steps")
     return args
@@ -514,16 +447,14 @@ def main(argv=None):
     teacher, nets, reward, judge = load_inputs(args, device)
     out = claim_run(args, "rl_distill")
     print("config:", vars(args))
-    print(f"device {device_name(device)}, fp32 | {parameter_count(nets[-1]) / 1e6:.2f} M parameters"
-          f" | {args.updates} updates of {min(NOISES_PER_UPDATE, args.noises)} noises, "
-          f"{args.steps} evaluations per image")
+    print(f"device {device_name(device)}, fp32 | {parameter_count(nets[-1]) / 1e6:.2f} M "
+          f"parameters | {args.steps} evaluations per image, {args.updates} updates")
     train_set = noise_and_targets(teacher, 0, args.noises, device)
     held_set = noise_and_targets(teacher, HELD_OUT, args.held_out, device)
     monitor_set = noise_and_targets(teacher, HELD_OUT + 10 ** 6, MONITOR, device)
     hand = best_by_hand(nets, hand_kinds(nets[-1], args.eta), *(x[:HAND_NOISES] for x in train_set),
                         reward, alpha_bar)
-    score, raw = reward(held_set[1], held_set[1])
-    rows = dict(target=dict(images=held_set[1], reward=score, raw=raw), **{
+    rows = dict(target=dict(images=held_set[1], reward=reward(held_set[1], held_set[1])[0]), **{
         name: deployed(nets, p, *held_set, reward, alpha_bar) for name, p in hand.items()})
     name, policy = next(iter(hand.items()))
     print(f"the policy starts at the best hand solver on training noise, {name}")
@@ -533,8 +464,11 @@ def main(argv=None):
 
     nets, policy, _ = load_policy(out / "policy.pt", device)       # what is measured is the file
     rows["policy"] = deployed(nets, policy, *held_set, reward, alpha_bar)
-    result = print_result(rows, judge)
-    result.update(settings=settings(args), minutes=(time.time() - began) / 60)
+    print(f"\n{args.held_out} held-out noises, {args.steps} evaluations (target: "
+          f"{len(TARGET.leans)}); gain, closed: what the policy adds to a row, of the way to 0")
+    result = dict(rows=print_comparison(rows, judge), n=args.held_out, steps=args.steps,
+                  times=rows["policy"]["times"], leans=rows["policy"]["leans"],
+                  settings=settings(args), minutes=(time.time() - began) / 60)
     write_whole(out / "result.json", json.dumps(result, indent=1).encode())
     plot_alignment(rows, out / "alignment.png")
     plot_grid(result, out, out / "grid.png")

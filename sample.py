@@ -22,8 +22,8 @@ from ddpm import (GRIDS, SOLVERS, T, hand_solver, linear_alpha_bar, parameter_co
                   seeded_noise)
 from teacher import TARGET, load_teacher
 from student import HELD_OUT, load_student, noise_and_targets
-from reward import Reward, judged, load_encoder
-from rl_distill import hand_kinds, load_policy, rollout, standard_error
+from reward import Reward, judged, load_encoder, standard_error
+from rl_distill import hand_kinds, load_policy, rollout
 from harness.checkpoints import load_checkpoint, save_npz
 from harness.figures import plot_panels, save_picture
 from harness.images import to_uint8

@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # From the repository:
 from ddpm import (GRIDS, SOLVERS, Solver, T, dpm_leans, estimate,              # noqa: E402
                   hand_solver, make_grid, power_grid, spread)
-from rl_distill import (NOISES_PER_UPDATE, JumpPolicy, acting, channel_of,     # noqa: E402
-                        deployed, group_size, next_time, take_jump)
+from rl_distill import (NOISES_PER_UPDATE, JumpPolicy, acting, deployed,       # noqa: E402
+                        next_time, take_jump)
 
 SEARCH_NOISES, SEARCH_STD = 64, (0.07, 0.01)    # noises of each try; std, first and last try
 POPULATION, ELITES = 16, 4                      # of a generation, De Boer et al. 2005
@@ -42,17 +42,12 @@ def evaluations(args):
     """Network evaluations that rl_distill.py learns from: rollouts, and for pixels also the passes
     of the U-Net's own update. Not counted, here and for all competitors: the choice of the hand
     solver and what is merely printed."""
-    M, K, total = min(NOISES_PER_UPDATE, args.noises), args.steps, 0
-    for update in range(args.updates):
-        channel = channel_of(update, args)
-        G = group_size(channel, args)
-        if channel == "jump":
-            total += M * G * K
-            continue
-        states = M * (1 + G * (K - 1)) if args.eta > 0 else M      # where landings explore
-        total += states if args.eta > 0 else M * K
-        total += args.epochs * states * (1 + BACKWARD + (args.kl > 0))
-    return total
+    M, G, K = min(NOISES_PER_UPDATE, args.noises), args.group, args.steps
+    if args.channel == "jump":
+        return args.updates * M * G * K
+    states = M * (1 + G * (K - 1)) if args.eta > 0 else M          # where landings explore
+    played = states if args.eta > 0 else M * K
+    return args.updates * (played + args.epochs * states * (1 + BACKWARD + (args.kl > 0)))
 
 
 # ==== COMPETITORS =============================================================================
@@ -255,7 +250,5 @@ def arms():
         Arm("ablation", "REINFORCE (1 epoch)", "teacher", 4, ("--epochs", "1")),
         Arm("pixels", "pixels, as published", "teacher", 4, (*pixels, "--eta", "0.3")),
         Arm("pixels", "last landing", "teacher", 4, pixels),
-        Arm("pixels", "jump and landing in turns", "teacher", 4,
-            ("--channel", "both", "--updates", "40")),
         Arm("pixels", "last landing", "student", 1, pixels),
         Arm("pixels", "last landing", "student", 4, pixels)]

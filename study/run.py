@@ -29,9 +29,9 @@ from ddpm import linear_alpha_bar
 from harness.checkpoints import load_checkpoint, provenance, save_checkpoint, write_whole
 from harness.runs import (ROOT, checksum, chunk_size, claim_run, device_name, log_line, number,
                           pick_device, read_log, run_main)
-from reward import judged
+from reward import judged, standard_error
 from rl_distill import (HAND_NOISES, MONITOR, JumpPolicy, best_by_hand, deployed, hand_kinds,
-                        load_inputs, load_policy, save_policy, standard_error, train)
+                        load_inputs, load_policy, save_policy, train)
 from student import HELD_OUT, noise_and_targets
 
 RESULTS, README = ROOT / "study" / "results.jsonl", ROOT / "study" / "README.md"

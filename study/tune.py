@@ -19,11 +19,12 @@ import run
 # From the repository:
 import rl_distill
 from harness.runs import ROOT, log_line, run_main
+from reward import standard_error
 from student import HELD_OUT, noise_and_targets
 
 STEPS, TUNE, NOISES = 4, HELD_OUT + 2 * 10 ** 6, 128
 TRIES = {                                       # {method: (constants of arms.py or rl_distill.py)}
-    "jump": [dict(STD=std, lr_jump=lr) for std, lr in (
+    "jump": [dict(STD=std, lr=lr) for std, lr in (
         ((0.07, 0.01), 0.05), ((0.07, 0.01), 0.025), ((0.14, 0.02), 0.05), ((0.14, 0.01), 0.1))],
     "own": [dict(OWN_LR=lr) for lr in (0.01, 0.03, 0.1, 0.2)],
     "search": [dict(SEARCH_STD=std) for std in (
@@ -34,10 +35,10 @@ TRIES = {                                       # {method: (constants of arms.py
 def attempt(method, settings, world):
     """Learn with these settings: (policy, network evaluations)."""
     args = rl_distill.parse_args(["--steps", str(STEPS), *world.smoke])
-    args.lr_jump = settings.get("lr_jump", args.lr_jump)
+    args.lr = settings.get("lr", args.lr)
     nets, (train_set, _, monitor_set) = [world.teacher] * STEPS, world.sets
     policy = world.start(nets, args)[1]
-    constants = {k: v for k, v in settings.items() if k != "lr_jump"}
+    constants = {k: v for k, v in settings.items() if k != "lr"}
     with mock.patch.multiple(rl_distill if method == "jump" else arms, **constants):
         if method != "jump":
             return arms.COMPETITORS[method](nets, policy, train_set, world.reward,
@@ -59,7 +60,7 @@ def main(argv=None):
             result = rl_distill.deployed([world.teacher] * STEPS, policy, *tune_set, world.reward,
                                          world.alpha_bar)
             row = dict(method=method, settings=settings, reward=result["reward"].mean().item(),
-                       error=rl_distill.standard_error(result["reward"]), times=result["times"],
+                       error=standard_error(result["reward"]), times=result["times"],
                        leans=result["leans"], train_nfe=spent, minutes=(time.time() - began) / 60,
                        commit=run.commit())
             log_line(ROOT / "study" / "tuning.jsonl", **row)
