@@ -203,7 +203,7 @@ def sample(net, x_T, solver, alpha_bar, eta=0.0, seeds=None, keep=None):
     """Run the reverse process. Algorithm 2, Ho et al. (eta = 1), DDIM or DPM-Solver++ (eta = 0).
 
     net(x, t, t_next) -> v; x_T: (B, ...) standard normal; seeds: one per image, where eta > 0.
-    Returns x_0 (B, ...); with keep, numbers of jumps, the list of the states after these (0: x_T).
+    Returns x_0 (B, ...); with keep, the list of the states after keep's numbers of jumps (0: x_T).
     Nothing adds noise on the jump into t = 0: its sigma is 0. ValueError for an impossible grid.
     """
     grid, leans = solver
@@ -239,7 +239,7 @@ def time_embedding(t, dim):
 
 
 def group_norm(channels):
-    """GroupNorm with 32 groups where there are enough channels, and at least 4 channels a group."""
+    """GroupNorm of as many groups as divide both 32 and channels / 4: at least 4 channels each."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-6)
 
 
@@ -296,7 +296,8 @@ class UNet(nn.Module):
 
     DEVIATES: in Ho et al. it predicts eps. That network spends its first epochs learning to copy
     x_t at high noise, and what is left of its error is magnified by 1 / sqrt(ab), up to 157 times,
-    in x0_hat. Predicting v, an untrained network is right at t = T. The loss is theirs, on eps.
+    in x0_hat. Predicting v, an untrained network's eps_hat is right at t = T. The loss is theirs:
+    of eps, ab |v - v_hat|^2.
     width: channels at full resolution; mults: channel multiple per level, each level halves the
     image; blocks: residual blocks per level; attention: resolutions that get self-attention.
     `config` rebuilds the network, and is what a checkpoint stores. ValueError for absurd sizes.

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # From earlier files:
-from ddpm import linear_alpha_bar, seeded_noise
-from teacher import load_teacher, targets
+from teacher import load_teacher, noise_and_targets
 from harness.checkpoints import frozen_network, load_checkpoint, rebuilding
 from harness.figures import new_figure
 from harness.images import to_unit
@@ -92,7 +91,7 @@ def load_encoder(path, role, device="cpu"):
     with rebuilding(path, role):
         net = frozen_network(ENCODERS[role](**content["config"]), content["weights"], path, device)
         for name in ("scales",) if role == "coach" else ("mean", "covariance", "features"):
-            content[name]
+            content[name]                                           # KeyError: there is none
     return net.to(memory_format=torch.channels_last), content
 
 
@@ -147,7 +146,7 @@ def histogram(images):
 
 
 def histogram_reward(seen, target):
-    """-KL(teacher || student) of the histograms. Counting has no gradient: the reason to use RL."""
+    """-KL(teacher || student) of the histograms. Counting has no gradient: RL alone can use it."""
     p, q = histogram(target.images), histogram(seen.images)
     return -(p * (p / q).log()).sum(2).mean(1)
 
@@ -240,7 +239,7 @@ def precision_recall(real, fake, k=NEIGHBOURS):
 
     real (N, C), fake (M, C), N, M > k. A fake is precise where it lies in *any* real's ball, whose
     radius is the distance to its k-th neighbour (not just in the nearest one's). Dict of floats;
-    recall and density depend on M, so compare at equal numbers only.
+    recall and coverage grow with M, so compare at equal numbers only.
     """
     real, fake = real.float(), fake.float()
     radius_real = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # k + 1: itself is first
@@ -262,16 +261,16 @@ def print_comparison(rows, judge):
     """Compare rows {name: dict of reward (B,), images (B, 3, H, W)} of the same noises, 'target'
     first, with the last of them, paired. judge: (encoder, its checkpoint). Returns a table of
     floats; closed: the share of a row's distance to the target that the last one makes good."""
-    table, names = {}, list(rows)
+    table, names, target = {}, list(rows), rows["target"]["reward"]
     print(f"{'':16s}    reward ± error   Fréchet     gain ± error   closed")
     for name in names:
         reward, gain = rows[name]["reward"], rows[names[-1]]["reward"] - rows[name]["reward"]
-        left = (rows["target"]["reward"] - reward).mean().clamp(min=1e-9)
-        values = dict(reward=reward.mean(), error=standard_error(reward), gain=gain.mean(),
-                      gain_error=standard_error(gain), closed=gain.mean() / left,
+        values = dict(reward=reward.mean(), error=standard_error(reward),
                       frechet=judged(rows[name]["images"], *judge)["frechet"])
         text = "{:16s} {reward:8.4f} ± {error:6.4f} {frechet:9.3f}"
         if name not in ("target", names[-1]):
+            values.update(gain=gain.mean(), gain_error=standard_error(gain),
+                          closed=gain.mean() / (target - reward).mean().clamp(min=1e-9))
             text += " {gain:8.4f} ± {gain_error:6.4f} {closed:7.0%}"
         print(text.format(name, **values))
         table[name] = {key: float(value) for key, value in values.items()}
@@ -363,10 +362,9 @@ def main(argv=None):
     device = pick_device(args.device)
     coach, content = load_encoder(f"{args.encoders}/coach.pt", "coach", device)
     teacher, _ = load_teacher(args.teacher, device)
-    out, side = claim_run(args, "reward"), teacher.config["image_size"]
+    out = claim_run(args, "reward")
     print("config:", vars(args))
-    z = seeded_noise(range(args.seed, args.seed + 32), (3, side, side), device=device)
-    images = targets(teacher, z, linear_alpha_bar(device))
+    _, images = noise_and_targets(teacher, args.seed, 32, device)
     table = show_rewards(images, coach, content["scales"], out / "rewards.png")
     log_line(out / "log.jsonl", **table)
     print(f"wrote {out}/rewards.png, log.jsonl")

@@ -3,10 +3,11 @@
 Few-step sampling as a Markov decision process (ReDiF, arXiv 2512.22802), written out by hand:
     state   (x_t, t, k, x0_last)    k: which jump, x0_last: the last evaluation's x0_hat
     action  (u, x_next)             u = (logit rho, lean): how far to jump, how far to lean
-    policy  Normal(u; mean_k, std^2) x N(x_next; mu_theta(x_t, t, u, x0_last), sigma^2 I)
+    policy  Normal(u; mean_k, std^2) x N(x_next; mu_theta(x_t, t, u, x0_last), sigma^2 I), of which
+            one explores and learns (--channel jump, pixels); the other is its mean
     reward  at the end only: likeness to the teacher's image of the same noise
 
-    python rl_distill.py                            # bundled weights, no data, no network
+    python rl_distill.py                            # bundled weights, no data, no internet
     python rl_distill.py --channel pixels --eta 0.3 # as ReDiF: weights learn, every jump explores
     python rl_distill.py --smoke                    # seconds, numbers mean nothing
 
@@ -26,8 +27,8 @@ from torch import nn
 # From earlier files:
 from ddpm import (GRIDS, SOLVERS, T, UNet, dpm_leans, estimate, hand_solver, jump, linear_alpha_bar,
                   make_grid, parameter_count, spread)
-from teacher import TARGET, load_teacher
-from student import HELD_OUT, JumpUNet, load_student, noise_and_targets
+from teacher import HELD_OUT, TARGET, load_teacher, noise_and_targets
+from student import JumpUNet, load_student
 from reward import TERMS, Reward, load_encoder, print_comparison
 from harness.checkpoints import (frozen_network, half_weights, load_checkpoint, load_state,
                                  provenance, rebuilding, save_checkpoint, save_state, write_whole)
@@ -35,7 +36,7 @@ from harness.figures import plot_panels, plot_strips
 from harness.runs import (BadInput, chunk_size, claim_run, device_name, log_line, number,
                           parser_for, pick_device, read_log, run_flags, run_main, settings)
 
-STD = 0.07, 0.01            # of u, at the first and the last update; 0.05..0.2 and a seventh of it
+STD = 0.07, 0.01            # of u, falls from the one towards the other; 0.05..0.2, a seventh of it
 CLIP_JUMP, CLIP_PIXELS = 0.2, 1e-4      # PPO's clip range, 0.1..0.3; of a mean density 1e-5..1e-3
 SIGMA_FLOOR = 0.02          # noise on the jump to t = 0 (DDIM sigma 0); in training, not deployment
 LR = dict(jump=0.05, pixels=1e-5)       # Adam's first rate: of u 0.01..0.1, of the U-Net 1e-6..1e-4
@@ -106,25 +107,22 @@ def gaussian_kl(mean, mean_ref, sigma) -> torch.Tensor:
 # ==== ROLLOUT AND ADVANTAGES ==================================================================
 
 class Jump(NamedTuple):
-    """One jump of B rollouts: what was seen, what was done, how likely that was at the time.
-
-    Where a group parts only when it lands (channel 'pixels'), what stands before that has one row
-    a group: b is B, or B / G.
-    """
+    """One jump of B rollouts: what was seen, what was done, how likely that was at the time."""
     k: int                              # which jump, 0..K-1
-    x_t: torch.Tensor                   # (b, 3, H, W), state: where it started
-    t: torch.Tensor                     # (b,)
-    x0_last: torch.Tensor               # (b, 3, H, W), the last evaluation's estimate of the image
-    u: torch.Tensor                     # (b, 2), action: logit rho, lean
-    t_next: torch.Tensor                # (b,), next_time(t, logit rho)
-    logp: torch.Tensor                  # (b,), of u; None where jumps do not explore
+    x_t: torch.Tensor                   # (B, 3, H, W), state: where it started
+    t: torch.Tensor                     # (B,)
+    x0_last: torch.Tensor               # (B, 3, H, W), the last evaluation's estimate of the image
+    u: torch.Tensor                     # (B, 2), action: logit rho, lean
+    t_next: torch.Tensor                # (B,), next_time(t, logit rho)
+    logp: torch.Tensor                  # (B,), of u; None where jumps do not explore
     x_next: torch.Tensor                # (B, 3, H, W), action: where it landed
     sigma: torch.Tensor                 # (B,), of x_next
     logp_pixels: torch.Tensor           # (B,), of x_next; None where this landing does not explore
 
 
 def antithetic(shape, generator, device):
-    """Standard normal noise (B, ...), rows 2i and 2i + 1 opposite: the group mean is exact."""
+    """Standard normal noise (B, ...), rows 2i and 2i + 1 opposite: less variance, and no bias from
+    a group's mean that contains one's own reward: the partner's share there cancels it."""
     noise = torch.randn(shape, generator=generator)
     noise[1::2] = -noise[0::2]
     return noise.to(device)
@@ -143,34 +141,28 @@ def rollout(nets, policy, z, alpha_bar, channel=None, group=1, std=0.0, eta=0.0,
 
     channel: what explores, 'jump' (u, by std), 'pixels' (x_next, by DDIM's sigma(eta) and by at
     least SIGMA_FLOOR at the last jump, wherever the net that learns, the last one, jumps), or None:
-    nothing, the deployment. Rows are repeated where the first noise is added. Returns (images
-    (M * group, 3, H, W) in [-1, 1], list of K Jumps).
+    nothing, the deployment. Returns (images (M * group, 3, H, W) in [-1, 1], list of K Jumps).
     DEVIATES: with eta 0 pixels explore only where they land at t = 0; earlier jumps, which have
     the same weights, then have no gradient of their own.
     """
-    x = z.repeat_interleave(group, 0) if channel == "jump" else z
+    x = z.repeat_interleave(group, 0)
     t, x0_last, jumps = torch.full((len(x),), T, device=z.device), x, []
     for k, net in enumerate(nets):
         last, logp, logp_pixels = k == len(nets) - 1, None, None
         acts = acting(k, len(nets), z.device)
-        mean_u = policy(k, x) * acts
-        u = mean_u
+        u = mean_u = policy(k, x) * acts
         if channel == "jump":                                       # action 1: how far
             u = mean_u + std * acts * antithetic(u.shape, generator, z.device)
             logp = jump_logp(mean_u, u, std, acts)
         t_next = next_time(t, u[:, 0], len(nets) - k)
         explores = channel == "pixels" and net is nets[-1] and (eta > 0 or last)
         x_next, sigma, x0_hat = take_jump(net, x, t, t_next, u, x0_last, alpha_bar,
-                                        eta if explores else 0.0)
-        seen_and_done = k, x, t, x0_last, u, t_next, logp
+                                          eta if explores else 0.0)
         if explores:                                                # action 2: where
-            copies = group * len(z) // len(x)                       # 1 once the group has parted
-            mean, sigma, t_next, x0_hat = (
-                s.repeat_interleave(copies, 0) for s in (x_next, sigma, t_next, x0_hat))
-            sigma = sigma.clamp(min=SIGMA_FLOOR) if last else sigma
-            x_next = mean + spread(sigma, mean) * antithetic(mean.shape, generator, z.device)
+            mean, sigma = x_next, sigma.clamp(min=SIGMA_FLOOR) if last else sigma
+            x_next = mean + spread(sigma, x) * antithetic(x.shape, generator, z.device)
             logp_pixels = pixel_logp(mean, x_next, sigma)
-        jumps.append(Jump(*seen_and_done, x_next, sigma, logp_pixels))
+        jumps.append(Jump(k, x, t, x0_last, u, t_next, logp, x_next, sigma, logp_pixels))
         x, t, x0_last = x_next, t_next, x0_hat
     return x.clamp(-1, 1), jumps
 
@@ -219,15 +211,14 @@ def pixel_losses(nets, nets_ref, jumps, adv, eta, kl_weight, alpha_bar):
     mean_sigma = torch.stack([j.sigma.mean() for j in jumps]).mean()
     for j in jumps:
         state = j.x_t, j.t, j.t_next, j.u, j.x0_last, alpha_bar, eta
-        copies = len(adv) // len(j.x_t)                             # draws from each state
-        mean = take_jump(nets[j.k], *state)[0].repeat_interleave(copies, 0)
+        mean = take_jump(nets[j.k], *state)[0]
         logp = pixel_logp(mean, j.x_next, j.sigma)
         loss, ratio = clipped_surrogate(logp, j.logp_pixels, adv, CLIP_PIXELS)
         loss, kl = loss * j.sigma / mean_sigma, torch.zeros_like(ratio)
         if kl_weight > 0:
             with torch.no_grad():
-                mean_ref = take_jump(nets_ref[j.k], *state)[0].repeat_interleave(copies, 0)
-            kl = gaussian_kl(mean, mean_ref, j.sigma)               # same state, with gradient
+                mean_ref = take_jump(nets_ref[j.k], *state)[0]      # same state
+            kl = gaussian_kl(mean, mean_ref, j.sigma)               # with gradient
             loss = loss + kl_weight * kl
         yield loss, ratio, kl.detach()
 
@@ -243,11 +234,11 @@ def policy_update(losses, actions, optimizer, clip_range, epochs):
         for loss, ratio, kl in losses():
             (loss.sum() / actions).backward()
             seen.append((ratio, kl))
+        ratio, kl = (torch.cat(column) for column in zip(*seen))
+        if epoch == 0:                          # nothing has moved yet: the one farthest from 1
+            result["ratio_t0"] = ratio[(ratio - 1).abs().argmax()].item()
         grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        ratio, kl = (torch.cat(column) for column in zip(*seen))
-        if epoch == 0:                          # before any optimizer step: farthest from 1
-            result["ratio_t0"] = ratio[(ratio - 1).abs().argmax()].item()
         result["clip"] += ((ratio - 1).abs() > clip_range).float().mean().item() / epochs
         result["kl"] += kl.mean().item() / epochs
         result["grad_norm"] += grad_norm.item() / epochs

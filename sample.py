@@ -20,8 +20,8 @@ from tqdm import tqdm
 # From earlier files:
 from ddpm import (GRIDS, SOLVERS, T, hand_solver, linear_alpha_bar, parameter_count, sample,
                   seeded_noise)
-from teacher import TARGET, load_teacher
-from student import HELD_OUT, load_student, noise_and_targets
+from teacher import HELD_OUT, TARGET, load_teacher, noise_and_targets
+from student import load_student
 from reward import Reward, judged, load_encoder, standard_error
 from rl_distill import hand_kinds, load_policy, rollout
 from harness.checkpoints import load_checkpoint, save_npz

@@ -3,7 +3,8 @@
 Adds to teacher.py a network that sees *both* times of a jump, net(x_t, t, t_next), so that one
 evaluation may cover any distance, and data-free cloning: the teacher's paths from new noise are the
 only training data. DEVIATES: ReDiF's student starts as a copy of the teacher (--init teacher);
-cloning a smaller network from random weights is this project's choice.
+cloning a smaller network from random weights is this project's choice. The main job of
+rl_distill.py does without a student: it leaves the teacher's network as it is.
 
     python student.py                          # clones the bundled teacher from random weights
     python student.py --init teacher           # the paper's own start: a copy of the teacher
@@ -23,7 +24,8 @@ from tqdm import tqdm
 # From earlier files:
 from ddpm import (T, UNet, hand_solver, linear_alpha_bar, parameter_count, sample, seeded_noise,
                   spread, time_embedding, zeroed)
-from teacher import (GRAD_CLIP, LOG_EVERY, TARGET, ema_update, learning_rate, load_teacher, targets)
+from teacher import (GRAD_CLIP, HELD_OUT, LOG_EVERY, TARGET, ema_update, learning_rate,
+                     load_teacher, noise_and_targets)
 from harness.checkpoints import load_network, load_state, provenance, save_network, save_state
 from harness.figures import plot_loss, save_picture
 from harness.runs import (autocast, chunk_size, claim_run, device_name, log_line, number,
@@ -34,8 +36,7 @@ START_SHARE = 1 / 3         # share of jumps that start at t = T, where every de
 LAND_SHARE = 1 / 2          # share of jumps that land at t = 0, where every deployment ends
 SHORTEST_JUMP = 10          # shortest jump trained (rounding noise grows as 1 / sin(d))
 POOL, JUMPS_PER_PATH = 1024, 64         # teacher paths kept; jumps drawn from each
-CLONE_SEEDS = 10 ** 6       # seeds of cloning's noise count up from here,
-HELD_OUT = 10 ** 9          # and seeds from here on are never trained on, in any file
+CLONE_SEEDS = 10 ** 6       # seeds of cloning's noise count up from here
 SAVE_EVERY = 400            # updates
 
 # ==============================================================================================
@@ -64,7 +65,7 @@ def secant_velocity(x_t, x_next, t, t_next, alpha_bar) -> torch.Tensor:
 class JumpUNet(UNet):
     """U-Net that is told where it comes from and where to land: (x_t, t, t_next) -> v, a secant's.
 
-    Its x0_hat is where the straight jump would end, no estimate of the image: it is not clipped.
+    Its x0_hat is where this arc would end at t = 0, no estimate of the image: it is not clipped.
     """
     clip = False
 
@@ -101,7 +102,7 @@ def state_at(paths, rows, t, alpha_bar):
     """State of paths[rows] at any integer t, on the teacher's grid or not: (B,) -> (B, 3, H, W).
 
     Between two grid points DDIM moves on a circle (x0_hat and eps_hat stay), so the state there is
-    x = (sin(phi - phi_b) x_a + sin(phi_a - phi) x_b) / sin(phi_a - phi_b), t_a >= t > t_b.
+    x = (sin(phi - phi_b) x_a + sin(phi_a - phi) x_b) / sin(phi_a - phi_b), t_a >= t >= t_b.
     """
     grid = torch.tensor(TARGET.grid, device=t.device)
     k = ((grid[None, :] >= t[:, None]).sum(1) - 1).clamp(max=len(grid) - 2)    # t lies in jump k
@@ -206,14 +207,6 @@ def load_student(path, device="cpu"):
 
 
 # ==== EVALUATION on held-out noise ============================================================
-
-def noise_and_targets(teacher, first_seed, n, device):
-    """Start noise z of seeds first_seed .. first_seed + n - 1 and the target of each, (n, 3, H, W)
-    twice. Training, here and later, never sees HELD_OUT and above."""
-    side = teacher.config["image_size"]
-    z = seeded_noise(range(first_seed, first_seed + n), (3, side, side), device=device)
-    return z, targets(teacher, z, linear_alpha_bar(device))
-
 
 @torch.no_grad()
 def evaluate(net, teacher, n, alpha_bar, device):

@@ -31,6 +31,7 @@ EMA_DECAY = 0.9995          # per update; Ho et al. use 0.9999 for runs forty ti
 WARMUP = 200                # updates until the learning rate is full
 GRAD_CLIP = 1.0             # largest norm of the gradient, as in Ho et al.'s code
 TARGET = hand_solver("DDIM", "quadratic", 50)   # of the DDIM grids the one with the best images
+HELD_OUT = 10 ** 9          # seeds from here on are never trained on, in any file
 LOG_EVERY, SAVE_EVERY = 50, 500                 # updates
 
 # ==== PIECES: batches, times, averaged weights, learning rate =================================
@@ -70,6 +71,13 @@ def targets(teacher, z, alpha_bar):
     """The teacher's image of each noise z (B, 3, H, W): (B, 3, H, W) in [-1, 1]. Deterministic."""
     chunks = tqdm(z.split(chunk_size(z.device)), desc="targets", disable=len(z) < 64)
     return torch.cat([sample(teacher, x, TARGET, alpha_bar) for x in chunks])
+
+
+def noise_and_targets(teacher, first_seed, n, device):
+    """Start noise z of seeds first_seed .. first_seed + n - 1, (n, 3, H, W), and its targets."""
+    side = teacher.config["image_size"]
+    z = seeded_noise(range(first_seed, first_seed + n), (3, side, side), device=device)
+    return z, targets(teacher, z, linear_alpha_bar(device))
 
 
 # ==== ALGORITHM 1, Ho et al. 2020 =============================================================
@@ -121,9 +129,7 @@ def load_teacher(path, device="cpu"):
 
 def save_samples(path, net, device, n=64):
     """The teacher's images of seeds 0..n-1: always the same noise; training's RNG is left alone."""
-    size = net.config["image_size"]
-    x_T = seeded_noise(range(n), (3, size, size), device=device)
-    save_picture(path, sample(net.eval(), x_T, TARGET, linear_alpha_bar(device)))
+    save_picture(path, noise_and_targets(net.eval(), 0, n, device)[1])
 
 
 # ==== COMMAND LINE ============================================================================

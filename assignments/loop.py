@@ -20,7 +20,7 @@ from harness.figures import new_figure, tile                                   #
 from harness.runs import run_main                                              # noqa: E402
 from reward import Reward, load_encoder                                        # noqa: E402
 from rl_distill import load_policy, rollout                                    # noqa: E402
-from student import HELD_OUT, noise_and_targets                                # noqa: E402
+from teacher import HELD_OUT, noise_and_targets                                # noqa: E402
 from teacher import load_teacher                                               # noqa: E402
 
 

@@ -282,7 +282,7 @@ class Projector(unittest.TestCase):
             self.assertTrue(Path(folder, "loop.png").exists())
             nets, policy, teacher, reward, seed, _ = spy.call_args[0]
             times, leans, score = loop.draw(*spy.call_args[0][:5], folder + "/again.png")
-        row = rl_distill.deployed(nets, policy, *student.noise_and_targets(
+        row = rl_distill.deployed(nets, policy, *loop.noise_and_targets(
             teacher, seed, 1, torch.device("cpu")), reward, ddpm.linear_alpha_bar())
         self.assertEqual((times, leans), (row["times"][:-1], row["leans"]))
         self.assertAlmostEqual(score, row["reward"].item(), places=4)

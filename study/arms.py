@@ -45,9 +45,8 @@ def evaluations(args):
     M, G, K = min(NOISES_PER_UPDATE, args.noises), args.group, args.steps
     if args.channel == "jump":
         return args.updates * M * G * K
-    states = M * (1 + G * (K - 1)) if args.eta > 0 else M          # where landings explore
-    played = states if args.eta > 0 else M * K
-    return args.updates * (played + args.epochs * states * (1 + BACKWARD + (args.kl > 0)))
+    explored = K if args.eta > 0 else 1                             # jumps of each rollout
+    return args.updates * M * G * (K + args.epochs * explored * (1 + BACKWARD + (args.kl > 0)))
 
 
 # ==== COMPETITORS =============================================================================

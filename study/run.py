@@ -32,7 +32,7 @@ from harness.runs import (ROOT, checksum, chunk_size, claim_run, device_name, lo
 from reward import judged, standard_error
 from rl_distill import (HAND_NOISES, MONITOR, JumpPolicy, best_by_hand, deployed, hand_kinds,
                         load_inputs, load_policy, save_policy, train)
-from student import HELD_OUT, noise_and_targets
+from teacher import HELD_OUT, noise_and_targets
 
 RESULTS, README = ROOT / "study" / "results.jsonl", ROOT / "study" / "README.md"
 KEY = "group", "name", "init", "steps", "seed", "n", "weights"      # what makes a row the same row

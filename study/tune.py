@@ -20,7 +20,7 @@ import run
 import rl_distill
 from harness.runs import ROOT, log_line, run_main
 from reward import standard_error
-from student import HELD_OUT, noise_and_targets
+from teacher import HELD_OUT, noise_and_targets
 
 STEPS, TUNE, NOISES = 4, HELD_OUT + 2 * 10 ** 6, 128
 TRIES = {                                       # {method: (constants of arms.py or rl_distill.py)}
