@@ -202,7 +202,8 @@ def estimate(net, x_t, t, v, alpha_bar):
 def sample(net, x_T, solver, alpha_bar, eta=0.0, seeds=None, keep=None):
     """Run the reverse process. Algorithm 2, Ho et al. (eta = 1), DDIM or DPM-Solver++ (eta = 0).
 
-    net(x, t, t_next) -> v; x_T: (B, ...) standard normal; seeds: one per image, where eta > 0.
+    net(x, t, t_next) -> v, or a list, a net a jump; x_T: (B, ...) standard normal; seeds: one per
+    image, where eta > 0.
     Returns x_0 (B, ...); with keep, the list of the states after keep's numbers of jumps (0: x_T).
     Nothing adds noise on the jump into t = 0: its sigma is 0. ValueError for an impossible grid.
     """
@@ -211,7 +212,8 @@ def sample(net, x_T, solver, alpha_bar, eta=0.0, seeds=None, keep=None):
             or len(leans) != len(grid) - 1):
         raise ValueError(f"a grid must decrease from {T} to 0, with a lean a jump, not {solver}")
     x, x0_last, kept = x_T, x_T, {0: x_T}
-    for k, (now, then, lean) in enumerate(zip(grid, grid[1:], leans), start=1):
+    nets = net if isinstance(net, list) else [net] * len(leans)
+    for k, (net, now, then, lean) in enumerate(zip(nets, grid, grid[1:], leans), start=1):
         t = torch.full((len(x),), now, device=x.device)
         t_next = torch.full_like(t, then)
         x0_hat = estimate(net, x, t, net(x, t, t_next), alpha_bar)
@@ -410,7 +412,7 @@ def demo(out, seed, device):
     six = MixtureNet(0.7 * torch.stack([circle.cos(), circle.sin()], 1), 0.07, alpha_bar)
     exact = six.means.repeat(n // 6 + 1, 1)[:n] + six.std * noise
     exact_end, rows = gaussian_flow(x_T, gaussian.means, gaussian.std, alpha_bar), []
-    counts = 2, 3, 4, 6, 8, 20, 50, 1000
+    counts, seeds = (2, 3, 4, 6, 8, 20, 50, 1000), range(seed, seed + n)
 
     print("       one Gaussian: rms distance to the exact end, eta 0    std at eta 1\n  NFE  "
           + "  ".join(f"{kind:>5s} quadratic" for kind in SOLVERS) + f"  exact: {gaussian.std:.3f}")
@@ -418,7 +420,7 @@ def demo(out, seed, device):
         rms = [(sample(gaussian, x_T, hand_solver(kind, "quadratic", steps), alpha_bar)
                 - exact_end).square().mean().sqrt().item() for kind in SOLVERS]
         ddim = hand_solver("DDIM", "uniform", steps)
-        std = sample(gaussian, x_T, ddim, alpha_bar, 1.0, range(n)).std(0).mean().item()
+        std = sample(gaussian, x_T, ddim, alpha_bar, 1.0, seeds).std(0).mean().item()
         rows.append(rms)
         print(f"{steps:5d}  " + "  ".join(f"{value:15.5f}" for value in rms) + f"  {std:12.5f}")
         log_line(out / "log.jsonl", nfe=steps, rms=rms, std=std)
@@ -427,7 +429,7 @@ def demo(out, seed, device):
     panels = [(f"forward, t = {t}", q_sample(exact, torch.full((n,), t), more, alpha_bar))
               for t in (0, 50, 200, 500, 1000)]
     panels += [(f"reverse, {steps} steps, eta {eta:.0f}", sample(
-        six, x_T, hand_solver("DDIM", "uniform", steps), alpha_bar, eta, range(n)))
+        six, x_T, hand_solver("DDIM", "uniform", steps), alpha_bar, eta, seeds))
         for steps, eta in ((4, 0.0), (20, 0.0), (1000, 0.0), (20, 1.0))]
     for axis, (title, points) in zip(axes.flat, panels):
         axis.scatter(*points.T.cpu(), s=1, color="C0" if "forward" in title else "C1")

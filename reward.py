@@ -146,7 +146,7 @@ def histogram(images):
 
 
 def histogram_reward(seen, target):
-    """-KL(teacher || student) of the histograms. Counting has no gradient: RL alone can use it."""
+    """-KL(teacher || student) of the histograms. Counting has no gradient; RL needs none."""
     p, q = histogram(target.images), histogram(seen.images)
     return -(p * (p / q).log()).sum(2).mean(1)
 
@@ -225,13 +225,17 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 def judged(images, judge, judge_file):
     """The judge on (N, 3, H, W) images in [-1, 1]: {frechet, precision, recall, density, coverage}.
 
-    Frechet distance to all training images, the others to some of them. Compare at equal N, for
-    Frechet several times the number of features: fewer leave its covariance without full rank.
+    Frechet distance to all training images, the others to some of them. Compare at equal N, more
+    than there are features: with fewer a covariance has no full rank.
     """
     features = encode(judge, images)
-    return dict(frechet=frechet_distance(*moments(features), judge_file["mean"],
-                                         judge_file["covariance"]),
+    return dict(frechet=judged_frechet(features, judge_file),
                 **precision_recall(judge_file["features"].float(), features))
+
+
+def judged_frechet(features, judge_file):
+    """Frechet distance of the judge's features (N, C) of some images to all training images."""
+    return frechet_distance(*moments(features), judge_file["mean"], judge_file["covariance"])
 
 
 def precision_recall(real, fake, k=NEIGHBOURS):
@@ -239,7 +243,7 @@ def precision_recall(real, fake, k=NEIGHBOURS):
 
     real (N, C), fake (M, C), N, M > k. A fake is precise where it lies in *any* real's ball, whose
     radius is the distance to its k-th neighbour (not just in the nearest one's). Dict of floats;
-    recall and coverage grow with M, so compare at equal numbers only.
+    recall and coverage depend on M, so compare at equal numbers only.
     """
     real, fake = real.float(), fake.float()
     radius_real = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # k + 1: itself is first
@@ -261,18 +265,19 @@ def print_comparison(rows, judge):
     """Compare rows {name: dict of reward (B,), images (B, 3, H, W)} of the same noises, 'target'
     first, with the last of them, paired. judge: (encoder, its checkpoint). Returns a table of
     floats; closed: the share of a row's distance to the target that the last one makes good."""
-    table, names, target = {}, list(rows), rows["target"]["reward"]
-    print(f"{'':16s}    reward ± error   Fréchet     gain ± error   closed")
+    table, names, target, (encoder, file) = {}, list(rows), rows["target"]["reward"], judge
+    width = max(map(len, names))
+    print(f"{'':{width}s}    reward ± error   Fréchet     gain ± error   closed")
     for name in names:
         reward, gain = rows[name]["reward"], rows[names[-1]]["reward"] - rows[name]["reward"]
         values = dict(reward=reward.mean(), error=standard_error(reward),
-                      frechet=judged(rows[name]["images"], *judge)["frechet"])
-        text = "{:16s} {reward:8.4f} ± {error:6.4f} {frechet:9.3f}"
+                      frechet=judged_frechet(encode(encoder, rows[name]["images"]), file))
+        text = "{:{width}s} {reward:8.4f} ± {error:6.4f} {frechet:9.3f}"
         if name not in ("target", names[-1]):
             values.update(gain=gain.mean(), gain_error=standard_error(gain),
                           closed=gain.mean() / (target - reward).mean().clamp(min=1e-9))
             text += " {gain:8.4f} ± {gain_error:6.4f} {closed:7.0%}"
-        print(text.format(name, **values))
+        print(text.format(name, width=width, **values))
         table[name] = {key: float(value) for key, value in values.items()}
     return table
 

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 # From earlier files:
-from ddpm import (GRIDS, SOLVERS, T, UNet, dpm_leans, estimate, hand_solver, jump, linear_alpha_bar,
-                  make_grid, parameter_count, spread)
+from ddpm import (GRIDS, SOLVERS, Solver, T, UNet, dpm_leans, estimate, hand_solver, jump,
+                  linear_alpha_bar, make_grid, parameter_count, sample, spread)
 from teacher import HELD_OUT, TARGET, load_teacher, noise_and_targets
 from student import JumpUNet, load_student
 from reward import TERMS, Reward, load_encoder, print_comparison
@@ -57,8 +57,7 @@ class JumpPolicy(nn.Module):
 
     def __init__(self, solver):
         super().__init__()
-        self.config = dict(solver=[list(part) for part in solver])
-        grid, leans = torch.tensor(solver[0]).float(), torch.tensor(solver[1])
+        grid, leans = torch.tensor(solver.grid).float(), torch.tensor(solver.leans)
         logit_rho = torch.logit(grid[1:] / grid[:-1], eps=1e-3)
         self.register_buffer("hand", torch.stack([logit_rho, leans], 1), persistent=False)
         self.shift = nn.Parameter(torch.zeros_like(self.hand))                 # (K, 2)
@@ -67,6 +66,17 @@ class JumpPolicy(nn.Module):
         """Mean of u for jump k, 0..K-1, in state x_t (B, 3, H, W): (B, 2). All noises get the same:
         in the first version reading the state brought nothing (study/README.md)."""
         return (self.hand[k] + self.shift[k]).expand(len(x_t), 2)
+
+    @torch.no_grad()
+    def solver(self):
+        """What is deployed: the mean of every jump, without exploration, as a Solver."""
+        t, grid, leans, K = torch.tensor([T], device=self.hand.device), [T], [], len(self.hand)
+        for k in range(K):
+            u = self(k, t) * acting(k, K, t.device)
+            t = next_time(t, u[:, 0], K - k)
+            grid.append(t.item())
+            leans.append(u[0, 1].item())
+        return Solver(grid, leans)
 
 
 def acting(k, steps, device="cpu"):
@@ -141,7 +151,8 @@ def rollout(nets, policy, z, alpha_bar, channel=None, group=1, std=0.0, eta=0.0,
 
     channel: what explores, 'jump' (u, by std), 'pixels' (x_next, by DDIM's sigma(eta) and by at
     least SIGMA_FLOOR at the last jump, wherever the net that learns, the last one, jumps), or None:
-    nothing, the deployment. Returns (images (M * group, 3, H, W) in [-1, 1], list of K Jumps).
+    nothing, as sample(nets, z, policy.solver(), alpha_bar). Returns (images (M * group, 3, H, W) in
+    [-1, 1], list of K Jumps).
     DEVIATES: with eta 0 pixels explore only where they land at t = 0; earlier jumps, which have
     the same weights, then have no gradient of their own.
     """
@@ -225,9 +236,9 @@ def pixel_losses(nets, nets_ref, jumps, adv, eta, kl_weight, alpha_bar):
 
 def policy_update(losses, actions, optimizer, clip_range, epochs):
     """`epochs` passes over one batch of `actions` actions, an optimizer step each. losses: function
-    that yields (loss, ratio, KL) of all of them. Returns a dict of diagnostics."""
+    that yields (loss, ratio, KL) of all of them. Returns a dict of diagnostics: ratio_t0, the ratio
+    farthest from 1 in the first pass, when nothing has moved yet; the others of the last pass."""
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    result = dict(ratio_t0=1.0, clip=0.0, kl=0.0, grad_norm=0.0)
     for epoch in range(epochs):
         optimizer.zero_grad(set_to_none=True)
         seen = []
@@ -235,52 +246,46 @@ def policy_update(losses, actions, optimizer, clip_range, epochs):
             (loss.sum() / actions).backward()
             seen.append((ratio, kl))
         ratio, kl = (torch.cat(column) for column in zip(*seen))
-        if epoch == 0:                          # nothing has moved yet: the one farthest from 1
-            result["ratio_t0"] = ratio[(ratio - 1).abs().argmax()].item()
+        if epoch == 0:
+            ratio_t0 = ratio[(ratio - 1).abs().argmax()].item()
         grad_norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        result["clip"] += ((ratio - 1).abs() > clip_range).float().mean().item() / epochs
-        result["kl"] += kl.mean().item() / epochs
-        result["grad_norm"] += grad_norm.item() / epochs
-    return result
+    clip = ((ratio - 1).abs() > clip_range).float().mean().item()
+    return dict(ratio_t0=ratio_t0, clip=clip, kl=kl.mean().item(), grad_norm=grad_norm.item())
 
 
 @torch.no_grad()
-def deployed(nets, policy, z, target, reward, alpha_bar):
-    """The policy without exploration, scored: dict of images (B, 3, H, W), reward (B,), and the
-    K + 1 times and K leans, the same for every noise."""
+def deployed(nets, solver, z, target, reward, alpha_bar):
+    """Images (B, 3, H, W) of start noise z by a solver, and their reward (B,). A dict of both."""
     parts = []
     for x, y in zip(z.split(chunk_size(z.device)), target.split(chunk_size(z.device))):
-        images, jumps = rollout(nets, policy, x, alpha_bar)
+        images = sample(nets, x, solver, alpha_bar).clamp(-1, 1)
         parts.append((images, reward(images, y)[0]))
-    images, score = (torch.cat(column) for column in zip(*parts))
-    return dict(images=images, reward=score, times=[T, *(j.t_next[0].item() for j in jumps)],
-                leans=[j.u[0, 1].item() for j in jumps])
+    return dict(zip(("images", "reward"), map(torch.cat, zip(*parts))))
 
 
-def hand_kinds(net, eta=0.0):
-    """The hand solvers that mean something: a secant's x0_hat is no image to lean on, and with eta
-    the last x0_hat is that of a path which noise has left."""
-    return SOLVERS[:1] if isinstance(net, JumpUNet) or eta > 0 else SOLVERS
+def hand_kinds(net):
+    """The hand solvers that mean something: a secant's x0_hat is no image to lean on."""
+    return SOLVERS[:1] if isinstance(net, JumpUNet) else SOLVERS
 
 
-def best_by_hand(nets, kinds, z, target, reward, alpha_bar):
-    """{'kind grid': JumpPolicy}: of each kind the hand grid with the largest mean reward on these
+def best_by_hand(nets, z, target, reward, alpha_bar):
+    """{'kind grid': Solver}: of each kind the hand grid with the largest mean reward on these
     noises; the best kind comes first."""
-    score, policies = {}, {}
-    for kind, grid in itertools.product(kinds, GRIDS):
-        policy = JumpPolicy(hand_solver(kind, grid, len(nets))).to(z.device)
-        mean = deployed(nets, policy, z, target, reward, alpha_bar)["reward"].mean().item()
+    score, solvers = {}, {}
+    for kind, grid in itertools.product(hand_kinds(nets[-1]), GRIDS):
+        solver = hand_solver(kind, grid, len(nets))
+        mean = deployed(nets, solver, z, target, reward, alpha_bar)["reward"].mean().item()
         if mean > score.get(kind, -math.inf):
-            score[kind], policies[kind] = mean, (f"{kind} {grid}", policy)
-    return dict(policies[kind] for kind in sorted(score, key=score.get, reverse=True))
+            score[kind], solvers[kind] = mean, (f"{kind} {grid}", solver)
+    return dict(solvers[kind] for kind in sorted(score, key=score.get, reverse=True))
 
 
 def train(nets, policy, train_set, monitor_set, reward, args, out, device):
     """SAMPLING, ADVANTAGES, TRAINING, one printed line per update. What learns is the policy, or
     with channel 'pixels' the last jump's network. Returns seconds."""
     alpha_bar, (z_all, target_all) = linear_alpha_bar(device), train_set
-    nets_ref = copy.deepcopy(nets)
+    nets_ref = copy.deepcopy(nets) if args.kl else nets
     learns = (policy if args.channel == "jump" else nets[-1]).requires_grad_(True)
     optimizer = torch.optim.Adam(learns.parameters())
     generator = torch.Generator().manual_seed(args.seed)
@@ -309,48 +314,48 @@ def train(nets, policy, train_set, monitor_set, reward, args, out, device):
                 lambda: pixel_losses(nets, nets_ref, jumps, adv, args.eta, args.kl, alpha_bar),
                 len(adv) * len(jumps), optimizer, CLIP_PIXELS, args.epochs)
 
-        held = deployed(nets, policy, *monitor_set, reward, alpha_bar)
+        solver = policy.solver()
+        held = deployed(nets, solver, *monitor_set, reward, alpha_bar)
         row = dict(update=update + 1, reward=score.mean().item(), std=score.std().item(),
                    held_out=held["reward"].mean().item(), **diagnostics,
                    in_group=score.reshape(-1, args.group).std(1).mean().item(),
-                   terms={k: v.mean().item() for k, v in raw.items()}, grid=held["times"],
-                   leans=held["leans"], seconds=seconds_before + time.time() - start)
+                   terms={k: v.mean().item() for k, v in raw.items()}, grid=solver.grid,
+                   leans=solver.leans, seconds=seconds_before + time.time() - start)
         log_line(out / "log.jsonl", **row)
         print("{update:6d} {reward:7.4f} ±{std:6.4f} {held_out:8.4f} {ratio_t0:.6f}  {clip:.2f} "
-              "{kl:.1e} {in_group:.4f}  {grad_norm:.1e} ".format(**row), *row["grid"], "|",
-              *(f"{lean:.2f}" for lean in row["leans"]), flush=True)
+              "{kl:.1e} {in_group:.4f}  {grad_norm:.1e} ".format(**row), *solver.grid, "|",
+              *(f"{lean:.2f}" for lean in solver.leans), flush=True)
         save_state(out / "state.pt", parts, update + 1, row["seconds"])
     return seconds_before + time.time() - start
 
 
 # ==== RESULT: the checkpoint, two pictures ====================================================
 
-def save_policy(path, nets, policy, origin, half=True):
-    """The distinct networks, which of them makes which jump, and the policy. half=False keeps fp32:
-    small updates of pixels are lost in the rounding."""
+def save_policy(path, nets, solver, origin, half=True):
+    """What is deployed: the distinct networks, which of them makes which jump, and the solver.
+    half=False keeps fp32: small updates of pixels are lost in the rounding."""
     distinct = list(dict.fromkeys(nets))
     save_checkpoint(path, "policy", order=[distinct.index(net) for net in nets], nets=[
         dict(kind=type(net).__name__, config=net.config,
              weights=half_weights(net) if half else net.state_dict()) for net in distinct],
-        policy_config=policy.config, policy_weights=policy.state_dict(), provenance=origin)
+        solver=[*map(list, solver)], provenance=origin)
 
 
 def load_policy(path, device="cpu"):
-    """Rebuild what was saved, frozen, in eval mode. Returns (nets, one a jump, policy, content)."""
+    """Rebuild what was saved, frozen, in eval mode. Returns (nets, one a jump, Solver, content)."""
     content = load_checkpoint(path, "policy")
     with rebuilding(path, "policy"):
         kinds = dict(UNet=UNet, JumpUNet=JumpUNet)
         distinct = [frozen_network(kinds[saved["kind"]](**saved["config"]), saved["weights"], path,
                                    device) for saved in content["nets"]]
-        policy = frozen_network(JumpPolicy(**content["policy_config"]), content["policy_weights"],
-                                path, device)
-        nets = [distinct[content["order"][k]] for k in range(len(policy.hand))]
-    return nets, policy, content
+        solver = Solver(*content["solver"])
+        nets = [distinct[content["order"][k]] for k in range(len(solver.leans))]
+    return nets, solver, content
 
 
-def plot_alignment(rows, path):
+def plot_alignment(rows, K, path):
     """The same noises through the hand solvers, worst first, the policy and the target."""
-    K, (target, *hand, policy) = len(rows["policy"]["leans"]), rows
+    target, *hand, policy = rows
     titles = [*(f"{K} evaluations, by hand: {name}" for name in hand[::-1]),
               f"{K} evaluations, learned by the policy gradient",
               f"{len(TARGET.leans)} evaluations: the teacher's own images, the target"]
@@ -443,25 +448,28 @@ def main(argv=None):
     train_set = noise_and_targets(teacher, 0, args.noises, device)
     held_set = noise_and_targets(teacher, HELD_OUT, args.held_out, device)
     monitor_set = noise_and_targets(teacher, HELD_OUT + 10 ** 6, MONITOR, device)
-    hand = best_by_hand(nets, hand_kinds(nets[-1], args.eta), *(x[:HAND_NOISES] for x in train_set),
-                        reward, alpha_bar)
-    rows = dict(target=dict(images=held_set[1], reward=reward(held_set[1], held_set[1])[0]), **{
-        name: deployed(nets, p, *held_set, reward, alpha_bar) for name, p in hand.items()})
-    name, policy = next(iter(hand.items()))
-    print(f"the policy starts at the best hand solver on training noise, {name}")
+    rows = dict(target=dict(images=held_set[1], reward=torch.zeros(args.held_out, device=device)))
+    some, copies = [x[:HAND_NOISES] for x in train_set], [teacher] * args.steps
+    for who, those in [("teacher, ", copies)] * (args.init == "student") + [("", nets)]:
+        hand = best_by_hand(those, *some, reward, alpha_bar)
+        rows.update({who + name: deployed(those, solver, *held_set, reward, alpha_bar)
+                     for name, solver in hand.items()})
+    start = next(name for name in hand if args.eta == 0 or "DDIM" in name)   # leans magnify noise
+    policy = JumpPolicy(hand[start]).to(device)
+    print(f"the policy starts at the best hand solver on training noise, {start}")
     seconds = train(nets, policy, train_set, monitor_set, reward, args, out, device)
-    save_policy(out / "policy.pt", nets, policy, provenance(
-        "rl_distill.py", args, seconds, device, start=name), half=args.channel == "jump")
+    save_policy(out / "policy.pt", nets, policy.solver(), provenance(
+        "rl_distill.py", args, seconds, device, start=start), half=args.channel == "jump")
 
-    nets, policy, _ = load_policy(out / "policy.pt", device)       # what is measured is the file
-    rows["policy"] = deployed(nets, policy, *held_set, reward, alpha_bar)
+    nets, solver, _ = load_policy(out / "policy.pt", device)       # what is measured is the file
+    rows["policy"] = deployed(nets, solver, *held_set, reward, alpha_bar)
     print(f"\n{args.held_out} held-out noises, {args.steps} evaluations (target: "
           f"{len(TARGET.leans)}); gain, closed: what the policy adds to a row, of the way to 0")
     result = dict(rows=print_comparison(rows, judge), n=args.held_out, steps=args.steps,
-                  times=rows["policy"]["times"], leans=rows["policy"]["leans"],
+                  times=solver.grid, leans=solver.leans,
                   settings=settings(args), minutes=(time.time() - began) / 60)
     write_whole(out / "result.json", json.dumps(result, indent=1).encode())
-    plot_alignment(rows, out / "alignment.png")
+    plot_alignment(rows, args.steps, out / "alignment.png")
     plot_grid(result, out, out / "grid.png")
     print(f"learned in {seconds / 60:.1f} min, {result['minutes']:.1f} min in all\n"
           f"wrote {out}/policy.pt, state.pt, alignment.png, grid.png, result.json, log.jsonl")

@@ -23,7 +23,7 @@ from ddpm import (GRIDS, SOLVERS, T, hand_solver, linear_alpha_bar, parameter_co
 from teacher import HELD_OUT, TARGET, load_teacher, noise_and_targets
 from student import load_student
 from reward import Reward, judged, load_encoder, standard_error
-from rl_distill import hand_kinds, load_policy, rollout
+from rl_distill import hand_kinds, load_policy
 from harness.checkpoints import load_checkpoint, save_npz
 from harness.figures import plot_panels, save_picture
 from harness.images import to_uint8
@@ -34,8 +34,8 @@ from harness.runs import (BadInput, chunk_size, claim_run, device_name, log_line
 
 
 def load_model(path, device):
-    """Any checkpoint that makes images. Returns (nets, policy, content); policy is None and nets
-    one network for a teacher or a student."""
+    """Any checkpoint that makes images. Returns (net, solver, content): of a policy a list of nets,
+    one a jump, and its own Solver, of a teacher or a student one network, and None."""
     kind = load_checkpoint(path, ("teacher", "student", "policy"))["kind"]
     if kind == "policy":
         return load_policy(path, device)
@@ -43,41 +43,37 @@ def load_model(path, device):
     return net, None, content
 
 
-def draw(nets, policy, solver, z, alpha_bar, eta=0.0, seeds=None):
+def draw(net, solver, z, alpha_bar, eta=0.0, seeds=None):
     """Images of start noise z, in batches: (B, 3, H, W) in [-1, 1]."""
     images, size = [], chunk_size(z.device)
     for i in tqdm(range(0, len(z), size), desc="sampling", disable=len(z) <= 4 * size):
         x, some = z[i:i + size], seeds[i:i + size] if seeds else None
-        images.append(rollout(nets, policy, x, alpha_bar)[0] if policy else
-                      sample(nets, x, solver, alpha_bar, eta, some).clamp(-1, 1))
+        images.append(sample(net, x, solver, alpha_bar, eta, some).clamp(-1, 1))
     return torch.cat(images)
 
 
-def draw_path(nets, policy, solver, z, alpha_bar, eta, seeds, most=11):
+def draw_path(net, solver, z, alpha_bar, eta, seeds, most=11):
     """At most `most` states from z to the image: (B, states, 3, H, W), nothing else is kept."""
-    K = len(nets) if policy else len(solver.leans)
+    K = len(solver.leans)
     keep = torch.linspace(0, K, min(K + 1, most)).round().int().tolist()
-    if policy:
-        states = [z, *(j.x_next for j in rollout(nets, policy, z, alpha_bar)[1])]
-        return torch.stack([states[k] for k in keep], 1)
-    return torch.stack(sample(nets, z, solver, alpha_bar, eta, seeds, keep), 1)
+    return torch.stack(sample(net, z, solver, alpha_bar, eta, seeds, keep), 1)
 
 
 # ==== EVALUATION ==============================================================================
 
 def contenders(path, steps, device):
-    """What --evaluate compares of one checkpoint: yields (name, K, nets, policy, solver)."""
-    nets, policy, content = load_model(path, device)
+    """What --evaluate compares of one checkpoint: yields (name, net, solver)."""
+    net, learned, content = load_model(path, device)
     name = f"{Path(path).parent.name}/{Path(path).stem}"
-    if policy:
-        yield f"{name}, learned", len(nets), nets, policy, None
+    if learned:
+        yield f"{name}, learned", net, learned
         return
     for K in steps:
-        for kind in hand_kinds(nets):
+        for kind in hand_kinds(net):
             for grid in GRIDS:
-                yield f"{name}, {kind} {grid}", K, nets, None, hand_solver(kind, grid, K)
+                yield f"{name}, {kind} {grid}", net, hand_solver(kind, grid, K)
     if content["kind"] == "teacher":
-        yield f"{name}, the target", len(TARGET.leans), nets, None, TARGET
+        yield f"{name}, its target", net, TARGET
 
 
 @torch.no_grad()
@@ -89,13 +85,14 @@ def evaluate(args, models, reward, judge, teacher, out, device):
           "to all training images, precision, recall, density, coverage (compare at equal --n)\n"
           f"{'sampler':40s} {'NFE':>4s} {'reward':>17s} {'Frechet':>8s} {'prec':>6s} "
           f"{'recall':>6s} {'dens':>6s} {'cover':>6s} {'ms':>7s}")
-    for name, K, nets, policy, solver in (c for model in models for c in model):
+    target.sum().item()                                    # a GPU is waited for before each clock
+    for name, net, solver in (contender for model in models for contender in model):
         start = time.time()
-        images = draw(nets, policy, solver, z, alpha_bar)
-        images.sum().item()                                # wait for a GPU before the clock is read
+        images = draw(net, solver, z, alpha_bar)
+        images.sum().item()
         ms = 1000 * (time.time() - start) / len(z)
         score = torch.cat([reward(x, y)[0] for x, y in zip(images.split(500), target.split(500))])
-        rows.append(dict(name=name, nfe=K, reward=score.mean().item(),
+        rows.append(dict(name=name, nfe=len(solver.leans), reward=score.mean().item(),
                          error=standard_error(score), ms=ms, **judged(images, *judge)))
         log_line(out / "log.jsonl", **rows[-1])
         print("{name:40s} {nfe:4d} {reward:8.4f} ± {error:6.4f} {frechet:8.4f} {precision:6.3f} "
@@ -124,10 +121,10 @@ def parse_args(argv=None):
     p = parser_for(__doc__, "python sample.py --model checkpoints/teacher.pt --steps 20 --eta 1")
     a = p.add_argument
     a("--model", nargs="+", default=["checkpoints/policy.pt"], help="teacher, student or policy")
-    a("--steps", type=number(int, 1, T), nargs="+", default=[4],
-      help="evaluations per image of a teacher or a student; a policy has its own number")
-    a("--solver", choices=SOLVERS, default="DDIM", help="hand solver of a teacher or a student")
-    a("--grid", choices=GRIDS, default="quadratic", help="its times")
+    a("--steps", type=number(int, 1, T), nargs="+",
+      help="evaluations per image of a teacher or a student (default: 4); a policy has its own")
+    a("--solver", choices=SOLVERS, help="hand solver of a teacher or a student (default: DDIM)")
+    a("--grid", choices=GRIDS, help="its times (default: quadratic)")
     a("--eta", type=number(float, 0, 1), default=0.0, help="0 DDIM .. 1 DDPM")
     a("--n", type=number(int, 1), default=64, help="number of images")
     a("--npz", help="also write the images to this .npz")
@@ -138,11 +135,11 @@ def parse_args(argv=None):
     run_flags(p, trains=False)
     p.set_defaults(seed=HELD_OUT)
     args = p.parse_args(argv)
-    if args.evaluate and (args.npz or args.eta or args.n < 8):
-        p.error("--evaluate writes no images, and needs --eta 0 and --n of at least 8")
-    if not args.evaluate and len(args.model) + len(args.steps) > 2:
+    if args.evaluate and (args.npz or args.eta or args.solver or args.grid or args.n < 8):
+        p.error("--evaluate takes all solvers and grids, --eta 0, no --npz, and --n of at least 8")
+    if not args.evaluate and len(args.model) + len(args.steps or [4]) > 2:
         p.error("several --model or --steps go with --evaluate")
-    if args.eta > 0 and args.solver != "DDIM":
+    if args.eta > 0 and args.solver in SOLVERS[1:]:
         p.error("--eta above 0 goes with --solver DDIM: the others lean on a path without noise")
     return args
 
@@ -151,7 +148,7 @@ def main(argv=None):
     args = parse_args(argv)
     device, began = pick_device(args.device), time.time()
     if args.evaluate:
-        models = [list(contenders(path, args.steps, device)) for path in args.model]
+        models = [list(contenders(path, args.steps or [4], device)) for path in args.model]
         coach, coach_file = load_encoder(f"{args.encoders}/coach.pt", "coach", device)
         judge = load_encoder(f"{args.encoders}/judge.pt", "judge", device)
         reward = Reward(args.reward, coach, coach_file["scales"])
@@ -163,20 +160,24 @@ def main(argv=None):
         return
     if args.npz and Path(args.npz).exists():
         raise BadInput(f"--npz {args.npz} exists already; give another name")
-    nets, policy, content = load_model(args.model[0], device)
-    if policy and args.eta > 0:
-        raise BadInput("--eta above 0 needs a teacher or a student: policies act without noise")
-    net, solver = nets[0] if policy else nets, hand_solver(args.solver, args.grid, args.steps[0])
-    out = claim_run(args, "sample")
+    net, solver, content = load_model(args.model[0], device)
+    if solver and (args.steps or args.solver or args.grid or args.eta):
+        raise BadInput("--steps, --solver, --grid, --eta need a teacher or a student: a policy has "
+                       "learned its own jumps")
+    kind, grid = args.solver or "DDIM", args.grid or "quadratic"
+    if not solver and kind not in hand_kinds(net):
+        raise BadInput(f"a student's estimates are no images to lean on, as {kind} does; give DDIM")
+    how = "its own jumps" if solver else f"{kind} on the {grid} grid"
+    solver = solver or hand_solver(kind, grid, (args.steps or [4])[0])
+    out, one = claim_run(args, "sample"), net[-1] if isinstance(net, list) else net
     print("config:", vars(args))
-    how = "its own jumps" if policy else f"{args.solver} on the {args.grid} grid"
-    print(f"device {device_name(device)} | {content['kind']} {parameter_count(net) / 1e6:.2f} M "
-          f"parameters | {len(nets) if policy else args.steps[0]} evaluations an image, {how}")
-    seeds, side = range(args.seed, args.seed + args.n), net.config["image_size"]
+    print(f"device {device_name(device)} | {content['kind']} {parameter_count(one) / 1e6:.2f} M "
+          f"parameters | {len(solver.leans)} evaluations an image, {how}")
+    seeds, side = range(args.seed, args.seed + args.n), one.config["image_size"]
     z, alpha_bar = seeded_noise(seeds, (3, side, side), device=device), linear_alpha_bar(device)
-    images = draw(nets, policy, solver, z, alpha_bar, args.eta, seeds).cpu()
+    images = draw(net, solver, z, alpha_bar, args.eta, seeds).cpu()
     save_picture(out / "samples.png", images[:256], math.ceil(math.sqrt(min(args.n, 256))))
-    path = draw_path(nets, policy, solver, z[:8], alpha_bar, args.eta, seeds[:8])
+    path = draw_path(net, solver, z[:8], alpha_bar, args.eta, seeds[:8])
     save_picture(out / "path.png", path.flatten(0, 1), columns=path.shape[1])
     if args.npz:
         save_npz(args.npz, to_uint8(images).permute(0, 2, 3, 1).numpy())

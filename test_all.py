@@ -721,14 +721,25 @@ class Deployment(Working):
             x, jumps = rl.rollout([net] * K, policy, z, AB)
             ends[kind, grid, K] = ddpm.sample(net, z, solver, AB).clamp(-1, 1)
             self.close(x, ends[kind, grid, K], 1e-6, (kind, grid, K))
-            row = rl.deployed([net] * K, policy, z, z, minus_mse, AB)
-            self.assertEqual(row["times"], solver.grid)
+            self.assertEqual(policy.solver().grid, solver.grid)
             self.assertEqual([j.t.tolist() for j in jumps], [[t] * 2 for t in solver.grid[:-1]])
-            self.close(row["leans"], solver.leans, 0)
+            self.close(policy.solver().leans, solver.leans, 0)
+            row = rl.deployed([net] * K, solver, z, z, minus_mse, AB)
+            self.close(row["images"], x, 1e-6)
             self.close(row["reward"], minus_mse(x, z)[0], 1e-6)
         ddim, dpm, ab2 = (ends[kind, "uniform", 5] for kind in ddpm.SOLVERS)
         for other in (dpm, ab2):
             self.assertGreater((ddim - other).abs().max(), 1e-3)
+
+    def test_a_rollout_that_does_not_explore_is_the_policys_solver_to_the_bit(self):
+        for nets in [self.net] * 3, [self.first, self.net, self.net]:
+            policy, z = randomised(by_hand(nets, "AB2", "logsnr"), 3, 0.5), noise(4)
+            x, jumps = rl.rollout(nets, policy, z, AB)
+            solver = policy.solver()
+            self.assertNotEqual(solver.grid, hand_solver("AB2", "logsnr", 3).grid)
+            self.assertEqual(solver.leans[0], 0)
+            self.close(x, rl.deployed(nets, solver, z, z, minus_mse, AB)["images"], 0)
+            self.assertEqual([j.t_next[0].item() for j in jumps], solver.grid[1:])
 
     def test_a_very_sharp_policy_is_the_deployment(self):
         nets, z = [self.net] * 3, noise(4)
@@ -750,16 +761,15 @@ class Deployment(Working):
             for kind, grid in itertools.product(ddpm.SOLVERS, ddpm.GRIDS):
                 x = ddpm.sample(self.net, z, hand_solver(kind, grid, 3), AB)
                 scores[f"{kind} {grid}"] = minus_mse(x, target)[0].mean().item()
-            found = rl.best_by_hand(nets, ddpm.SOLVERS, z, target, minus_mse, AB)
+            found = rl.best_by_hand(nets, z, target, minus_mse, AB)
             expected = [max((name for name in scores if name.startswith(kind)), key=scores.get)
                         for kind in ddpm.SOLVERS]
             self.assertEqual(list(found), sorted(expected, key=scores.get, reverse=True))
-            for name, policy in found.items():
-                self.assertEqual(policy.config["solver"], [*hand_solver(*name.split(), 3)])
+            for name, solver in found.items():
+                self.assertEqual(solver, hand_solver(*name.split(), 3))
 
-    def test_secants_and_noisy_paths_have_no_trend_to_lean_on(self):
+    def test_secants_have_no_trend_to_lean_on(self):
         self.assertEqual(rl.hand_kinds(self.net), ddpm.SOLVERS)
-        self.assertEqual(rl.hand_kinds(self.first), rl.hand_kinds(self.net, 0.3))
         self.assertEqual(rl.hand_kinds(self.first), ("DDIM",))
 
 
@@ -989,7 +999,7 @@ class Results(Working):
         drawn = [set(call[0][0]) for call in seeds.call_args_list]
         for one, other in itertools.combinations(drawn, 2):
             self.assertFalse(one & other)
-        for z, n, trains in ((train[2][0], 4, True), (base[2], 4, True), (table[2], 8, False),
+        for z, n, trains in ((train[2][0], 4, True), (base[1], 4, True), (table[2], 8, False),
                              (train[3][0], rl.MONITOR, False)):
             seeds, = [s for s in drawn if torch.equal(seeded_noise(sorted(s), (3, 8, 8)), z)]
             self.assertEqual(len(seeds), n)
@@ -1003,8 +1013,8 @@ class Results(Working):
              "DDIM uniform": common - 2.5, "policy": common - 1 + g.normal(size=n)}
         rows = {name: dict(reward=torch.tensor(x), images=i)
                 for i, (name, x) in enumerate(s.items())}
-        self.patch(reward, judged=lambda x, *judge: dict(frechet=1.5 * x))
-        table, text = quiet(reward.print_comparison, rows, (None, None))
+        self.patch(reward, encode=lambda judge, x: x + judge, judged_frechet=lambda x, m: m * x)
+        table, text = quiet(reward.print_comparison, rows, (1, 1.5))
         json.dumps(table, allow_nan=False)
         for i, (name, x) in enumerate(s.items()):
             gains = s["policy"] - x
@@ -1015,21 +1025,21 @@ class Results(Working):
                     self.close(table[name][key], value, 1e-5, (name, key))
             end = rf" +{gain:.4f} ± +{error:.4f} +{100 * closed:.0f}%" if i in (1, 2) else ""
             self.assertRegex(text, rf"\n{re.escape(name)} +-?{abs(x.mean()):.4f} ± +"
-                             rf"{x.std(ddof=1) / math.sqrt(n):.4f} +{1.5 * i:.3f}{end}\n")
+                             rf"{x.std(ddof=1) / math.sqrt(n):.4f} +{1.5 * (i + 1):.3f}{end}\n")
 
     def test_a_saved_policy_comes_back_as_it_was(self):
         first, net = self.first, randomised(self.net, 5, 1e-6)         # too little for fp16
         for nets, half in itertools.product(
                 ([net] * 3, [first, net, net], [first] * 3), (True, False)):
-            policy = randomised(by_hand(nets, "DPM++", "uniform"), 1, 0.3)
+            policy = randomised(by_hand(nets, "DPM++", "uniform"), 1, 0.3).solver()
             rl.save_policy("p.pt", nets, policy, dict(a=1), half)
             back, again, content = rl.load_policy("p.pt")
             self.assertEqual([(back.index(n), type(n)) for n in back],
                              [(nets.index(n), type(n)) for n in nets])
-            self.close(again.shift, policy.shift.detach(), 0)
+            self.assertEqual(again, policy)
             self.assertFalse(any(n.training or p.requires_grad for n in back
                                  for p in n.parameters()))
-            x, y = (rl.rollout(*pair, noise(2), AB)[0] for pair in ((nets, policy), (back, again)))
+            x, y = (ddpm.sample(some, noise(2), policy, AB) for some in (nets, back))
             self.close(x, y, 0.01 if half else 0)
             self.assertEqual({w.dtype for n in content["nets"] for w in n["weights"].values()},
                              {torch.float16 if half else torch.float32})
@@ -1049,47 +1059,47 @@ class Results(Working):
 
 class Samples(Working):
     def models(self):
-        """(nets, policy) of a teacher, a student, and a relay of four jumps from its file."""
-        nets = [self.first, self.net, self.net, self.net]
+        """(net, solver) of a teacher, a student, and a relay of four jumps from its file."""
+        nets, solver = [self.first, self.net, self.net, self.net], hand_solver("DDIM", "uniform", 3)
         policy = randomised(by_hand(nets, "DPM++", "quadratic"), 0, 0.2)
-        rl.save_policy("policy.pt", nets, policy, {})
-        return (self.net, None), (self.first, None), sample.load_model("policy.pt", CPU)[:2]
+        rl.save_policy("policy.pt", nets, policy.solver(), {})
+        return (self.net, solver), (self.first, solver), sample.load_model("policy.pt", CPU)[:2]
 
     def test_an_image_is_the_same_in_any_batch(self):
-        solver, seeds = hand_solver("DDIM", "quadratic", 3), range(5, 10)
+        seeds = range(5, 10)
         z = seeded_noise(seeds, (3, 8, 8))
-        for (nets, policy), eta in itertools.product(self.models(), (0.0, 0.7)):
-            many = sample.draw(nets, policy, solver, z, AB, eta, seeds)
+        for (net, solver), eta in itertools.product(self.models(), (0.0, 0.7)):
+            many = sample.draw(net, solver, z, AB, eta, seeds)
             with mock.patch.object(sample, "chunk_size", lambda device: 2):
-                self.close(sample.draw(nets, policy, solver, z, AB, eta, seeds), many)
-            self.close(sample.draw(nets, policy, solver, z[2:3], AB, eta, seeds[2:3]), many[2:3])
+                self.close(sample.draw(net, solver, z, AB, eta, seeds), many)
+            self.close(sample.draw(net, solver, z[2:3], AB, eta, seeds[2:3]), many[2:3])
             self.assertLessEqual(many.abs().max(), 1)
 
     def test_the_path_goes_from_noise_to_image_in_11_states(self):
-        cases, z, real = [(*model, 3) for model in self.models()], noise(2), sample.sample
-        long = [Toy()] * 12, by_hand([Toy()] * 12, "DDIM", "uniform"), 12
-        for nets, policy, K in cases + [long] + [(Toy(), None, K) for K in (10, 12, 1000)]:
-            solver = hand_solver("DDIM", "uniform", K)
+        z, real = noise(2), sample.sample
+        more = [(net, hand_solver("DDIM", "uniform", K)) for net, K in (
+            (Toy(), 10), (Toy(), 12), ([Toy()] * 12, 12), (Toy(), 1000))]
+        for net, solver in [*self.models(), *more]:
+            K = len(solver.leans)
             with mock.patch.object(sample, "sample", mock.Mock(side_effect=real)) as spy:
-                path = sample.draw_path(nets, policy, solver, z, AB, 0.0, range(2))
-            states = len(nets) + 1 if policy else K + 1
-            self.assertEqual(path.shape, (2, min(states, 11), 3, 8, 8))
+                path = sample.draw_path(net, solver, z, AB, 0.0, range(2))
+            self.assertEqual(path.shape, (2, min(K + 1, 11), 3, 8, 8))
             self.close(path[:, 0], z, 0)
-            self.close(path[:, -1].clamp(-1, 1), sample.draw(nets, policy, solver, z, AB), 1e-6)
-            if not policy:
-                self.assertEqual(len(set(spy.call_args[0][-1])), path.shape[1])
-                self.close(path[:, 1], real(nets, z, solver, AB, keep=[round(K / 10) or 1])[0], 0)
+            self.close(path[:, -1].clamp(-1, 1), sample.draw(net, solver, z, AB), 1e-6)
+            self.assertEqual(len(set(spy.call_args[0][-1])), path.shape[1])
+            self.close(path[:, 1], real(net, z, solver, AB, keep=[round(K / 10) or 1])[0], 0)
 
     def test_everything_a_checkpoint_can_do_is_compared(self):
         self.models()
         names = [(f"{kind} {grid}", K) for K in (2, 5) for kind in ddpm.SOLVERS
                  for grid in ddpm.GRIDS]
-        for path, expected in ((self.tiny / "teacher.pt", names + [("the target", 3)]),
+        for path, expected in ((self.tiny / "teacher.pt", names + [("its target", 3)]),
                                (self.tiny / "student.pt", names[:3] + names[9:12]),
                                ("policy.pt", [("learned", 4)])):
-            found = [(c[0].split(", ")[1], *c[1:]) for c in sample.contenders(path, [2, 5], CPU)]
+            found = [(name.split(", ")[1], len(solver.leans), solver)
+                     for name, _, solver in sample.contenders(path, [2, 5], CPU)]
             self.assertEqual([c[:2] for c in found], expected)
-            for name, K, _, _, solver in [c for c in found if c[1] in (2, 5)]:
+            for name, K, solver in [c for c in found if c[1] in (2, 5)]:
                 self.assertEqual(solver, hand_solver(*name.split(), K))
 
     def test_the_npz_is_what_fid_tools_read(self):
@@ -1100,7 +1110,7 @@ class Samples(Working):
         with np.load("new/a.npz") as file:
             array = file["arr_0"]
         self.assertEqual((array.shape, array.dtype), ((3, 32, 32, 3), np.uint8))
-        x = sample.draw(teacher.load_teacher("big.pt")[0], None, hand_solver(
+        x = sample.draw(teacher.load_teacher("big.pt")[0], hand_solver(
             "DDIM", "quadratic", 2), seeded_noise([7, 8, 9], (3, 32, 32)), AB)
         self.close(array, pictures.to_uint8(x).permute(0, 2, 3, 1), 1)
         before = Path("new/a.npz").read_bytes()
@@ -1239,7 +1249,7 @@ class Commands(Working):
         self.assertIn("5 images", text)
         text = self.run_main(sample, "--evaluate", "--n", "8", "--steps", "2", *self.words, "--out",
                              "e", "--model", "a/policy.pt", self.tiny / "teacher.pt")
-        self.assertRegex(text, r"a/policy, learned +4 [^@]*the target +3 +-?0\.0000 ± 0\.0000")
+        self.assertRegex(text, r"a/policy, learned +4 [^@]*its target +3 +-?0\.0000 ± 0\.0000")
         self.assertTrue(Path("e/frontier.png").exists())
 
     def test_bad_input_is_one_sentence_and_code_2_and_touches_nothing(self):
@@ -1261,7 +1271,13 @@ class Commands(Working):
                 ("--resume needs", rl, *self.job, "--resume"),
                 ("no checkpoint", sample, "--model", "none.pt"),
                 ("student or policy is needed", sample, "--model", coach),
-                ("act without noise", sample, "--model", "policy.pt", "--eta", "1"),
+                ("learned its own jumps", sample, "--model", "policy.pt", "--eta", "1"),
+                ("learned its own jumps", sample, "--model", "policy.pt", "--steps", "8"),
+                ("learned its own jumps", sample, "--model", "policy.pt", "--solver", "DDIM"),
+                ("learned its own jumps", sample, "--model", "policy.pt", "--grid", "uniform"),
+                ("takes all solvers", sample, "--evaluate", "--grid", "uniform"),
+                ("no images to lean on", sample, "--model", f"{self.tiny}/student.pt", "--solver",
+                 "AB2"),
                 ("go with --evaluate", sample, "--model", plain, "--steps", "1", "2"),
                 ("goes with --solver DDIM", sample, "--model", plain, "--eta", "1", "--solver",
                  "AB2"),

@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # From the repository:
-from ddpm import estimate, linear_alpha_bar                                    # noqa: E402
+from ddpm import estimate, linear_alpha_bar, sample                             # noqa: E402
 from harness.figures import new_figure, tile                                   # noqa: E402
 from harness.runs import run_main                                              # noqa: E402
 from reward import Reward, load_encoder                                        # noqa: E402
-from rl_distill import load_policy, rollout                                    # noqa: E402
+from rl_distill import load_policy                                             # noqa: E402
 from teacher import HELD_OUT, noise_and_targets                                # noqa: E402
 from teacher import load_teacher                                               # noqa: E402
 
@@ -31,20 +31,22 @@ def show(axis, image, title):
     axis.axis("off")
 
 
-def draw(nets, policy, teacher, reward, seed, path):
-    """The page for the image of one seed. Returns (times, leans, reward)."""
+def draw(nets, solver, teacher, reward, seed, path):
+    """The page for the image of one seed. Returns its reward."""
     alpha_bar = linear_alpha_bar()
     z, target = noise_and_targets(teacher, seed, 1, torch.device("cpu"))
-    image, jumps = rollout(nets, policy, z, alpha_bar)
-    score, K = reward(image, target)[0].item(), len(jumps)
+    K = len(nets)
+    *states, image = sample(nets, z, solver, alpha_bar, keep=range(K + 1))
+    score = reward(image.clamp(-1, 1), target)[0].item()
     figure, axes = new_figure(3, K + 1, (2.6 * (K + 1), 7.4), height_ratios=[1, 1, 0.5])
-    for k, j in enumerate(jumps):
+    for k, (x_t, now, then) in enumerate(zip(states, solver.grid, solver.grid[1:])):
+        t, t_next = torch.tensor([now]), torch.tensor([then])
         with torch.no_grad():
-            x0_hat = estimate(nets[k], j.x_t, j.t, nets[k](j.x_t, j.t, j.t_next), alpha_bar)
-        show(axes[0, k], j.x_t / 2, f"state $x_t$, t = {j.t.item()}")
+            x0_hat = estimate(nets[k], x_t, t, nets[k](x_t, t, t_next), alpha_bar)
+        show(axes[0, k], x_t / 2, f"state $x_t$, t = {now}")
         show(axes[1, k], x0_hat, "the network's estimate")
-        lean = f"lean = {j.u[0, 1].item():.2f}" if k else "nothing to lean on yet"
-        rho, land = j.t_next.item() / j.t.item(), f"land at t = {j.t_next.item()}"
+        lean = f"lean = {solver.leans[k]:.2f}" if k else "nothing to lean on yet"
+        rho, land = then / now, f"land at t = {then}"
         axes[2, k].text(0.5, 1, f"action {k + 1}\nrho = {rho:.2f}\n{lean}\n\n{land}", ha="center",
                         va="top", fontsize=13)
         axes[2, k].axis("off")
@@ -56,7 +58,7 @@ def draw(nets, policy, teacher, reward, seed, path):
     figure.suptitle("One image is one episode: look, decide how far to jump (rho) and how far to "
                     "lean on the trend, land, look again", fontsize=14)
     figure.savefig(path)
-    return [j.t.item() for j in jumps], [j.u[0, 1].item() for j in jumps], score
+    return score
 
 
 def main(argv=None):
@@ -65,11 +67,11 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=HELD_OUT, help="of the noise")
     p.add_argument("--out", default=str(ROOT / "figures" / "loop.png"), help="the picture")
     args = p.parse_args(argv)
-    nets, policy, _ = load_policy(args.policy)
+    nets, solver, _ = load_policy(args.policy)
     teacher, _ = load_teacher("checkpoints/teacher.pt")
     coach, content = load_encoder("checkpoints/coach.pt", "coach")
     reward = Reward("feature+perceptual", coach, content["scales"])
-    draw(nets, policy, teacher, reward, args.seed, args.out)
+    draw(nets, solver, teacher, reward, args.seed, args.out)
     print(f"wrote {args.out}")
 
 

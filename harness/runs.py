@@ -52,7 +52,7 @@ def run_flags(p, trains=True):
     """Add the flags every script has; --resume and --smoke where it trains."""
     add = p.add_argument_group("the run").add_argument
     add("--out", help="folder of the result, new or empty (default: the next free one in runs/)")
-    add("--seed", type=number(int, 0, 10 ** 9), default=0, help="of weights and noise")
+    add("--seed", type=number(int, 0, 2 * 10 ** 9), default=0, help="of all that is drawn")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     if trains:
         add("--resume", action="store_true", help="go on with the run in --out")
@@ -85,7 +85,9 @@ def write_whole(path, data, new=False):
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        (os.link if new else os.replace)(temporary, path)     # a link takes no other file's place
+        if new:
+            open(path, "xb").close()                          # takes no other file's place
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

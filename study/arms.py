@@ -63,7 +63,7 @@ def mask(policy):
 def mean_reward(nets, policy, shift, z, target, reward, alpha_bar):
     """Mean reward of the policy moved by `shift` (K, 2), played without exploration. A float."""
     policy.shift.data.copy_(shift)
-    return deployed(nets, policy, z, target, reward, alpha_bar)["reward"].mean().item()
+    return deployed(nets, policy.solver(), z, target, reward, alpha_bar)["reward"].mean().item()
 
 
 def pick(wanted, generator, z, target):

@@ -29,9 +29,9 @@ from ddpm import linear_alpha_bar
 from harness.checkpoints import load_checkpoint, provenance, save_checkpoint, write_whole
 from harness.runs import (ROOT, checksum, chunk_size, claim_run, device_name, log_line, number,
                           pick_device, read_log, run_main)
-from reward import judged, standard_error
-from rl_distill import (HAND_NOISES, MONITOR, JumpPolicy, best_by_hand, deployed, hand_kinds,
-                        load_inputs, load_policy, save_policy, train)
+from reward import encode, judged_frechet, standard_error
+from rl_distill import (HAND_NOISES, MONITOR, JumpPolicy, best_by_hand, deployed, load_inputs,
+                        load_policy, save_policy, train)
 from teacher import HELD_OUT, noise_and_targets
 
 RESULTS, README = ROOT / "study" / "results.jsonl", ROOT / "study" / "README.md"
@@ -113,14 +113,15 @@ class World:
                                   (HELD_OUT + 10 ** 6, MONITOR))]
         return [tuple(kept[k].to(self.device) for k in ("z", "target")) for kept in found]
 
-    def measured(self, nets, policy):
-        """What a row says of a policy on held-out noise: reward (n,), frechet, times, leans."""
-        return self.facts(deployed(nets, policy, *self.sets[1], self.reward, self.alpha_bar))
+    def measured(self, nets, solver):
+        """What a row says of a solver on held-out noise: reward (n,), frechet, times, leans."""
+        result = deployed(nets, solver, *self.sets[1], self.reward, self.alpha_bar)
+        return dict(self.facts(**result), times=solver.grid, leans=solver.leans)
 
-    def facts(self, result):
-        """The same of what deployed() returns."""
-        return dict(reward=result["reward"].cpu(), times=result["times"], leans=result["leans"],
-                    frechet=judged(result["images"], *self.judge)["frechet"])
+    def facts(self, images, reward):
+        """reward (n,) and frechet of held-out images."""
+        judge, content = self.judge
+        return dict(reward=reward.cpu(), frechet=judged_frechet(encode(judge, images), content))
 
     def hand(self, init, steps, name):
         """measured() of a hand solver."""
@@ -130,12 +131,12 @@ class World:
             nets = load_inputs(args, self.device)[1]
             solver = arms.hand_solvers(init, steps)[name]
             if not isinstance(solver, arms.Ipndm):
-                return self.measured(nets, JumpPolicy(solver).to(self.device))
+                return self.measured(nets, solver)
             z, target = (x.split(chunk_size(self.device)) for x in self.sets[1])
             images = [solver(nets[0], x, self.alpha_bar) for x in z]
             rewards = [self.reward(x, y)[0] for x, y in zip(images, target)]
-            return self.facts(dict(images=torch.cat(images), reward=torch.cat(rewards),
-                                    times=solver.grid, leans=[]))
+            facts = self.facts(torch.cat(images), torch.cat(rewards))
+            return dict(facts, times=solver.grid, leans=[])
         return self.kept(f"hand {init} {steps} {name}", make)
 
     def best_hand(self, init, steps):
@@ -148,15 +149,15 @@ class World:
     def start(self, nets, args):
         """(name, policy) of the hand solver at which rl_distill.py starts."""
         some = (x[:HAND_NOISES] for x in self.sets[0])
-        return next(iter(best_by_hand(nets, hand_kinds(nets[-1], args.eta), *some, self.reward,
-                                      self.alpha_bar).items()))
+        hand = best_by_hand(nets, *some, self.reward, self.alpha_bar)
+        name = next(name for name in hand if args.eta == 0 or "DDIM" in name)
+        return name, JumpPolicy(hand[name]).to(self.device)
 
     @functools.cached_property
     def target(self):
         """reward (n,) and frechet of the targets themselves."""
         _, target = self.sets[1]
-        return self.kept("target", lambda: dict(reward=self.reward(target, target)[0].cpu(),
-                                                frechet=judged(target, *self.judge)["frechet"]))
+        return self.kept("target", lambda: self.facts(target, torch.zeros(self.n)))
 
 
 # ==== PLAYING ONE ARM =========================================================================
@@ -181,16 +182,16 @@ def play(arm, seed, world):
         if arm.group in arms.COMPETITORS:
             policy, spent = arms.COMPETITORS[arm.group](
                 nets, policy, train_set, reward, arms.rollouts(args), world.alpha_bar, seed)
-            return world.measured(nets, policy), (time.time() - began) / 60, spent
+            return world.measured(nets, policy.solver()), (time.time() - began) / 60, spent
         args.resume = (out / "config.json").exists()
         claim_run(args, "study")
         with open(out / "printed.txt", "a", encoding="utf-8") as log, \
                 contextlib.redirect_stdout(log):
             seconds = train(nets, policy, train_set, monitor_set, reward, args, out, world.device)
-        save_policy(out / "policy.pt", nets, policy, provenance(
+        save_policy(out / "policy.pt", nets, policy.solver(), provenance(
             "rl_distill.py", args, seconds, world.device, start=hand), args.channel == "jump")
-    nets, policy, content = load_policy(out / "policy.pt", world.device)
-    return world.measured(nets, policy), content["provenance"]["minutes"], arms.evaluations(args)
+    nets, solver, content = load_policy(out / "policy.pt", world.device)
+    return world.measured(nets, solver), content["provenance"]["minutes"], arms.evaluations(args)
 
 
 def commit():

@@ -20,7 +20,7 @@ import report                                                                  #
 import run                                                                     # noqa: E402
 # From the repository:
 import rl_distill                                                              # noqa: E402
-from ddpm import (MixtureNet, T, UNet, hand_solver, linear_alpha_bar,          # noqa: E402
+from ddpm import (MixtureNet, Solver, T, UNet, hand_solver, linear_alpha_bar,  # noqa: E402
                   power_grid, sample, seeded_noise)
 from student import JumpUNet                                                   # noqa: E402
 
@@ -91,10 +91,12 @@ class Competitors(unittest.TestCase):
         scores = {}
         for power in arms.POWERS:
             for lean in arms.LEANS:
-                solver = [power_grid(3, power), [0.0, lean, lean]]
+                solver = Solver(power_grid(3, power), [0.0, lean, lean])
                 x = sample(toy, toy.train_set[0], solver, ALPHA_BAR).clamp(-1, 1)
                 scores[toy_reward(x, toy.train_set[1])[0].mean().item()] = solver
-        self.assertEqual(found.config["solver"], scores[max(scores)])
+        grid, leans = scores[max(scores)]
+        self.assertEqual(found.solver().grid, grid)
+        self.assertEqual(found.solver().leans, torch.tensor(leans).tolist())
 
     def test_the_evaluations_of_a_run_are_those_that_its_network_sees(self):
         for words in ("", "--channel pixels", "--channel pixels --eta 0.3 --epochs 2 --kl 1"):

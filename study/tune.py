@@ -57,11 +57,12 @@ def main(argv=None):
         for settings in TRIES[method]:
             began = time.time()
             policy, spent = attempt(method, settings, world)
-            result = rl_distill.deployed([world.teacher] * STEPS, policy, *tune_set, world.reward,
-                                         world.alpha_bar)
-            row = dict(method=method, settings=settings, reward=result["reward"].mean().item(),
-                       error=standard_error(result["reward"]), times=result["times"],
-                       leans=result["leans"], train_nfe=spent, minutes=(time.time() - began) / 60,
+            solver = policy.solver()
+            score = rl_distill.deployed([world.teacher] * STEPS, solver, *tune_set, world.reward,
+                                        world.alpha_bar)["reward"]
+            row = dict(method=method, settings=settings, reward=score.mean().item(),
+                       error=standard_error(score), times=solver.grid,
+                       leans=solver.leans, train_nfe=spent, minutes=(time.time() - began) / 60,
                        commit=run.commit())
             log_line(ROOT / "study" / "tuning.jsonl", **row)
             print(row, flush=True)
