@@ -734,12 +734,10 @@ class Deployment(Working):
     def test_a_rollout_that_does_not_explore_is_the_policys_solver_to_the_bit(self):
         for nets in [self.net] * 3, [self.first, self.net, self.net]:
             policy, z = randomised(by_hand(nets, "AB2", "logsnr"), 3, 0.5), noise(4)
-            x, jumps = rl.rollout(nets, policy, z, AB)
-            solver = policy.solver()
+            x, solver = rl.rollout(nets, policy, z, AB)[0], policy.solver()
             self.assertNotEqual(solver.grid, hand_solver("AB2", "logsnr", 3).grid)
             self.assertEqual(solver.leans[0], 0)
             self.close(x, rl.deployed(nets, solver, z, z, minus_mse, AB)["images"], 0)
-            self.assertEqual([j.t_next[0].item() for j in jumps], solver.grid[1:])
 
     def test_a_very_sharp_policy_is_the_deployment(self):
         nets, z = [self.net] * 3, noise(4)
@@ -976,15 +974,9 @@ class Loop(Working):
             self.train(parts[:1] + parts[1:2] * 2, "--channel", channel, "--updates", "4", *words,
                        policy=parts[2])
             self.assertEqual([moved for _, moved in trail], [moves] * 4)
-            self.close([rate / rates[0] for rate, _ in trail], [1.0, 0.75, 0.5, 0.25], 1e-9)
-            self.close(trail[0][0] / rates[0], 1.0, 1e-9)
-            (high, low), left = rl.STD, (1, 0.75, 0.5, 0.25)
-            self.close(std, [low + (high - low) * share for share in left], 1e-9)
-            self.assertGreater(high, 2 * low)
-
-    def test_a_relay_explores_the_pixels_of_the_network_that_learns(self):
-        self.train([Toy().requires_grad_(False)] + [Toy()] * 2, "--channel", "pixels", "--eta",
-                   "0.3", "--updates", "2", "--relay")
+            self.close([rate for rate, _ in trail], rates, 1e-12)
+            high, low = rl.STD
+            self.close(std, [low + (high - low) * left for left in (1, 0.75, 0.5, 0.25)], 1e-9)
 
 
 class Results(Working):
