@@ -72,7 +72,7 @@ class JumpPolicy(nn.Module):
         """What is deployed: the mean of every jump, without exploration, as a Solver."""
         t, grid, leans, K = torch.tensor([T], device=self.hand.device), [T], [], len(self.hand)
         for k in range(K):
-            u = self(k, t) * acting(k, K, t.device)
+            u = self(k, t) * acting(k, K, t.device)     # any one state will do
             t = next_time(t, u[:, 0], K - k)
             grid.append(t.item())
             leans.append(u[0, 1].item())

@@ -3,7 +3,8 @@
     python assignments/bugs.py none       # as it should be
     python assignments/bugs.py a          # with silent mistake a (or b)
     python assignments/bugs.py a --show   # the changed lines: after you have made up your mind
-    python assignments/bugs.py wide       # ten times the exploration; 'lean', 'rho': of one alone
+    python assignments/bugs.py wide       # ten times the exploration; 'lean', 'rho': of one alone;
+                                          # 'third': a third number, a factor on the noise
 """
 import argparse
 import sys
@@ -24,6 +25,20 @@ VARIANTS = {
     "wide": [("STD = 0.07, 0.01 ", "STD = 0.7, 0.1 ")],
     "lean": [("u = mean_u + std *", "u = mean_u + std * torch.tensor([0, 1], device=z.device) *")],
     "rho": [("u = mean_u + std *", "u = mean_u + std * torch.tensor([1, 0], device=z.device) *")],
+    "third": [                          # deployed by rollout(): a Solver has no third number
+        ("torch.stack([logit_rho, leans], 1)", "torch.stack([logit_rho, leans, 0 * leans], 1)"),
+        (".expand(len(x_t), 2)", ".expand(len(x_t), 3)"),
+        ("torch.tensor([k < steps - 1, k > 0]", "torch.tensor([k < steps - 1, k > 0, True]"),
+        ("    return mean, sigma, x0_hat",
+         "    D = x0_hat + spread(u[:, 1], x_t) * (x0_hat - x0_last)\n"
+         "    noise = mean - spread(alpha_bar[t_next].sqrt(), x_t) * D\n"
+         "    return mean + spread(u[:, 2], x_t) * noise, sigma, x0_hat"),
+        ("policy = JumpPolicy(hand[start])",
+         "policy = globals()['POLICY'] = JumpPolicy(hand[start])"),
+        ("images = sample(nets, x, solver, alpha_bar).clamp(-1, 1)",
+         "learned = 'POLICY' in globals() and solver == POLICY.solver()\n"
+         "        images = (rollout(nets, POLICY, x, alpha_bar)[0] if learned else\n"
+         "                  sample(nets, x, solver, alpha_bar).clamp(-1, 1))")],
 }
 
 
