@@ -197,7 +197,7 @@ def advantages(reward, group) -> torch.Tensor:
 def clipped_surrogate(logp, logp_old, adv, clip_range) -> tuple[torch.Tensor, torch.Tensor]:
     """-min(ratio A, clip(ratio, 1 - c, 1 + c) A). Eq. 7, Schulman et al. 2017. All (B,).
 
-    Returns (loss (B,), ratio (B,) detached). clip_range = inf is the plain policy gradient.
+    Returns (loss (B,), ratio (B,) detached). At ratio 1 it is the plain policy gradient.
     """
     ratio = (logp - logp_old).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)

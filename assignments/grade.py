@@ -33,13 +33,14 @@ class Wrong(Exception):
         self.shown = {name: text_of(value) for name, value in shown.items()}
 
 
-def text_of(value):
-    """A short text of an input or a result."""
+def text_of(value, row=0):
+    """A short text of an input or a result; of a tensor six entries, of its row `row` and on."""
     if isinstance(value, torch.Tensor):
-        flat = ", ".join(f"{v:.6g}" for v in value.detach().flatten()[:6].tolist())
-        more = ", ..." if value.numel() > 6 else ""
-        return f"tensor of shape {tuple(value.shape)}: [{flat}{more}]"
-    return repr(value)[:200]
+        rest = value.detach()[row:].flatten() if row else value.detach().flatten()
+        flat = ", ".join(f"{v:.6g}" for v in rest[:6].tolist()) + ", ..." * (len(rest) > 6)
+        where = f", from row {row}" if row else ""
+        return f"tensor of shape {tuple(value.shape)}{where}: [{flat}]"
+    return value if isinstance(value, str) else repr(value)[:200]
 
 
 def same(theirs, wanted, rule, tolerance=1e-4, **inputs):
@@ -54,9 +55,13 @@ def same(theirs, wanted, rule, tolerance=1e-4, **inputs):
     allowed = tolerance * max(1e-3, wanted.abs().max().item() if wanted.numel() else 1)
     if not (off <= allowed).all():
         at = tuple(int(i) for i in torch.unravel_index(off.argmax(), off.shape))
-        raise Wrong("wrong value", rule, yours=theirs, wanted=wanted, farthest_off=(
+        row = 0 if not at else max(0, at[0] - 2) if len(at) == 1 else at[0]     # show what matters
+        shown = {name: text_of(x, row if off.dim() and isinstance(x, torch.Tensor)
+                               and x.shape[:1] == off.shape[:1] else 0)
+                 for name, x in dict(yours=theirs, wanted=wanted, **inputs).items()}
+        raise Wrong("wrong value", rule, farthest_off=(
             f"at {at}: {theirs[at].item():.6g} for {wanted[at].item():.6g}, allowed +- "
-            f"{allowed:.1e}"), **inputs)
+            f"{allowed:.1e}"), **shown)
 
 
 def pair(value, rule):
@@ -149,7 +154,12 @@ def exercise_1(ddpm, g):
         a = wide(ab[t], x0)
         off = (1 - a).sqrt() * right + a.sqrt() * guess.detach().double() - eps.double()
         same(loss, off.square().mean(), "L_simple is the mean squared error of eps_hat over all "
-             "images, channels and pixels", t=t, eps=eps, v=guess)
+             "images, channels and pixels", t=t, x0=x0, eps=eps, v=guess)
+        with mock.patch.object(ddpm, "x0_and_eps", lent, create=True):
+            half = ddpm.simple_loss(lambda x_t, t: guess.bfloat16(), x0, t, eps, ab.float())
+        if half.dtype != torch.float32:
+            raise Wrong("wrong value", "L_simple is a float, also of a network that answers in "
+                        "bfloat16", dtype=half.dtype)
         if len(seen) != 1:
             raise Wrong("wrong value", "L_simple asks the network exactly once", calls=len(seen))
         same(seen[0][0], right, "the network sees x_t, drawn by q_sample", t=t)
@@ -191,12 +201,13 @@ def exercise_2(ddpm, g):
                  "x_next distributed as q_sample of x0_hat at t_next, its eps kept", 1e-3, **shown)
             same(theirs, sigma_of(t, t_next, e, ab), "jump returns the sigma of ddim_sigma, (B,)",
                  1e-3, **shown)
-    t = torch.arange(2, 1001)                       # here rounding can put a negative under a root
-    mean, _ = ddpm.jump(torch.ones(999, 1), torch.zeros(999, 1), t, torch.ones_like(t), ab.float(),
-                        eta=1.0)
-    if not mean.isfinite().all():
-        raise Wrong("wrong value", "rounding must not put a negative number under a root", eta=1.0,
-                    t_next=1, t=t[~mean.isfinite().reshape(-1)])
+    for then in (1, 2, 3):                          # here rounding can put a negative under a root
+        t = torch.arange(then + 1, 1001)
+        mean, _ = ddpm.jump(torch.ones(len(t), 1), torch.zeros(len(t), 1), t,
+                            torch.full_like(t, then), ab.float(), eta=1.0)
+        if not mean.isfinite().all():
+            raise Wrong("wrong value", "rounding must not put a negative number under a root",
+                        eta=1.0, t_next=then, t=t[~mean.isfinite().reshape(-1)])
 
 
 def gaussian_errors(ddpm, g):
@@ -255,7 +266,8 @@ def leaning(ddpm, g):
             mean, _ = pair(ddpm.jump(x_t, x0_hat, t, t_next, ab.float(), lean=lean,
                                      x0_last=x0_last, eta=e), "jump returns mean and sigma")
             same(mean, jump_right(x_t, D, t, t_next, e, ab), "with a lean the jump is that of D "
-                 "and of the eps that belongs to it", 1e-3, t=t, t_next=t_next, lean=lean, eta=e)
+                 "and of the eps that belongs to it", 1e-3, t=t, t_next=t_next, lean=lean, eta=e,
+                 x_t=x_t, x0_hat=x0_hat, x0_last=x0_last)
         same(ddpm.jump(x_t, x0_hat, t, t_next, ab.float(), lean=0 * lean, x0_last=x0_last)[0],
              jump_right(x_t, x0_hat.double(), t, t_next, 0.0, ab), "lean 0 is DDIM", 1e-3, t=t)
         errors = gaussian_errors(ddpm, g)
@@ -276,8 +288,10 @@ def exercise_4(ddpm, student, g):
                          for k in (t, t_next))
         x0_hat, eps_hat = pair(ddpm.x0_and_eps(x_t, t, v, ab.float()),
                                "x0_and_eps returns x0_hat and eps_hat")
-        same(x0_hat, phi.cos() * x_t - phi.sin() * v, "x0_hat is what x_t and v say of x0", t=t)
-        same(eps_hat, phi.sin() * x_t + phi.cos() * v, "eps_hat is what x_t and v say of eps", t=t)
+        same(x0_hat, phi.cos() * x_t - phi.sin() * v, "x0_hat is what x_t and v say of x0", t=t,
+             x_t=x_t, v=v)
+        same(eps_hat, phi.sin() * x_t + phi.cos() * v, "eps_hat is what x_t and v say of eps", t=t,
+             x_t=x_t, v=v)
         d = phi - phi_next
         theirs = student.secant_velocity(x_t, x_next, t, t_next, ab.float())
         told = dict(t=t, t_next=t_next, x_t=x_t, x_next=x_next)
@@ -324,7 +338,8 @@ def exercise_6(rl_distill, g):
             logp = rl_distill.jump_logp(mean, u, std, acts)
             right = -z ** 2 / 2 - math.log(std) - math.log(2 * math.pi) / 2
             same(logp, (right * acts).sum(1),
-                 "the log density of u, of the entries that act alone", 1e-3, **told)
+                 "the log density of u, constants included, of the entries that act alone", 1e-3,
+                 **told)
             if any(entries):
                 if not logp.requires_grad:
                     raise Wrong("wrong value", "jump_logp has a gradient with respect to the mean")

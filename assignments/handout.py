@@ -60,7 +60,8 @@ divided by one number, so that the mean square over the whole batch is 1. Reward
 all of them or within one group, have advantages of exactly 0 there, and not scaled rounding."""},
     6: {"jump_logp": """log density of u under Normal(mean, std^2), of the entries that act. (B,).
 
-mean, u: (B, 2); std: a float; acts: (2,) of bool; entries that do not act count nothing.""",
+All of it, constants too. mean, u: (B, 2); std: a float; acts: (2,) of bool; entries that do not act
+count nothing.""",
         "pixel_logp": """log density of x_next under N(mean, sigma^2 I), per dimension. (B,).
 
 The mean over dimensions, not their sum, and without what does not depend on the mean.
@@ -69,10 +70,27 @@ mean, x_next: (B, C, H, W), sigma: (B,).""",
 
 Eq. 7, Schulman et al. 2017, with its sign turned. A better action may become more likely, and a
 worse one less, until the ratio has moved by clip_range; from there on the gradient is 0.
-clip_range = inf is the plain policy gradient. logp, logp_old, adv: (B,)."""},
+clip_range = inf does not clip at all. logp, logp_old, adv: (B,)."""},
     7: {"gaussian_kl": """KL of N(mean, sigma^2 I) to N(mean_ref, sigma^2 I), per dimension. (B,).
 
 The mean over dimensions, with gradient. mean, mean_ref: (B, C, H, W), sigma: (B,)."""}}
+
+
+VEILED = (                              # (file, what would give an answer away, instead)
+    ("ddpm.py", "x_t = sqrt(ab) x0 + sqrt(1 - ab) eps, and\n"
+     "#            v = sqrt(ab) eps - sqrt(1 - ab) x0 (Salimans & Ho 2022, appendix D)",
+     "see exercise 4 (Salimans & Ho 2022, appendix D)"),
+    ("ddpm.py", "is theirs:\n    of eps, ab |v - v_hat|^2.", "is theirs,\n    of eps."),
+    ("student.py", "turns x_t by d = phi_t - phi_next:   x_next = cos(d) x_t - sin(d) v",
+     "is a rotation (exercise 4)"),
+    ("README.md", "\npython test_all.py          # that everything is what it says, two minutes",
+     ""),
+    ("README.md", "x0_hat + lean (x0_hat - x0_last)", "... (exercise 3)"),
+    ("README.md", "sqrt(ab') D + sqrt(1 - ab') eps(x_t, D), t'", "... (exercise 2), t'"),
+    ("README.md", "(reward - mean of its noise) / rms over the batch", "... (exercise 5)"),
+    ("README.md", "maximise min(ratio A, clip(ratio, 0.8, 1.2) A)", "maximise ... (exercise 6)"),
+    ("assignments/README.md", "python assignments/handout.py ../my_redif         # by the lecturer:"
+     " the repository with the exercises blank\ncd ../my_redif && ", ""))
 
 
 def functions(source):
@@ -109,13 +127,16 @@ def make(out, only):
                 continue
             target = out / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix != ".py" or path.parent != ROOT:
+            if path.suffix not in (".py", ".md"):
                 shutil.copyfile(path, target)
                 continue
-            source = path.read_text(encoding="utf-8")
-            target.write_text(blank(source, only), encoding="utf-8")
-            if blank(source, only) != source:
-                blanked.append(path.name)
+            source = text = path.read_text(encoding="utf-8")
+            for file, given, instead in VEILED:
+                text = text.replace(given, instead) if path == ROOT / file else text
+            if path.parent == ROOT and path.suffix == ".py":
+                text = blank(text, only)
+                blanked += [path.name] * (blank(source, only) != source)
+            target.write_text(text, encoding="utf-8")
     return blanked
 
 

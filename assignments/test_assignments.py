@@ -307,6 +307,8 @@ class Handout(unittest.TestCase):
                 both = [Path(folder, which, name).read_text(encoding="utf-8")
                         for which in ("all", "some")]
                 nodes = handout.functions(ours)
+                for _, given, instead in (veil for veil in handout.VEILED if veil[0] == name):
+                    ours = ours.replace(given, instead)
                 self.assertEqual(both[0] != ours, bool(nodes))
                 self.assertEqual(both[1] != ours, any(f in nodes for f in handout.EXERCISES[2]))
                 for text in both:
@@ -317,6 +319,11 @@ class Handout(unittest.TestCase):
                     self.assertNotIn(ast.get_docstring(node), both[0])
                     self.assertLessEqual(len(body), 15)
                     self.assertLessEqual(max(map(len, both[0].splitlines())), 100)
+            for file, given, instead in handout.VEILED:
+                self.assertIn(given, (ROOT / file).read_text(encoding="utf-8"))
+                text = Path(folder, "all", file).read_text(encoding="utf-8")
+                self.assertNotIn(given, text)
+                self.assertIn(instead, text)
             with self.assertRaises(SystemExit):
                 quiet(handout.main, [folder + "/all"])
             done = subprocess.run([sys.executable, "-c", "import sample; print(sample.__file__)"],
