@@ -4,7 +4,8 @@
     python assignments/bugs.py a          # with silent mistake a (or b)
     python assignments/bugs.py a --show   # the changed lines: after you have made up your mind
     python assignments/bugs.py wide       # ten times the exploration; 'lean', 'rho': of one alone;
-                                          # 'third': a third number, a factor on the noise
+                                          # 'third': a third number, a factor on the noise;
+                                          # 'search': random search in place of the gradient
 """
 import argparse
 import sys
@@ -12,7 +13,7 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "study")]
 
 JOB = ["--steps", "4", "--updates", "12", "--noises", "64", "--held-out", "64"]
 # (what stands in rl_distill.py, what the variant puts there)
@@ -25,6 +26,11 @@ VARIANTS = {
     "wide": [("STD = 0.07, 0.01 ", "STD = 0.7, 0.1 ")],
     "lean": [("u = mean_u + std *", "u = mean_u + std * torch.tensor([0, 1], device=z.device) *")],
     "rho": [("u = mean_u + std *", "u = mean_u + std * torch.tensor([1, 0], device=z.device) *")],
+    "search": [("seconds = train(nets, policy, train_set, monitor_set, reward, args, out, device)",
+                "import arms\n"
+                "    rollouts, seconds = args.updates * NOISES_PER_UPDATE * args.group, 0.0\n"
+                "    policy, _ = arms.random_search(nets, policy, train_set, reward, rollouts,\n"
+                "                                   alpha_bar, args.seed)")],
     "third": [                          # deployed by rollout(): a Solver has no third number
         ("torch.stack([logit_rho, leans], 1)", "torch.stack([logit_rho, leans, 0 * leans], 1)"),
         (".expand(len(x_t), 2)", ".expand(len(x_t), 3)"),

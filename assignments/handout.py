@@ -5,7 +5,7 @@
 
 Of each function below the signature stays. Its docstring becomes the statement here, which says
 what must hold and not how; its body raises NotImplementedError. Everything else is copied, but for
-the tests and the lecturer's pages, which quote the answers, and the code of the study.
+the tests and the lecturer's pages, which quote the answers, and most of the study.
 """
 import argparse
 import ast
@@ -16,8 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("*.py", "harness/*.py", "requirements.txt", "README.md", "LICENSE", "checkpoints/*",
-          "figures/*", "study/README.md", "assignments/README.md", "assignments/reading.md",
-          "assignments/grade.py", "assignments/bugs.py")
+          "figures/*", "study/README.md", "study/arms.py", "assignments/README.md",
+          "assignments/reading.md", "assignments/grade.py", "assignments/bugs.py")
 JUMP = """Mean (B, ...) and sigma (B,) of the jump t -> t_next.
 
 Without lean (exercise 2): if x0_hat is right, so that x_t is q_sample of it with some eps, then
