@@ -14,19 +14,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # From the repository:
 from ddpm import (GRIDS, SOLVERS, Solver, T, dpm_leans, estimate,              # noqa: E402
                   hand_solver, make_grid, power_grid, spread)
-from rl_distill import (NOISES_PER_UPDATE, JumpPolicy, acting, deployed,       # noqa: E402
-                        next_time, take_jump)
+from rl_distill import (CLIP_JUMP, LR, NOISES_PER_UPDATE, STD,                 # noqa: E402
+                        JumpPolicy, acting, advantages, antithetic, deployed, jump_losses,
+                        next_time, policy_update, rollout, take_jump)
+from harness.runs import find                                                  # noqa: E402
+from teacher import TARGET                                                     # noqa: E402
 
 SEARCH_NOISES, SEARCH_STD = 64, (0.07, 0.01)    # noises of each try; std, first and last try
 POPULATION, ELITES = 16, 4                      # of a generation, De Boer et al. 2005
 CEM_STD = 0.2, 0.01                             # of the first generation; floor of all others
-OWN_LR = 0.2                                    # Adam's first rate, falls to 0; 0.01..0.1
+OWN_LR, WEIGHTS_LR = 0.2, 1e-5                  # Adam's first rate, falls to 0; of the weights
 POWERS, LEANS = (1.5, 1.75, 2.0), (0.5, 0.6, 0.7, 0.8)      # of two_numbers
 BACKWARD = 2                                    # a backward pass costs two evaluations
 
@@ -157,6 +161,24 @@ def smooth_rollout(nets, policy, z, schedule):
         t = t_next
 
 
+def own_weights(nets, policy, train_set, reward, rollouts, alpha_bar, seed):
+    """The same for the weights of the last jump's network, at the policy's mean jumps."""
+    generator, schedule = torch.Generator().manual_seed(seed), SmoothSchedule(alpha_bar)
+    size = min(NOISES_PER_UPDATE, len(train_set[0]))
+    updates = max(1, rollouts // ((1 + BACKWARD) * size))
+    optimizer = torch.optim.Adam(nets[-1].requires_grad_(True).parameters())
+    policy.requires_grad_(False)
+    for update in range(updates):
+        optimizer.param_groups[0]["lr"] = WEIGHTS_LR * (1 - update / updates)
+        z, target = pick(size, generator, *train_set)
+        loss = -reward(smooth_rollout(nets, policy, z, schedule), target)[0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    nets[-1].requires_grad_(False)
+    return policy, updates * size * (1 + BACKWARD) * len(nets)
+
+
 def own_gradient(nets, policy, train_set, reward, rollouts, alpha_bar, seed):
     """Adam on shift through the whole rollout; needs a reward that autograd sees through, and the
     memory of 16 x K evaluations. One noise costs 3 K: forward, and backward twice that."""
@@ -200,54 +222,172 @@ class Ipndm(NamedTuple):
         return x.clamp(-1, 1)
 
 
+# ==== VARIANTS OF THE POLICY GRADIENT =========================================================
+
+def exploring(*entries):
+    """antithetic() of the entries of u that are 1 in `entries` alone: only they are learned."""
+    def noise(shape, generator, device):
+        drawn = antithetic(shape, generator, device)
+        return drawn * torch.tensor(entries, device=device) if len(shape) == 2 else drawn
+    return noise
+
+
+def batch_advantages(reward, group):
+    """One baseline for the whole batch in place of one for each noise."""
+    return (reward - reward.mean()) / reward.std().clamp(min=1e-6)
+
+
+CHANGES = {                             # {name: what is put into rl_distill.py}
+    "": {}, "rho": dict(antithetic=exploring(1, 0)), "lean": dict(antithetic=exploring(0, 1)),
+    "batch": dict(advantages=batch_advantages), "wide": dict(STD=(0.28, 0.04)),
+    "narrow": dict(STD=(0.0175, 0.0025))}
+
+
+class ReadingPolicy(JumpPolicy):
+    """The mean of u depends on the state, through a linear head on x_t in 4 x 4 pixels."""
+
+    def __init__(self, solver):
+        super().__init__(solver)
+        self.head = nn.ModuleList(nn.Linear(48, 2) for _ in solver.leans)
+        for p in self.head.parameters():
+            nn.init.zeros_(p)
+
+    def forward(self, k, x_t):
+        """Mean of u for jump k in state x_t (B, 3, H, W): (B, 2). Without the head where there is
+        no state, in solver(), which is printed while it learns."""
+        mean = super().forward(k, x_t)
+        if x_t.dim() < 4:
+            return mean
+        return mean + 0.1 * self.head[k](nn.functional.adaptive_avg_pool2d(x_t, 4).flatten(1))
+
+    def average(self, nets, z, alpha_bar):
+        """The Solver of the average u that it takes from noise z (M, 3, H, W)."""
+        plain = JumpPolicy(Solver(make_grid("uniform", len(nets)), [0.0] * len(nets))).to(z.device)
+        _, jumps = rollout(nets, self, z, alpha_bar)
+        plain.shift.data.copy_(torch.stack([j.u.mean(0) for j in jumps]) - plain.hand)
+        return plain.solver()
+
+
+class SharedPolicy(JumpPolicy):
+    """For all numbers of evaluations K: how far to move from K's own hand solver depends on the
+    evaluations left alone. shared: Parameter (largest K, 2)."""
+
+    def __init__(self, solver, shared):
+        super().__init__(solver)
+        self.shared = shared
+
+    def forward(self, k, x_t):
+        """Mean of u for jump k, (B, 2), whatever the state."""
+        return (self.hand[k] + self.shared[len(self.hand) - k - 1]).expand(len(x_t), 2)
+
+
+def learn_shared(net, hand, train_set, reward, args, alpha_bar):
+    """The loop of rl_distill.py with a K drawn anew in each update. hand: {K: Solver}; args:
+    those of the main job; as many updates for each K. Returns {K: Solver}."""
+    z, target = train_set
+    generator = torch.Generator().manual_seed(args.seed)
+    shared = nn.Parameter(torch.zeros(max(hand), 2, device=z.device))
+    policies = {K: SharedPolicy(solver, shared).to(z.device) for K, solver in hand.items()}
+    optimizer, updates = torch.optim.Adam([shared]), args.updates * len(hand)
+    for update in range(updates):
+        left = 1 - update / updates
+        optimizer.param_groups[0]["lr"] = LR["jump"] * left
+        std = STD[1] + (STD[0] - STD[1]) * left
+        K = list(hand)[torch.randint(len(hand), (), generator=generator).item()]
+        policy = policies[K]
+        rows = torch.randperm(len(z), generator=generator)[:NOISES_PER_UPDATE].to(z.device)
+        images, jumps = rollout([net] * K, policy, z[rows], alpha_bar, "jump", args.group, std,
+                                0.0, generator)
+        adv = advantages(reward(images, target[rows].repeat_interleave(args.group, 0))[0],
+                         args.group)
+        policy_update(lambda: jump_losses(policy, jumps, adv, std), len(adv) * K, optimizer,
+                      CLIP_JUMP, args.epochs)
+    return {K: policy.solver() for K, policy in policies.items()}
+
+
 # ==== ALL ARMS ================================================================================
 
 class Arm(NamedTuple):
     """One row of the tables at one number of evaluations; played once per seed."""
     group: str
     name: str
-    init: str                           # who jumps: 'teacher', 'student', or 'relay' of the two
+    init: str                           # who jumps: 'teacher', 'student', 'copy' or 'relay'
     steps: int                          # K
     flags: tuple = ()                   # of rl_distill.py, besides --steps, --seed and INIT's
+    change: str = ""                    # of CHANGES
+    learned: bool = False               # starts at the jumps that arm 'jump' learned
 
 
-GROUPS = ("hand", "two", "jump", "search", "own", "cem", "relay", "ablation", "pixels")
 COMPETITORS = {"two": two_numbers, "search": random_search, "own": own_gradient,
-               "cem": cross_entropy}
-INIT = {"teacher": (), "student": ("--init", "student"), "relay": ("--relay",)}
-HAND_STEPS = {"teacher": (4, 3, 6, 8), "student": (1, 2, 4, 8)}
+               "cem": cross_entropy, "control": own_weights}
+INIT = {"teacher": (), "student": ("--init", "student"), "relay": ("--relay",),
+        "copy": ("--init", "student", "--student", "checkpoints/student_copy.pt"),
+        "earlier": ("--teacher", "checkpoints/teacher_earlier.pt")}
+COUNTS = 3, 4, 6, 8                     # where the policy gradient is compared
+HAND_STEPS = {"teacher": (1, 2, 3, 4, 6, 8, 10, 20, 50), "student": (1, 2, 4, 8),
+              "copy": (1, 2, 4, 8), "earlier": (4,)}
+ORDERS = 2, 3, 4                        # of iPNDM
 
 
-def hand_solvers(init, steps):
-    """{name: Solver or Ipndm} of a start: those of rl_distill.py (hand_kinds), DPM-Solver++(2M)
-    whose last lean aims at t = 1, where lambda is finite, in place of 0, and iPNDM."""
-    if init == "student":
-        return {f"DDIM {grid}": hand_solver("DDIM", grid, steps) for grid in GRIDS}
-    found = {f"{kind} {grid}": hand_solver(kind, grid, steps) for kind in SOLVERS for grid in GRIDS}
-    for grid in GRIDS:
-        times = make_grid(grid, steps)
-        found[f"DPM++ to t = 1, {grid}"] = Solver(times, dpm_leans([*times[:-1], 1]))
-        found.update({f"iPNDM-{order} {grid}": Ipndm(times, order)
-                      for order in (2, 3, 4) if order <= steps})
-    return found
+def hand_solvers(init, kind, steps):
+    """The solvers of a kind, one a grid: [Solver or Ipndm]."""
+    if steps == 50:
+        return [TARGET]
+    if kind.startswith("iPNDM"):
+        return [Ipndm(make_grid(grid, steps), int(kind[-1])) for grid in GRIDS]
+    if kind == "DPM++ to t = 1":        # its last lean as if it aimed there, where lambda is finite
+        grids = [make_grid(grid, steps) for grid in GRIDS]
+        return [Solver(grid, dpm_leans([*grid[:-1], 1])) for grid in grids]
+    return [hand_solver(kind, grid, steps) for grid in GRIDS]
+
+
+def hand_kinds(init, steps):
+    """Names of the hand solvers that differ from one another at this number of evaluations."""
+    if init in ("student", "copy") or steps in (1, 50):
+        return ["DDIM"]
+    more = ["DPM++ to t = 1", *(f"iPNDM-{order}" for order in ORDERS if order <= steps)]
+    return [*SOLVERS, *(more if steps < 10 else [])]
 
 
 def arms():
     """Every arm, the most important first."""
-    pixels = "--channel", "pixels"
-    out = [Arm("hand", name, init, k) for init, counts in HAND_STEPS.items()
-           for k in counts for name in hand_solvers(init, k)]
+    pixels, turn = ("--channel", "pixels"), ("--channel", "pixels", "--eta", "0.3")
+    out = [Arm("hand", kind, init, k) for init, counts in HAND_STEPS.items() for k in counts
+           for kind in hand_kinds(init, k)]
     out += [Arm(group, name, init, k) for group, name, init, counts in (
-        ("two", "two numbers", "teacher", (4, 3, 6, 8)),
-        ("jump", "policy gradient", "teacher", (4, 6, 3, 8)),
-        ("search", "random search", "teacher", (4, 6, 8)),
-        ("own", "own gradient", "teacher", (4, 6, 3, 8)),
-        ("cem", "cross-entropy method", "teacher", (4, 6)),
+        ("jump", "policy gradient", "teacher", (4, 6, 8, 3, 2)),
+        ("two", "two numbers", "teacher", COUNTS),
+        ("search", "random search", "teacher", COUNTS),
+        ("cem", "cross-entropy method", "teacher", COUNTS),
+        ("own", "own gradient", "teacher", COUNTS),
         ("relay", "policy gradient", "relay", (4, 3)),
-        ("relay", "policy gradient", "student", (2, 4))) for k in counts]
-    return out + [
+        ("student", "policy gradient", "student", (2, 4)),
+        ("student", "policy gradient", "copy", (2, 4)),
+        ("all", "one policy for K = 3, 4, 6, 8", "teacher", COUNTS),
+        ("transfer", "learned on the other teacher", "earlier", (4,))) for k in counts]
+    out += [
+        Arm("half", "rho alone", "teacher", 4, change="rho"),
+        Arm("half", "lean alone", "teacher", 4, change="lean"),
+        Arm("reads", "reads the state", "teacher", 4),
+        Arm("reads", "its average action", "teacher", 4),
+        Arm("reward", "feature alone", "teacher", 4, ("--reward", "feature")),
+        Arm("reward", "perceptual alone", "teacher", 4, ("--reward", "perceptual")),
+        Arm("reward", "MSE alone", "teacher", 4, ("--reward", "mse")),
+        Arm("reward", "histogram alone", "teacher", 4, ("--reward", "histogram")),
+        Arm("transfer", "16 training noises", "teacher", 4, ("--noises", "16")),
+        Arm("transfer", "512 training noises", "teacher", 4, ("--noises", "512")),
         Arm("ablation", "REINFORCE (1 epoch)", "teacher", 4, ("--epochs", "1")),
-        Arm("pixels", "pixels, as published", "teacher", 4, (*pixels, "--eta", "0.3")),
-        Arm("pixels", "last landing", "teacher", 4, pixels),
+        Arm("ablation", "one baseline for all", "teacher", 4, change="batch"),
+        Arm("ablation", "4 times the spread", "teacher", 4, change="wide"),
+        Arm("ablation", "a quarter of it", "teacher", 4, change="narrow"),
+        Arm("ablation", "32 noises, groups of 4", "teacher", 4, ("--group", "4")),
+        Arm("pixels", "as published", "teacher", 4, turn),
+        Arm("pixels", "as published, from the learned jumps", "teacher", 4, pixels, "", True),
+        Arm("control", "own gradient of the weights", "teacher", 4, pixels, "", True),
         Arm("pixels", "last landing", "student", 1, pixels),
         Arm("pixels", "last landing", "student", 4, pixels)]
+    return [arm for arm in out if all(find(word).exists() for word in INIT[arm.init]
+                                      if word.endswith(".pt"))]
+
+
+GROUPS = tuple(dict.fromkeys(arm.group for arm in arms()))

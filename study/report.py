@@ -2,13 +2,20 @@
 
 Called by study/run.py. A line is a sampler, a column a number of evaluations K.
 """
+import itertools
 import re
 import statistics
 
 import arms                                     # puts the repository on the path
 # From the repository:
-from harness.runs import BadInput, write_whole
+from harness.figures import plot_panels
+from harness.runs import ROOT, BadInput, write_whole
 
+COMPARED = "hand", "jump", "two", "search", "cem", "own", "relay", "student", "all"
+DRAWN = [("DDIM", "teacher"), ("DPM++", "teacher"), ("AB2", "teacher"), ("DDIM", "student"),
+         ("policy gradient", "teacher"), ("policy gradient", "student")]
+STYLES = ":", "--", "-."
+FIGURE = ROOT / "figures" / "study.png"
 MARKERS = "<!-- second version: begin -->", "<!-- second version: end -->"
 
 # ==== TABLES ==================================================================================
@@ -20,19 +27,43 @@ def mean_std(values, form):
     return f"{statistics.fmean(values):{form}}{std}"
 
 
-def table(rows, cell):
-    """Lines of markdown; cell: the text for the rows of all seeds of a sampler at one K."""
-    found, counts = {}, sorted({row["steps"] for row in rows})
+def lines_of(rows):
+    """{(group, name, init): its rows}, in the order of arms.py."""
+    found = {}
     for row in rows:
         found.setdefault((row["group"], row["name"], row["init"]), []).append(row)
+    return {arm: found[arm] for arm in dict.fromkeys(arm[:3] for arm in arms.arms())
+            if arm in found}
+
+
+def table(rows, cell):
+    """Lines of markdown; cell: the text for the rows of all seeds of a sampler at one K."""
+    counts = sorted({row["steps"] for row in rows})
     lines = ["| who jumps, sampler | " + " | ".join(f"K = {k}" for k in counts) + " |",
              "|---|" + "---|" * len(counts)]
-    for arm in dict.fromkeys(arm[:3] for arm in arms.arms()):
-        if arm in found:
-            cells = [cell([r for r in found[arm] if r["steps"] == k]) if k in
-                     [r["steps"] for r in found[arm]] else "" for k in counts]
-            lines.append(f"| {arm[2]}, {arm[1]} | " + " | ".join(cells) + " |")
+    for (_, name, init), mine in lines_of(rows).items():
+        at = {k: [row for row in mine if row["steps"] == k] for k in counts}
+        cells = [cell(at[k]) if at[k] else "" for k in counts]
+        lines.append(f"| {init}, {name} | " + " | ".join(cells) + " |")
     return lines
+
+
+def reward(same):
+    """Mean reward ± its spread over seeds."""
+    return mean_std([row["reward"] for row in same], ".3f")
+
+
+def frechet(same):
+    """Fréchet distance ± spread over seeds (bootstrap error of one)."""
+    return (mean_std([row["frechet"] for row in same], ".2f")
+            + f" ({statistics.fmean(row['frechet_error'] for row in same):.2f})")
+
+
+def closed(same):
+    """Per cent closed ± spread over seeds (standard error over noises)."""
+    return mean_std([100 * row["closed"] for row in same], ".0f") + " ({:.1f})".format(
+        statistics.fmean(abs(100 * row["closed"] * row["gain_error"] / (row["gain"] or 1))
+                         for row in same))
 
 
 def cost(same):
@@ -46,34 +77,54 @@ def tables(rows, missing):
     lines = [f"**Not complete yet: {missing} runs are still to do.**", ""] if missing else []
     if not rows:
         return lines
-    learned = [row for row in rows if row["group"] != "hand"]
+    compared = [row for row in rows if row["group"] in COMPARED]
+    others = [row for row in rows if row["group"] not in COMPARED]
+    learned = [row for row in compared if row["group"] != "hand"]
 
     def words(name):
-        return ", ".join(sorted({row[name] for row in rows}))
+        return ", ".join(sorted({str(row[name]) for row in rows}))
     lines += [f"Made with {words('device')}; torch {words('torch')}; commits {words('commit')}; "
-              f"checkpoints {words('weights')}. Held-out noise, n = {rows[0]['n']}. "
-              "± is the standard deviation over training seeds.", "",
-              "Reward `feature+perceptual`; 0 is the target itself:", "",
-              *table(rows, lambda same: mean_std([r["reward"] for r in same], ".3f")), "",
-              f"Fréchet distance, judge's features; the target: {rows[0]['target_frechet']:.2f}:",
-              "", *table(rows, lambda same: mean_std([r["frechet"] for r in same], ".2f"))]
+              f"checkpoints {words('weights')}. Rewards of {words('n')} held-out noises, Fréchet "
+              f"distances of {words('images')} images. ± is the standard deviation over training "
+              "seeds.", "", "Reward `feature+perceptual`; 0 is the target itself. Hand solvers on "
+              "the grid that is best on these very noises:", "", *table(compared, reward), "",
+              "Fréchet distance in the judge's features, to all training images; in brackets its "
+              "bootstrap error:", "", *table(compared, frechet)]
     if learned:
-        lines += ["", "Per cent closed of what the hand solver that is best on these very noises "
-                  "leaves to the target; in brackets the standard error over noises, paired:", "",
-                  *table(learned, lambda same: mean_std([100 * r["closed"] for r in same], ".0f")
-                         + " ({:.1f})".format(statistics.fmean(
-                             abs(100 * r["closed"] * r["gain_error"] / (r["gain"] or 1))
-                             for r in same))),
+        lines += ["", "Per cent closed of what the best hand solver leaves to the target; in "
+                  "brackets the standard error over noises, paired:", "", *table(learned, closed),
                   "", "Network evaluations it learned from (a backward pass counts two), and "
                   "minutes:", "", *table(learned, cost)]
+    if others:
+        lines += ["", "Variants:", "", "| who jumps, sampler | K | reward | closed, % | Fréchet | "
+                  "learned from |", "|---|---|---|---|---|---|"]
+        for (_, name, init), mine in lines_of(others).items():
+            for k in sorted({row["steps"] for row in mine}):
+                same = [row for row in mine if row["steps"] == k]
+                cells = (str(k), *(cell(same) for cell in (reward, closed, frechet, cost)))
+                lines.append(f"| {init}, {name} | " + " | ".join(cells) + " |")
     return lines
+
+
+def picture(rows, path):
+    """Reward and Fréchet distance against evaluations, of the samplers that have a line in both."""
+    lines = {arm: mine for arm, mine in lines_of(rows).items() if arm[1:] in DRAWN}
+    if lines:
+        plot_panels([("network evaluations", label, [
+            (f"{init}, {name}", counts := sorted({row["steps"] for row in mine}),
+             [sign * statistics.fmean(row[column] for row in mine if row["steps"] == k)
+              for k in counts], "o-" if group != "hand" else style)
+            for ((group, name, init), mine), style in zip(lines.items(), itertools.cycle(STYLES))])
+            for label, column, sign in (("distance to the target, -reward", "reward", -1),
+                                        ("Fréchet distance, judge", "frechet", 1))],
+            path, xscale="log", yscale="log")
 
 
 # ==== INTO THE README =========================================================================
 
-def write(rows, missing, path):
-    """Print the tables, and put them between the markers of `path`, if any; BadInput where these
-    are missing."""
+def write(rows, missing, path, figure=FIGURE):
+    """Print the tables, and put them between the markers of `path`, if any, and the picture into
+    `figure`; BadInput where there are no markers."""
     text = "\n".join(tables(rows, missing))
     print(text)
     if path is None:
@@ -83,4 +134,5 @@ def write(rows, missing, path):
     if not between.search(old):
         raise BadInput(f"{path} has no markers {' and '.join(MARKERS)}; put them back")
     write_whole(path, between.sub(lambda _: f"\n{text}\n", old, count=1).encode())
+    picture(rows, figure)
     print(f"wrote {path}")

@@ -12,12 +12,12 @@ arms run side by side, one thread each. Tables go to study/README.md (report.py)
 """
 import argparse
 import contextlib
-import functools
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -25,17 +25,19 @@ import arms                                     # puts the repository on the pat
 import report
 # From the repository:
 import rl_distill
-from ddpm import linear_alpha_bar
+from ddpm import Solver, linear_alpha_bar, sample, seeded_noise
 from harness.checkpoints import load_checkpoint, provenance, save_checkpoint, write_whole
 from harness.runs import (ROOT, checksum, chunk_size, claim_run, device_name, log_line, number,
                           pick_device, read_log, run_main)
 from reward import encode, judged_frechet, standard_error
-from rl_distill import (HAND_NOISES, MONITOR, JumpPolicy, best_by_hand, deployed, load_inputs,
-                        load_policy, save_policy, train)
+from rl_distill import (HAND_NOISES, MONITOR, JumpPolicy, best_by_hand, load_inputs, load_policy,
+                        save_policy, train)
 from teacher import HELD_OUT, noise_and_targets
 
 RESULTS, README = ROOT / "study" / "results.jsonl", ROOT / "study" / "README.md"
-KEY = "group", "name", "init", "steps", "seed", "n", "weights"      # what makes a row the same row
+IMAGES, RESAMPLED = 2000, 100                   # of each Fréchet distance; of its bootstrap
+RUNS = "jump", "relay", "student", "reward", "transfer", "ablation", "pixels"   # by rl_distill.py
+KEY = "group", "name", "init", "steps", "seed", "n", "images", "weights"     # of the same row
 
 # ==== ROWS AND CLAIMS =========================================================================
 
@@ -80,6 +82,15 @@ def command(arm, seed):
     return [*arms.INIT[arm.init], *arm.flags, "--steps", str(arm.steps), "--seed", str(seed)]
 
 
+def frechet_error(features, content):
+    """Standard error of judged_frechet by the bootstrap (Efron 1979): its spread over RESAMPLED
+    choices of as many of the images' features (N, C), with replacement."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(len(features), (len(features),), generator=generator)
+            for _ in range(RESAMPLED)]
+    return torch.tensor([judged_frechet(features[i], content) for i in rows]).std().item()
+
+
 class World:
     """Networks, reward, judge and noises. Targets and hand solvers are computed once and kept."""
 
@@ -88,10 +99,10 @@ class World:
         self.alpha_bar = linear_alpha_bar(self.device)
         self.args = rl_distill.parse_args(self.smoke)
         self.teacher, _, self.reward, self.judge = load_inputs(self.args, self.device)
-        self.n = self.args.held_out
+        self.n, self.images = self.args.held_out, 16 if args.smoke else IMAGES
         self.weights = checksum([self.args.teacher, self.args.student, self.args.encoders,
                                  f"{self.args.encoders}/judge.pt"]) + "-smoke" * args.smoke
-        self.code = checksum([rl_distill.__file__])[:6]
+        self.code = checksum([rl_distill.__file__, arms.__file__])[:6]
         self.folder = ROOT / "runs" / "study" / self.weights
         self.results = self.folder / "results.jsonl" if args.smoke else RESULTS
 
@@ -102,62 +113,73 @@ class World:
             save_checkpoint(path, "kept", **make())
         return load_checkpoint(path, "kept")
 
-    @functools.cached_property
-    def sets(self):
-        """Training, held-out and monitor noise with targets, as rl_distill.main has them."""
-        def make(first, n):
-            z, target = noise_and_targets(self.teacher, first, n, self.device)
-            return dict(z=z.cpu(), target=target.cpu())
-        found = [self.kept(f"targets {first} {n}", functools.partial(make, first, n))
-                 for first, n in ((0, self.args.noises), (HELD_OUT, self.n),
-                                  (HELD_OUT + 10 ** 6, MONITOR))]
-        return [tuple(kept[k].to(self.device) for k in ("z", "target")) for kept in found]
-
-    def measured(self, nets, solver):
-        """What a row says of a solver on held-out noise: reward (n,), frechet, times, leans."""
-        result = deployed(nets, solver, *self.sets[1], self.reward, self.alpha_bar)
-        return dict(self.facts(**result), times=solver.grid, leans=solver.leans)
-
-    def facts(self, images, reward):
-        """reward (n,) and frechet of held-out images."""
-        judge, content = self.judge
-        return dict(reward=reward.cpu(), frechet=judged_frechet(encode(judge, images), content))
-
-    def hand(self, init, steps, name):
-        """measured() of a hand solver."""
+    def noises(self, first, n, init="teacher"):
+        """noise_and_targets() of the teacher of a start."""
         def make():
-            args = rl_distill.parse_args([*arms.INIT[init], *self.smoke])
-            args.steps = steps                  # one is none too few where nothing is learned
-            nets = load_inputs(args, self.device)[1]
-            solver = arms.hand_solvers(init, steps)[name]
-            if not isinstance(solver, arms.Ipndm):
-                return self.measured(nets, solver)
-            z, target = (x.split(chunk_size(self.device)) for x in self.sets[1])
-            images = [solver(nets[0], x, self.alpha_bar) for x in z]
-            rewards = [self.reward(x, y)[0] for x, y in zip(images, target)]
-            facts = self.facts(torch.cat(images), torch.cat(rewards))
-            return dict(facts, times=solver.grid, leans=[])
-        return self.kept(f"hand {init} {steps} {name}", make)
+            teacher = load_inputs(self.parsed(init), self.device)[0]
+            z, target = noise_and_targets(teacher, first, n, self.device)
+            return dict(z=z.cpu(), target=target.cpu())
+        teacher = "earlier" if init == "earlier" else "teacher"
+        kept = self.kept(f"targets {teacher} {first} {n}", make)
+        return kept["z"].to(self.device), kept["target"].to(self.device)
+
+    def parsed(self, init, steps=4):
+        """Arguments of rl_distill.py for a start; 1 is none too few where nothing is learned."""
+        args = rl_distill.parse_args([*arms.INIT[init], *self.smoke])
+        args.steps = steps
+        return args
+
+    def measured(self, draw, init="teacher"):
+        """What a row says of images = draw(z): reward (n,) on the held-out noises, and of more
+        noises, these among them, the Fréchet distance and its error."""
+        z, target = self.noises(HELD_OUT, self.n, init)
+        seeds = range(HELD_OUT + self.n, HELD_OUT + max(self.n, self.images))
+        z = torch.cat([z, seeded_noise(seeds, z.shape[1:], device=self.device)])
+        images = torch.cat([draw(x) for x in z.split(chunk_size(self.device))])
+        judge, content = self.judge
+        features = encode(judge, images)
+        return dict(reward=self.rewards(images[:self.n], target), images=len(images),
+                    frechet=judged_frechet(features, content),
+                    frechet_error=frechet_error(features, content))
+
+    def rewards(self, images, target):
+        """The reward of each image (n, 3, H, W), on the CPU."""
+        return torch.cat([self.reward(x, y)[0] for x, y in zip(images.split(64),
+                                                               target.split(64))]).cpu()
+
+    def played(self, nets, solver):
+        """The function that draws images (B, 3, H, W) of noise z by a Solver, or by an Ipndm."""
+        if isinstance(solver, arms.Ipndm):
+            return lambda z: solver(nets[0], z, self.alpha_bar)
+        return lambda z: sample(nets, z, solver, self.alpha_bar).clamp(-1, 1)
+
+    def hand(self, init, kind, steps):
+        """measured() of a hand solver, on the grid that is best on these very noises."""
+        def make():
+            nets, scores = load_inputs(self.parsed(init, steps), self.device)[1], []
+            z, target = self.noises(HELD_OUT, self.n, init)
+            solvers = arms.hand_solvers(init, kind, steps)
+            for draw in (self.played(nets, solver) for solver in solvers):
+                images = torch.cat([draw(x) for x in z.split(chunk_size(self.device))])
+                scores.append(self.rewards(images, target).mean().item())
+            best = solvers[scores.index(max(scores))]
+            return dict(self.measured(self.played(nets, best), init), times=best.grid,
+                        leans=getattr(best, "leans", []))
+        return self.kept(f"hand {init} {kind} {steps}", make)
 
     def best_hand(self, init, steps):
         """Reward (n,) of the hand solver that is best on these very noises: on the teacher, and on
         the networks an arm starts from."""
-        rewards = [self.hand(who, steps, name)["reward"] for who in dict.fromkeys(
-            ("teacher", init)) for name in arms.hand_solvers(who, steps)]
+        starts = {"earlier": ["earlier"], "relay": ["teacher"]}.get(init, ["teacher", init])
+        rewards = [self.hand(who, kind, steps)["reward"] for who in dict.fromkeys(starts)
+                   for kind in arms.hand_kinds(who, steps)]
         return max(rewards, key=torch.mean)
 
     def start(self, nets, args):
-        """(name, policy) of the hand solver at which rl_distill.py starts."""
-        some = (x[:HAND_NOISES] for x in self.sets[0])
+        """(name, Solver) of the hand solver at which rl_distill.py starts."""
+        some = (x[:HAND_NOISES] for x in self.noises(0, args.noises))
         hand = best_by_hand(nets, *some, self.reward, self.alpha_bar)
-        name = next(name for name in hand if args.eta == 0 or "DDIM" in name)
-        return name, JumpPolicy(hand[name]).to(self.device)
-
-    @functools.cached_property
-    def target(self):
-        """reward (n,) and frechet of the targets themselves."""
-        _, target = self.sets[1]
-        return self.kept("target", lambda: self.facts(target, torch.zeros(self.n)))
+        return next((name, hand[name]) for name in hand if args.eta == 0 or "DDIM" in name)
 
 
 # ==== PLAYING ONE ARM =========================================================================
@@ -168,30 +190,76 @@ def place(arm, seed, world):
     return world.folder / "".join(c if c.isalnum() else "-" for c in words)
 
 
-def play(arm, seed, world):
-    """Find the policy of an arm, as rl_distill.main does, or by a competitor, and measure it.
-    Returns (measured(), minutes, network evaluations)."""
-    if arm.group == "hand":
-        return world.hand(arm.init, arm.steps, arm.name), 0.0, 0
-    out, began = place(arm, seed, world), time.time()
+def learned(arm, seed, world):
+    """(nets, Solver, minutes) of a run of rl_distill.py with the flags of an arm: the one that is
+    there, or one that is played now, from its last checkpoint."""
+    out = place(arm, seed, world)
     args = rl_distill.parse_args([*command(arm, seed), "--out", str(out), *world.smoke])
-    _, nets, reward, _ = load_inputs(args, world.device)
-    train_set, _, monitor_set = world.sets
     if not (out / "policy.pt").exists():
-        hand, policy = world.start(nets, args)
-        if arm.group in arms.COMPETITORS:
-            policy, spent = arms.COMPETITORS[arm.group](
-                nets, policy, train_set, reward, arms.rollouts(args), world.alpha_bar, seed)
-            return world.measured(nets, policy.solver()), (time.time() - began) / 60, spent
+        _, nets, reward, _ = load_inputs(args, world.device)
+        start, solver = world.start(nets, args)
+        if arm.learned:
+            start, solver = "learned jumps", learned(jump_arm(arm), seed, world)[1]
+        policy = (arms.ReadingPolicy if arm.group == "reads" else JumpPolicy)(solver)
         args.resume = (out / "config.json").exists()
         claim_run(args, "study")
         with open(out / "printed.txt", "a", encoding="utf-8") as log, \
-                contextlib.redirect_stdout(log):
-            seconds = train(nets, policy, train_set, monitor_set, reward, args, out, world.device)
-        save_policy(out / "policy.pt", nets, policy.solver(), provenance(
-            "rl_distill.py", args, seconds, world.device, start=hand), args.channel == "jump")
+                contextlib.redirect_stdout(log), \
+                mock.patch.dict(vars(rl_distill), arms.CHANGES[arm.change]):
+            seconds = train(nets, policy.to(world.device), world.noises(0, args.noises),
+                            world.noises(HELD_OUT + 10 ** 6, MONITOR), reward, args, out,
+                            world.device)
+        if arm.group == "reads":
+            torch.save(policy.state_dict(), out / "head.pt")
+            solver = policy.average(nets, world.noises(0, args.noises)[0], world.alpha_bar)
+        save_policy(out / "policy.pt", nets, solver if arm.group == "reads" else policy.solver(),
+                    provenance("rl_distill.py", args, seconds, world.device, start=start),
+                    args.channel == "jump")
     nets, solver, content = load_policy(out / "policy.pt", world.device)
-    return world.measured(nets, solver), content["provenance"]["minutes"], arms.evaluations(args)
+    return nets, solver, content["provenance"]["minutes"]
+
+
+def jump_arm(arm):
+    """The policy gradient of the main job with as many evaluations."""
+    return arms.Arm("jump", "policy gradient", "teacher", arm.steps)
+
+
+def play(arm, seed, world):
+    """Find the policy of an arm, as rl_distill.main does, or by a competitor, and measure it.
+    Returns (measured() with times and leans, minutes, network evaluations)."""
+    if arm.group == "hand":
+        return world.hand(arm.init, arm.name, arm.steps), 0.0, 0
+    began, args = time.time(), rl_distill.parse_args([*command(arm, seed), *world.smoke])
+    teacher, nets, _, _ = load_inputs(args, world.device)
+    train_set, spent = world.noises(0, args.noises), arms.evaluations(args)
+    if arm.name == "learned on the other teacher":
+        solver, minutes, spent = learned(jump_arm(arm), seed, world)[1], 0.0, 0
+    elif arm.group == "all":
+        def make():
+            hand = {K: world.start([teacher] * K, args)[1] for K in arms.COUNTS}
+            solvers = arms.learn_shared(teacher, hand, train_set, world.reward, args,
+                                        world.alpha_bar)
+            return {str(K): [*map(list, solver)] for K, solver in solvers.items()}
+        solver = Solver(*world.kept(f"all {seed} {world.code}", make)[str(arm.steps)])
+        minutes = (time.time() - began) / 60
+    elif arm.group in arms.COMPETITORS:
+        budget = spent // args.steps if arm.group == "control" else arms.rollouts(args)
+        solver = (learned(jump_arm(arm), seed, world) if arm.learned else
+                  world.start(nets, args))[1]
+        policy, spent = arms.COMPETITORS[arm.group](
+            nets, JumpPolicy(solver).to(world.device), train_set, world.reward, budget,
+            world.alpha_bar, seed)
+        solver, minutes = policy.solver(), (time.time() - began) / 60
+    else:
+        run_of = arm._replace(name="reads the state") if arm.group == "reads" else arm
+        nets, solver, minutes = learned(run_of, seed, world)
+    draw = world.played(nets, solver)
+    if arm.name == "reads the state":
+        policy = arms.ReadingPolicy(world.start(nets, args)[1]).to(world.device)
+        policy.load_state_dict(torch.load(place(arm, seed, world) / "head.pt", weights_only=True))
+        draw = lambda z: rl_distill.rollout(nets, policy, z, world.alpha_bar)[0]      # noqa: E731
+    result = world.measured(draw, arm.init)
+    return dict(result, times=solver.grid, leans=solver.leans), minutes, spent
 
 
 def commit():
@@ -208,16 +276,16 @@ def row_of(arm, seed, world, version):
     share of what that one leaves to the target."""
     result, minutes, spent = play(arm, seed, world)
     reward, best = result["reward"], world.best_hand(arm.init, arm.steps)
-    gain, left = reward - best, world.target["reward"] - best
+    gain, left = reward - best, -best                   # the target has reward 0
     words = (["study/run.py", "--only", arm.group, "--seeds", str(seed)]
-             if arm.group in ("hand", *arms.COMPETITORS) else
+             if arm.group not in RUNS or arm.change else
              ["rl_distill.py", *command(arm, seed)])
     return dict(group=arm.group, name=arm.name, init=arm.init, steps=arm.steps, seed=seed,
                 n=world.n, reward=reward.mean().item(), reward_error=standard_error(reward),
                 gain=gain.mean().item(), gain_error=standard_error(gain),
                 closed=(gain.mean() / left.mean()).item(), frechet=result["frechet"],
-                target_frechet=world.target["frechet"], times=result["times"],
-                leans=result["leans"], minutes=minutes, train_nfe=spent,
+                frechet_error=result["frechet_error"], images=result["images"],
+                times=result["times"], leans=result["leans"], minutes=minutes, train_nfe=spent,
                 command=" ".join(["python", *words, *world.smoke]), commit=version,
                 weights=world.weights, torch=str(torch.__version__),
                 device=device_name(world.device))
@@ -232,7 +300,7 @@ def todo(args, world):
               for seed in (args.seeds if group != "hand" else [0])
               for arm in arms.arms() if arm.group == group]
     return [(arm, seed) for arm, seed in chosen
-            if (*arm[:4], seed, world.n, world.weights) not in done]
+            if (*arm[:4], seed, world.n, max(world.n, world.images), world.weights) not in done]
 
 
 def work(args, world):
@@ -286,7 +354,8 @@ def main(argv=None):
         if args.worker or args.workers == 1 and not args.report:
             work(args, world)
         elif not args.report:
-            world.sets, world.target            # before the workers, with all threads
+            for first, n in ((0, world.args.noises), (HELD_OUT, world.n)):
+                world.noises(first, n)          # before the workers, with all threads
             print(f"{len(todo(args, world))} runs to do, {args.workers} at a time", flush=True)
             work_side_by_side(args, words)
     except KeyboardInterrupt:

@@ -73,7 +73,7 @@ class Competitors(unittest.TestCase):
             self):
         args = rl_distill.parse_args(["--steps", "3"])
         self.assertEqual(arms.evaluations(args), args.updates * 16 * 8 * 3)
-        for name, method in list(arms.COMPETITORS.items())[1:]:
+        for name, method in list(arms.COMPETITORS.items())[1:-1]:
             toy = Toy()
             found, spent = toy.search(method, arms.rollouts(args))
             self.assertEqual(spent, toy.count * (3 if name == "own" else 1), name)
@@ -162,6 +162,79 @@ class OwnGradient(unittest.TestCase):
             self.assertLess(abs(gradient[k, i] - slope), 0.05 * abs(slope), (k, i))
 
 
+class Variants(unittest.TestCase):
+    def test_changes_are_of_things_that_are_there_and_half_an_action_explores_half(self):
+        for change in arms.CHANGES.values():
+            self.assertTrue(all(hasattr(rl_distill, name) for name in change))
+        policy, z = rl_distill.JumpPolicy(hand_solver("AB2", "uniform", 3)), seeded_noise([1], (2,))
+        generator = torch.Generator().manual_seed(0)
+        for name, moves in (("", [1, 1]), ("rho", [1, 0]), ("lean", [0, 1])):
+            with mock.patch.dict(vars(rl_distill), arms.CHANGES[name]):
+                _, jumps = rl_distill.rollout([Toy()] * 3, policy, z, ALPHA_BAR, "jump", 8, 0.1,
+                                              0.0, generator)
+            off = (jumps[1].u - policy(1, z)).detach()
+            self.assertEqual((off.abs().max(0).values > 0).tolist(), [bool(m) for m in moves])
+            self.assertLess(off.sum(0).abs().max(), 1e-5)
+        noise = arms.CHANGES["rho"]["antithetic"]((4, 3, 2, 2), generator, "cpu")
+        self.assertTrue((noise != 0).all())                        # of images, not of u
+
+    def test_one_baseline_for_all_knows_no_groups(self):
+        r = torch.tensor([1.0, 2, 5, 8])
+        self.assertLess((arms.batch_advantages(r, 2) - (r - 4) / r.std()).abs().max(), 1e-6)
+
+    def test_a_reading_policy_starts_at_its_solver_and_its_average_is_one(self):
+        torch.manual_seed(0)
+        nets, z = [UNet(**TINY).eval()] * 3, seeded_noise(range(4), (3, 4, 4))
+        solver = hand_solver("AB2", "quadratic", 3)
+        policy = arms.ReadingPolicy(solver)
+        self.assertEqual((policy.solver(), policy.average(nets, z, ALPHA_BAR)), (solver, solver))
+        torch.nn.init.normal_(policy.head[1].weight)
+        policy.head[1].bias.data.copy_(torch.tensor([0.0, 3.0]))
+        _, jumps = rl_distill.rollout(nets, policy, z, ALPHA_BAR)
+        self.assertGreater(jumps[1].u[:, 1].std(), 0.01)
+        self.assertAlmostEqual(policy.average(nets, z, ALPHA_BAR).leans[1],
+                               jumps[1].u[:, 1].mean().item(), places=5)
+        self.assertEqual(policy.average(nets, z, ALPHA_BAR).leans[2], 0.5)
+
+    def test_a_shared_policy_learns_for_all_numbers_of_evaluations(self):
+        toy, args = Toy(), rl_distill.parse_args(["--updates", "15"])
+        hand = {K: hand_solver("DPM++", "quadratic", K) for K in (2, 3)}
+        found = arms.learn_shared(toy, hand, toy.train_set, toy_reward, args, ALPHA_BAR)
+        before, after = (sum(toy_reward(sample(toy, toy.train_set[0], solver, ALPHA_BAR),
+                                        toy.train_set[1])[0].mean().item()
+                             for solver in some.values()) for some in (hand, found))
+        self.assertLess(before, -0.5)
+        self.assertGreater(after, 0.7 * before)
+        lean = [found[K].leans[-1] - hand[K].leans[-1] for K in hand]
+        self.assertAlmostEqual(*lean, places=5)            # one evaluation left: the same shift
+
+    def test_the_gradient_of_the_weights_moves_the_last_network_towards_the_target(self):
+        torch.manual_seed(0)
+        first, last = UNet(**TINY).eval().requires_grad_(False), Counting(**TINY).eval()
+        z, before = seeded_noise(range(8), (3, 4, 4)), first.conv_out.bias.clone()
+        policy = rl_distill.JumpPolicy(hand_solver("DDIM", "uniform", 2))
+        train_set, Counting.rows = (z, torch.full_like(z, 0.5)), 0
+        solver, nets = policy.solver(), [first, last]
+
+        def score():
+            return toy_reward(sample(nets, z, solver, ALPHA_BAR), train_set[1])[0].mean().item()
+        start = score()
+        with mock.patch.object(arms, "WEIGHTS_LR", 0.01):
+            _, spent = arms.own_weights(nets, policy, train_set, toy_reward, 480, ALPHA_BAR, 0)
+        self.assertEqual(spent, 20 * 8 * 3 * 2)
+        self.assertGreater(score(), 0.5 * start)
+        self.assertTrue(torch.equal(first.conv_out.bias, before))
+        self.assertEqual(policy.shift.abs().max(), 0)
+
+    def test_the_bootstraps_error_is_the_spread_over_new_images(self):
+        generator = torch.Generator().manual_seed(0)
+        content = dict(mean=torch.zeros(4), covariance=torch.eye(4))
+        draws = [0.3 + torch.randn(300, 4, generator=generator) for _ in range(60)]
+        spread = torch.tensor([run.judged_frechet(x, content) for x in draws]).std().item()
+        error = run.frechet_error(draws[0], content)
+        self.assertLess(abs(error / spread - 1), 0.4, (error, spread))
+
+
 class Books(unittest.TestCase):
     def setUp(self):
         keep = tempfile.TemporaryDirectory()
@@ -169,8 +242,8 @@ class Books(unittest.TestCase):
         self.folder = Path(keep.name)
 
     def row(self, arm, seed=0, weights="w"):
-        return dict(zip(run.KEY, (*arm[:4], seed, 8, weights)), reward=-1.0 - 2 * seed, gain=0.5,
-                    gain_error=0.1, closed=0.4, frechet=2.0, target_frechet=1.0, train_nfe=2000,
+        return dict(zip(run.KEY, (*arm[:4], seed, 8, 9, weights)), reward=-1.0 - 2 * seed, gain=0.5,
+                    gain_error=0.1, closed=0.4, frechet=2.0, frechet_error=0.1, train_nfe=2000,
                     minutes=1.0, device="cpu", torch="2", commit="c")
 
     def test_every_arm_is_there_once_and_its_command_parses(self):
@@ -185,7 +258,7 @@ class Books(unittest.TestCase):
                              (arm.steps, 2, arm.init))
 
     def test_a_row_is_not_made_again_and_a_torn_line_is_no_row(self):
-        world = SimpleNamespace(results=self.folder / "r.jsonl", n=8, weights="w")
+        world = SimpleNamespace(results=self.folder / "r.jsonl", n=8, images=9, weights="w")
         args = SimpleNamespace(only=None, seeds=[0, 1])
         everything = run.todo(args, world)
         (first, _), (second, _), (third, _) = everything[:3]
@@ -214,7 +287,8 @@ class Books(unittest.TestCase):
         arm = next(arm for arm in arms.arms() if arm.group == "jump")
         path.write_text(f"above\n{begin}\nold\n{end}\nbelow é\n", encoding="utf-8")
         with mock.patch("builtins.print"):
-            report.write([self.row(arm), self.row(arm, seed=1)], 2, path)
+            report.write([self.row(arm), self.row(arm, seed=1)], 2, path, self.folder / "a.png")
+        self.assertTrue((self.folder / "a.png").exists())
         text = path.read_text(encoding="utf-8")
         self.assertRegex(text, rf"^above\n{begin}\n\*\*Not complete yet: 2 .*")
         self.assertTrue(text.endswith(f"\n{end}\nbelow é\n") and "old" not in text)
