@@ -2,6 +2,7 @@
 
     python study/test_study.py
 """
+import importlib
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import arms                                     # puts the repository on the path   # noqa: E402
 import report                                                                  # noqa: E402
 import run                                                                     # noqa: E402
+import stress                                                                  # noqa: E402
 # From the repository:
 import rl_distill                                                              # noqa: E402
 from ddpm import (MixtureNet, Solver, T, UNet, hand_solver, linear_alpha_bar,  # noqa: E402
@@ -233,6 +235,16 @@ class Variants(unittest.TestCase):
         spread = torch.tensor([run.judged_frechet(x, content) for x in draws]).std().item()
         error = run.frechet_error(draws[0], content)
         self.assertLess(abs(error / spread - 1), 0.4, (error, spread))
+
+
+class Stress(unittest.TestCase):
+    def test_its_sizes_are_of_flags_and_constants_that_are_there(self):
+        with mock.patch.object(sys, "path", [*sys.path, str(stress.ROOT / "checkpoints")]):
+            for script, sizes in stress.SIZES.items():
+                module = importlib.import_module(script)
+                for name in sizes:
+                    self.assertTrue(hasattr(module if name.isupper() else module.parse_args([]),
+                                            name), (script, name))
 
 
 class Books(unittest.TestCase):
