@@ -33,8 +33,8 @@ from reward import TERMS, Reward, load_encoder, print_comparison
 from harness.checkpoints import (frozen_network, half_weights, load_checkpoint, load_state,
                                  provenance, rebuilding, save_checkpoint, save_state, write_whole)
 from harness.figures import plot_panels, plot_strips
-from harness.runs import (BadInput, chunk_size, claim_run, device_name, log_line, number,
-                          parser_for, pick_device, read_log, run_flags, run_main, settings)
+from harness.runs import (BadInput, checksum, chunk_size, claim_run, device_name, log_line,
+                          number, parser_for, pick_device, read_log, run_flags, run_main, settings)
 
 STD = 0.07, 0.01            # of u, falls from the one towards the other; 0.05..0.2, a seventh of it
 CLIP_JUMP, CLIP_PIXELS = 0.2, 1e-4      # PPO's clip range, 0.1..0.3; of a mean density 1e-5..1e-3
@@ -426,10 +426,9 @@ def load_inputs(args, device):
     teacher, _ = load_teacher(args.teacher, device)
     nets = [copy.deepcopy(teacher)] * args.steps
     if args.init == "student" or args.relay:
-        student, _ = load_student(args.student, device)
-        if student.config["image_size"] != teacher.config["image_size"]:
-            raise BadInput(f"{args.student} makes other images than {args.teacher}; give a student "
-                           "cloned from this teacher")
+        student, content = load_student(args.student, device)
+        if content["provenance"].get("teacher") != checksum([args.teacher]):
+            raise BadInput(f"{args.student} was not cloned from {args.teacher}; give another one")
         nets = [student] + (nets[1:] if args.relay else [student] * (args.steps - 1))
     coach, coach_file = load_encoder(f"{args.encoders}/coach.pt", "coach", device)
     judge = load_encoder(f"{args.encoders}/judge.pt", "judge", device)

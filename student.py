@@ -28,7 +28,7 @@ from teacher import (GRAD_CLIP, HELD_OUT, LOG_EVERY, TARGET, ema_update, learnin
                      load_teacher, noise_and_targets)
 from harness.checkpoints import load_network, load_state, provenance, save_network, save_state
 from harness.figures import plot_loss, save_picture
-from harness.runs import (autocast, chunk_size, claim_run, device_name, log_line, number,
+from harness.runs import (autocast, checksum, chunk_size, claim_run, device_name, log_line, number,
                           parser_for, pick_device, run_flags, run_main)
 
 STUDENT_UNET = dict(width=32, mults=[1, 2, 3], blocks=1, attention=[8], dropout=0.0)   # 1.8 M
@@ -196,7 +196,7 @@ def clone(net, ema, teacher, args, out, device):
         if done % SAVE_EVERY == 0 or done == args.updates:
             save_network(out / "student.pt", "student", ema, provenance(
                 "student.py", args, seconds, device, updates=done, teacher_paths=pool.made,
-                target=f"{len(TARGET.leans)} quadratic DDIM steps"))
+                teacher=checksum([args.teacher]), target=f"{len(TARGET.leans)} quadratic steps"))
             save_state(out / "state.pt", parts, done, seconds)      # last: its files are there
     return seconds_before + time.time() - start, pool.made
 

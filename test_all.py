@@ -39,7 +39,7 @@ import teacher
 from ddpm import hand_solver, seeded_noise
 from harness import images as pictures
 from harness.checkpoints import half_weights, load_checkpoint, save_checkpoint, save_network
-from harness.runs import BadInput, read_log, run_main
+from harness.runs import BadInput, checksum, read_log, run_main
 
 HERE = Path(__file__).resolve().parent
 MODULES = [ddpm, teacher, student, reward, rl, sample]
@@ -138,7 +138,8 @@ class Working(Case):
             torch.manual_seed(0)
             save_network(self.tiny / "teacher.pt", "teacher", randomised(ddpm.UNet(**TINY)), {})
             first = randomised(student.JumpUNet(**TINY), 1)
-            save_network(self.tiny / "student.pt", "student", first, {})
+            save_network(self.tiny / "student.pt", "student", first, dict(
+                teacher=checksum([self.tiny / "teacher.pt"])))
             c, j, x = reward.Coach().eval(), reward.Judge().eval(), images(64)
             mean, covariance = reward.moments(reward.encode(j, x))
             for name, net, more in (
@@ -414,7 +415,7 @@ class Network(Case):
 # ==== teacher.py ==============================================================================
 
 def train_args(**more):
-    return types.SimpleNamespace(seed=0, lr=4e-3, resume=False, smoke=True, out=None, **more)
+    return types.SimpleNamespace(seed=0, lr=4e-3, resume=False, smoke=True, teacher="t.pt", **more)
 
 
 def losses(folder):
@@ -999,9 +1000,9 @@ class Results(Working):
                             min(seeds) >= teacher.HELD_OUT)
 
     def test_the_printed_table_is_right(self):
-        n, g, best = 40, np.random.default_rng(0), "AB2 quadratic"
+        n, g = 40, np.random.default_rng(0)
         common = 3 * g.normal(size=n) - 10                 # hard noises are hard for everybody
-        s = {"target": 0.3 * g.normal(size=n), best: common - 1.5 + 0.1 * g.normal(size=n),
+        s = {"target": 0.3 * g.normal(size=n), "AB2 uniform": common - 1.5 + 0.1 * g.normal(size=n),
              "DDIM uniform": common - 2.5, "policy": common - 1 + g.normal(size=n)}
         rows = {name: dict(reward=torch.tensor(x), images=i)
                 for i, (name, x) in enumerate(s.items())}
@@ -1235,8 +1236,7 @@ class Commands(Working):
         for name in re.search(r"wrote (.*)", text)[1].removeprefix("a/").split(", "):
             self.assertTrue(Path("a", name).exists(), name)
         kept = load_checkpoint("a/policy.pt", "policy")["nets"]
-        self.assertEqual({w.dtype for net in kept for w in net["weights"].values()},
-                         {torch.float32})
+        self.assertTrue(all(w.dtype == torch.float32 for n in kept for w in n["weights"].values()))
         text = self.run_main(sample, "--model", "a/policy.pt", "--n", "5", "--npz", "n/i.npz")
         self.assertIn("5 images", text)
         text = self.run_main(sample, "--evaluate", "--n", "8", "--steps", "2", *self.words, "--out",
@@ -1247,12 +1247,14 @@ class Commands(Working):
     def test_bad_input_is_one_sentence_and_code_2_and_touches_nothing(self):
         Path("cut.pt").write_bytes((self.tiny / "student.pt").read_bytes()[:5000])
         Path("empty").mkdir()
+        save_network("another.pt", "teacher", self.net, dict(seed=1))
         Samples.models(self)
         relay, coach, plain = [*self.job, "--relay"], f"{self.tiny}/coach.pt", self.words[1]
         for expected, module, *words in [
                 ("no checkpoint", rl, *relay, "--student", "none.pt"),
                 ("cannot be read", rl, *relay, "--student", "cut.pt"),
                 ("a student is needed", rl, *relay, "--student", coach),
+                ("not cloned from", rl, *relay, "--teacher", "another.pt"),
                 ("no checkpoint empty", rl, *self.job, "--encoders", "empty"),
                 ("'clip' is unknown", rl, *self.job, "--reward", "clip+mse"),
                 ("must be even", rl, *self.words, "--group", "3"),
@@ -1263,10 +1265,8 @@ class Commands(Working):
                 ("--resume needs", rl, *self.job, "--resume"),
                 ("no checkpoint", sample, "--model", "none.pt"),
                 ("student or policy is needed", sample, "--model", coach),
-                ("learned its own jumps", sample, "--model", "policy.pt", "--eta", "1"),
-                ("learned its own jumps", sample, "--model", "policy.pt", "--steps", "8"),
-                ("learned its own jumps", sample, "--model", "policy.pt", "--solver", "DDIM"),
-                ("learned its own jumps", sample, "--model", "policy.pt", "--grid", "uniform"),
+                *(("learned its own jumps", sample, "--model", "policy.pt", *f.split()) for f in (
+                    "--eta 1", "--steps 8", "--solver DDIM", "--grid uniform")),
                 ("takes all solvers", sample, "--evaluate", "--grid", "uniform"),
                 ("no images to lean on", sample, "--model", f"{self.tiny}/student.pt", "--solver",
                  "AB2"),
