@@ -4,6 +4,7 @@
 """
 import importlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -235,6 +236,32 @@ class Variants(unittest.TestCase):
         spread = torch.tensor([run.judged_frechet(x, content) for x in draws]).std().item()
         error = run.frechet_error(draws[0], content)
         self.assertLess(abs(error / spread - 1), 0.4, (error, spread))
+
+
+class Readme(unittest.TestCase):
+    LABELS = {"DDIM": ("hand", "DDIM"), "DPM-Solver++(2M)": ("hand", "DPM++"),
+              "the same, its last lean aimed at t = 1": ("hand", "DPM++ to t = 1"),
+              "AB2: lean 1/2 at every jump": ("hand", "AB2"), "two numbers": ("two",),
+              "random search": ("search",), "cross-entropy method": ("cem",),
+              "the reward's own gradient": ("own",), "**policy gradient**": ("jump",)}
+
+    def test_its_table_is_what_the_rows_say(self):
+        text = (run.ROOT / "README.md").read_text(encoding="utf-8")
+        head, _, *lines = text[text.index("| reward on 256"):].split("\n\n")[0].splitlines()
+        counts = [int(k) for k in re.findall(r"K = (\d+)", head)]
+        rows = [row for row in run.read_log(run.RESULTS) if row["init"] == "teacher"]
+        rows = [row for row in rows if row["weights"] == rows[-1]["weights"]]
+        self.assertEqual(len(lines), len(self.LABELS))
+        for line in lines:
+            label, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            group, *kind = next(self.LABELS[k] for k in self.LABELS if label.split(": t")[0] == k)
+            for K, cell in zip(counts, cells, strict=True):
+                found = [row["reward"] for row in rows if (row["group"], row["steps"]) == (group, K)
+                         and kind in ([], [re.sub(r",? (uniform|quadratic|logsnr)$", "",
+                                                  row["name"])])]
+                expected = "not run" if not found else f"{max(found):.3f}" if kind else (
+                    report.mean_std(found, ".3f") if group != "two" else f"{max(found):.3f}")
+                self.assertEqual(cell, expected, (label, K))
 
 
 class Stress(unittest.TestCase):
