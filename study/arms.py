@@ -4,8 +4,8 @@ Adds to rl_distill.py other ways to find the same K x 2 numbers, u = (logit rho,
 random search, the cross-entropy method, the reward's own gradient, and two numbers for all jumps.
 All see the same training noises and the same reward, and spend no more network evaluations than the
 policy gradient spends on its rollouts; but for the last they start at the same hand solver.
-Variants of the policy gradient are flags of rl_distill.py. The settings above were chosen by
-tune.py, four a method. Next file: run.py, which plays the arms and keeps the books.
+Variants of the policy gradient are its flags, CHANGES or classes below. The settings of the methods
+were chosen by tune.py, four a method. Next file: run.py, which plays the arms and keeps the books.
 """
 import copy
 import itertools
@@ -162,7 +162,7 @@ def smooth_rollout(nets, policy, z, schedule):
 
 
 def own_weights(nets, policy, train_set, reward, rollouts, alpha_bar, seed):
-    """The same for the weights of the last jump's network, at the policy's mean jumps."""
+    """own_gradient() for the weights of the last jump's network, at the policy's mean jumps."""
     generator, schedule = torch.Generator().manual_seed(seed), SmoothSchedule(alpha_bar)
     size = min(NOISES_PER_UPDATE, len(train_set[0]))
     updates = max(1, rollouts // ((1 + BACKWARD) * size))
@@ -311,7 +311,7 @@ class Arm(NamedTuple):
     """One row of the tables at one number of evaluations; played once per seed."""
     group: str
     name: str
-    init: str                           # who jumps: 'teacher', 'student', 'copy' or 'relay'
+    init: str                           # who jumps, a key of INIT
     steps: int                          # K
     flags: tuple = ()                   # of rl_distill.py, besides --steps, --seed and INIT's
     change: str = ""                    # of CHANGES
@@ -329,7 +329,7 @@ HAND_STEPS = {"teacher": (1, 2, 3, 4, 6, 8, 10, 20, 50), "student": (1, 2, 4, 8)
 ORDERS = 2, 3, 4                        # of iPNDM
 
 
-def hand_solvers(init, kind, steps):
+def hand_solvers(kind, steps):
     """The solvers of a kind, one a grid: [Solver or Ipndm]."""
     if steps == 50:
         return [TARGET]
@@ -342,7 +342,7 @@ def hand_solvers(init, kind, steps):
 
 
 def hand_kinds(init, steps):
-    """Names of the hand solvers that differ from one another at this number of evaluations."""
+    """Names of the hand solvers that are compared at this number of evaluations."""
     if init in ("student", "copy") or steps in (1, 50):
         return ["DDIM"]
     more = ["DPM++ to t = 1", *(f"iPNDM-{order}" for order in ORDERS if order <= steps)]
@@ -382,7 +382,7 @@ def arms():
         Arm("ablation", "a quarter of it", "teacher", 4, change="narrow"),
         Arm("ablation", "32 noises, groups of 4", "teacher", 4, ("--group", "4")),
         Arm("pixels", "as published", "teacher", 4, turn),
-        Arm("pixels", "as published, from the learned jumps", "teacher", 4, pixels, "", True),
+        Arm("pixels", "last landing, from the learned jumps", "teacher", 4, pixels, "", True),
         Arm("control", "own gradient of the weights", "teacher", 4, pixels, "", True),
         Arm("pixels", "last landing", "student", 1, pixels),
         Arm("pixels", "last landing", "student", 4, pixels)]

@@ -158,7 +158,7 @@ class World:
         def make():
             nets, scores = load_inputs(self.parsed(init, steps), self.device)[1], []
             z, target = self.noises(HELD_OUT, self.n, init)
-            solvers = arms.hand_solvers(init, kind, steps)
+            solvers = arms.hand_solvers(kind, steps)
             for draw in (self.played(nets, solver) for solver in solvers):
                 images = torch.cat([draw(x) for x in z.split(chunk_size(self.device))])
                 scores.append(self.rewards(images, target).mean().item())
@@ -278,7 +278,7 @@ def row_of(arm, seed, world, version):
     reward, best = result["reward"], world.best_hand(arm.init, arm.steps)
     gain, left = reward - best, -best                   # the target has reward 0
     words = (["study/run.py", "--only", arm.group, "--seeds", str(seed)]
-             if arm.group not in RUNS or arm.change else
+             if arm.group not in RUNS or arm.change or arm.learned or arm.init == "earlier" else
              ["rl_distill.py", *command(arm, seed)])
     return dict(group=arm.group, name=arm.name, init=arm.init, steps=arm.steps, seed=seed,
                 n=world.n, reward=reward.mean().item(), reward_error=standard_error(reward),

@@ -3,8 +3,8 @@
     python study/stress.py                 # all of it, about ten minutes on two CPU cores
     python study/stress.py --kills 40      # more kills; --mutants, --seed likewise
 
-Every run is a real process with tiny sizes. Prints one line per part, the figures of README, and
-ends with exit code 0 where nothing was lost or loaded, else 1.
+Every run is a real process with tiny sizes. Prints one line per part, and ends with exit code 0
+where nothing was lost or loaded, else 1.
 """
 import argparse
 import os
