@@ -6,6 +6,7 @@ Algorithm 1 (Ho et al. 2020). The result is the model that ReDiF distils; its im
 
     python teacher.py                          # CIFAR-10, downloaded on first use
     python teacher.py --data DIR               # any folder of class subfolders of images
+    python teacher.py --init FILE              # goes on from the weights of another run
     python teacher.py --data shapes --smoke    # nothing needed, seconds, numbers mean nothing
 
 Reads images; writes to --out: teacher.pt (EMA weights in fp16, for the other files), state.pt (all
@@ -143,6 +144,7 @@ def parse_args(argv=None):
     p.add_argument("--batch-size", type=count, default=64, help="images per update, 32..512")
     p.add_argument("--lr", type=number(float, 1e-7, 1), default=1e-3, help="peak rate, 1e-4..2e-3")
     p.add_argument("--paper-shape", action="store_true", help="the paper's 35.7 M U-Net instead")
+    p.add_argument("--init", help="a teacher.pt to start from, in place of random weights")
     run_flags(p)
     args = p.parse_args(argv)
     if args.smoke:
@@ -152,13 +154,15 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = pick_device(args.device)
+    device, start = pick_device(args.device), load_teacher(args.init)[0] if args.init else None
     images, _ = load_images(args.data)
     out = claim_run(args, "teacher", images)
     print("config:", vars(args))
     torch.manual_seed(args.seed)
     shape = {**SMALL_UNET, "width": 16} if args.smoke else SMALL_UNET
-    net = UNet(**(PAPER_UNET if args.paper_shape else shape)).to(device)
+    net = UNet(**(start.config if start else PAPER_UNET if args.paper_shape else shape)).to(device)
+    if start:
+        net.load_state_dict(start.state_dict())
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     print(f"device {device_name(device)} | {parameter_count(net) / 1e6:.2f} M parameters | "
           f"{len(images)} images, {args.updates * args.batch_size / len(images):.1f} epochs")
