@@ -130,12 +130,12 @@ def make(out, only):
             if path.suffix not in (".py", ".md"):
                 shutil.copyfile(path, target)
                 continue
-            source = text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
             for file, given, instead in VEILED:
                 text = text.replace(given, instead) if path == ROOT / file else text
             if path.parent == ROOT and path.suffix == ".py":
-                text = blank(text, only)
-                blanked += [path.name] * (blank(source, only) != source)
+                whole, text = text, blank(text, only)
+                blanked += [path.name] * (text != whole)
             target.write_text(text, encoding="utf-8")
     return blanked
 

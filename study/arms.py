@@ -161,39 +161,36 @@ def smooth_rollout(nets, policy, z, schedule):
         t = t_next
 
 
-def own_weights(nets, policy, train_set, reward, rollouts, alpha_bar, seed):
-    """own_gradient() for the weights of the last jump's network, at the policy's mean jumps."""
+def ascend(learns, first_rate, nets, policy, train_set, reward, rollouts, alpha_bar, seed):
+    """Adam on the parameters of `learns`, the policy or a net, through the whole rollout. Needs a
+    reward that autograd sees through, and the memory of 16 x K evaluations. One noise costs 3 K:
+    forward, and backward twice that. Returns the network evaluations that were spent."""
     generator, schedule = torch.Generator().manual_seed(seed), SmoothSchedule(alpha_bar)
     size = min(NOISES_PER_UPDATE, len(train_set[0]))
     updates = max(1, rollouts // ((1 + BACKWARD) * size))
-    optimizer = torch.optim.Adam(nets[-1].requires_grad_(True).parameters())
+    optimizer = torch.optim.Adam(learns.parameters(), lr=first_rate)
+    for update in range(updates):
+        optimizer.param_groups[0]["lr"] = first_rate * (1 - update / updates)
+        z, target = pick(size, generator, *train_set)
+        loss = -reward(smooth_rollout(nets, policy, z, schedule), target)[0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return updates * size * (1 + BACKWARD) * len(nets)
+
+
+def own_gradient(nets, policy, *rest):
+    """The reward's own gradient of the jumps."""
+    policy = copy.deepcopy(policy)
+    return policy, ascend(policy, OWN_LR, nets, policy, *rest)
+
+
+def own_weights(nets, policy, *rest):
+    """The same of the weights of the last jump's network, at the policy's mean jumps."""
     policy.requires_grad_(False)
-    for update in range(updates):
-        optimizer.param_groups[0]["lr"] = WEIGHTS_LR * (1 - update / updates)
-        z, target = pick(size, generator, *train_set)
-        loss = -reward(smooth_rollout(nets, policy, z, schedule), target)[0].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    spent = ascend(nets[-1].requires_grad_(True), WEIGHTS_LR, nets, policy, *rest)
     nets[-1].requires_grad_(False)
-    return policy, updates * size * (1 + BACKWARD) * len(nets)
-
-
-def own_gradient(nets, policy, train_set, reward, rollouts, alpha_bar, seed):
-    """Adam on shift through the whole rollout; needs a reward that autograd sees through, and the
-    memory of 16 x K evaluations. One noise costs 3 K: forward, and backward twice that."""
-    generator, policy = torch.Generator().manual_seed(seed), copy.deepcopy(policy)
-    size, schedule = min(NOISES_PER_UPDATE, len(train_set[0])), SmoothSchedule(alpha_bar)
-    updates = max(1, rollouts // ((1 + BACKWARD) * size))
-    optimizer = torch.optim.Adam(policy.parameters(), lr=OWN_LR)
-    for update in range(updates):
-        optimizer.param_groups[0]["lr"] = OWN_LR * (1 - update / updates)
-        z, target = pick(size, generator, *train_set)
-        loss = -reward(smooth_rollout(nets, policy, z, schedule), target)[0].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return policy, updates * size * (1 + BACKWARD) * len(nets)
+    return policy, spent
 
 
 # ==== A STRONGER HAND SOLVER ==================================================================

@@ -210,7 +210,8 @@ def learned(arm, seed, world):
                             world.noises(HELD_OUT + 10 ** 6, MONITOR), reward, args, out,
                             world.device)
         if arm.group == "reads":
-            torch.save(policy.state_dict(), out / "head.pt")
+            save_checkpoint(out / "head.pt", "head", solver=[*map(list, solver)],
+                            weights=policy.state_dict())
             solver = policy.average(nets, world.noises(0, args.noises)[0], world.alpha_bar)
         save_policy(out / "policy.pt", nets, solver if arm.group == "reads" else policy.solver(),
                     provenance("rl_distill.py", args, seconds, world.device, start=start),
@@ -255,8 +256,9 @@ def play(arm, seed, world):
         nets, solver, minutes = learned(run_of, seed, world)
     draw = world.played(nets, solver)
     if arm.name == "reads the state":
-        policy = arms.ReadingPolicy(world.start(nets, args)[1]).to(world.device)
-        policy.load_state_dict(torch.load(place(arm, seed, world) / "head.pt", weights_only=True))
+        content = load_checkpoint(place(arm, seed, world) / "head.pt", "head")
+        policy = arms.ReadingPolicy(Solver(*content["solver"])).to(world.device)
+        policy.load_state_dict(content["weights"])
         draw = lambda z: rl_distill.rollout(nets, policy, z, world.alpha_bar)[0]      # noqa: E731
     result = world.measured(draw, arm.init)
     return dict(result, times=solver.grid, leans=solver.leans), minutes, spent
