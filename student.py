@@ -24,7 +24,7 @@ from tqdm import tqdm
 # From earlier files:
 from ddpm import (T, UNet, hand_solver, linear_alpha_bar, parameter_count, sample, seeded_noise,
                   spread, time_embedding, zeroed)
-from teacher import (GRAD_CLIP, HELD_OUT, LOG_EVERY, TARGET, ema_update, learning_rate,
+from teacher import (GRAD_CLIP, HELD_OUT, LOG_EVERY, TARGET, compiled, ema_update, learning_rate,
                      load_teacher, noise_and_targets)
 from harness.checkpoints import load_network, load_state, provenance, save_network, save_state
 from harness.figures import plot_loss, save_picture
@@ -113,7 +113,7 @@ def state_at(paths, rows, t, alpha_bar):
 
 def draw_jumps(n, generator):
     """Random jumps (t, t_next), each (n,): many from T, many to 0, none below SHORTEST_JUMP."""
-    u = torch.rand(4, n, generator=generator)
+    u = torch.rand(4, n, generator=generator, device=generator.device)
     anywhere = SHORTEST_JUMP + (u[1] * (T + 1 - SHORTEST_JUMP)).long()
     t = torch.where(u[0] < START_SHARE, T, anywhere)
     return t, torch.where(u[2] < LAND_SHARE, 0, (u[3] * (t - SHORTEST_JUMP + 1)).long())
@@ -134,7 +134,7 @@ class PathPool:
 
     def __init__(self, teacher, size, alpha_bar, device):
         self.teacher, self.alpha_bar, self.device = teacher, alpha_bar, device
-        self.chunk = max(1, min(64, size // 4))        # on all devices: a run may change its own
+        self.chunk = max(1, min(256, size // 4))       # on all devices: a run may change its own
         self.size, self.made = size // self.chunk * self.chunk, 0
         side = teacher.config["image_size"]
         self.paths = torch.zeros(self.size, len(TARGET.grid), 3, side, side, device=device)
@@ -151,7 +151,8 @@ class PathPool:
 
     def draw(self, n, generator):
         """Numbers of n random paths, with replacement: (n,)."""
-        return torch.randint(min(self.made, self.size), (n,), generator=generator).to(self.device)
+        return torch.randint(min(self.made, self.size), (n,), generator=generator,
+                             device=self.device)
 
     def state_dict(self):
         """For a checkpoint: how many paths were made; the teacher makes the newest again."""
@@ -165,9 +166,10 @@ class PathPool:
 def clone(net, ema, teacher, args, out, device):
     """Regress net on the teacher's paths, average it into ema. Returns (seconds, paths made)."""
     alpha_bar = linear_alpha_bar(device)
-    generator = torch.Generator().manual_seed(args.seed)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     pool_size = 8 if args.smoke else POOL
+    fast, teacher = compiled(net, args.compile), compiled(teacher, args.compile)
     pool = PathPool(teacher, pool_size, alpha_bar, device)
     parts = dict(net=net, ema=ema, optimizer=optimizer, generator=generator, pool=pool)
     first, seconds_before = load_state(out / "state.pt", parts) if args.resume else (0, 0.0)
@@ -177,10 +179,10 @@ def clone(net, ema, teacher, args, out, device):
         pool.grow(max(pool_size // 4, update * args.batch_size // JUMPS_PER_PATH))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, args.updates, args.lr)
-        t, t_next = (s.to(device) for s in draw_jumps(args.batch_size, generator))
+        t, t_next = draw_jumps(args.batch_size, generator)
         rows = pool.draw(args.batch_size, generator)
         with autocast(device):
-            loss = clone_loss(net, pool.paths, rows, t, t_next, alpha_bar)
+            loss = clone_loss(fast, pool.paths, rows, t, t_next, alpha_bar)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), GRAD_CLIP)
@@ -242,6 +244,7 @@ def parse_args(argv=None):
     p.add_argument("--updates", type=count, default=6000, help="optimizer updates")
     p.add_argument("--batch-size", type=count, default=64, help="jumps per update, 32..512")
     p.add_argument("--lr", type=number(float, 1e-7, 1), default=1e-3, help="peak rate, 1e-4..2e-3")
+    p.add_argument("--compile", action="store_true", help="a minute first, then faster on GPUs")
     run_flags(p)
     args = p.parse_args(argv)
     if args.smoke:

@@ -39,27 +39,30 @@ LOG_EVERY, SAVE_EVERY = 50, 500                 # updates
 
 
 def draw_batch(images, batch_size, generator):
-    """Random images of (N, 3, H, W) uint8, half of them mirrored, in [-1, 1]: (B, 3, H, W).
-
-    Indices and flips are drawn on the CPU (so that all devices agree), the rest is the device's.
-    """
-    index = torch.randint(len(images), (batch_size,), generator=generator).to(images.device)
-    mirror = (torch.rand(batch_size, generator=generator) < 0.5).to(images.device)
+    """Random images of (N, 3, H, W) uint8, half of them mirrored, in [-1, 1]: (B, 3, H, W)."""
+    device = generator.device                     # that of the images: nothing is copied or awaited
+    index = torch.randint(len(images), (batch_size,), generator=generator, device=device)
+    mirror = torch.rand(batch_size, generator=generator, device=device) < 0.5
     x = images[index].float() / 127.5 - 1
     return torch.where(mirror[:, None, None, None], x.flip(-1), x)
 
 
 def draw_times(n, generator):
     """Uniform t in 1..T, (n,). T itself is included: sampling starts there."""
-    return torch.randint(1, T + 1, (n,), generator=generator)
+    return torch.randint(1, T + 1, (n,), generator=generator, device=generator.device)
 
 
 @torch.no_grad()
 def ema_update(ema, net, update, decay=EMA_DECAY):
     """ema <- decay ema + (1 - decay) net, parameters only; a shorter memory at first."""
     decay = min(decay, (1 + update) / (10 + update))
-    for p_ema, p in zip(ema.parameters(), net.parameters()):
-        p_ema.lerp_(p, 1 - decay)
+    torch._foreach_lerp_([*ema.parameters()], [*net.parameters()], 1 - decay)   # all in one kernel
+
+
+def compiled(net, wanted):
+    """net, or the same weights behind faster code, for which its first calls take a minute."""
+    torch.backends.cudnn.benchmark = wanted
+    return torch.compile(net) if wanted else net
 
 
 def learning_rate(update, updates, peak):
@@ -86,9 +89,10 @@ def noise_and_targets(teacher, first_seed, n, device):
 def train(net, ema, images, args, out, device):
     """Train net on images, average it into ema; goes on from out/state.pt. Returns seconds."""
     alpha_bar = linear_alpha_bar(device)
-    generator = torch.Generator().manual_seed(args.seed)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     parts = dict(net=net, ema=ema, optimizer=optimizer, generator=generator)
+    fast = compiled(net, args.compile)                      # the same weights
     first, seconds_before = load_state(out / "state.pt", parts) if args.resume else (0, 0.0)
     start, losses = time.time(), []
     progress = tqdm(range(first, args.updates), initial=first, total=args.updates, mininterval=5,
@@ -97,10 +101,10 @@ def train(net, ema, images, args, out, device):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, args.updates, args.lr)
         x0 = draw_batch(images, args.batch_size, generator)
-        t = draw_times(len(x0), generator).to(device)
-        eps = torch.randn(x0.shape, generator=generator).to(device)
+        t = draw_times(len(x0), generator)
+        eps = torch.randn(x0.shape, generator=generator, device=device)
         with autocast(device):
-            loss = simple_loss(net, x0, t, eps, alpha_bar)
+            loss = simple_loss(fast, x0, t, eps, alpha_bar)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), GRAD_CLIP)
@@ -144,6 +148,7 @@ def parse_args(argv=None):
     p.add_argument("--batch-size", type=count, default=64, help="images per update, 32..512")
     p.add_argument("--lr", type=number(float, 1e-7, 1), default=1e-3, help="peak rate, 1e-4..2e-3")
     p.add_argument("--paper-shape", action="store_true", help="the paper's 35.7 M U-Net instead")
+    p.add_argument("--compile", action="store_true", help="a minute first, then faster on GPUs")
     p.add_argument("--init", help="a teacher.pt to start from, in place of random weights")
     run_flags(p)
     args = p.parse_args(argv)

@@ -415,7 +415,7 @@ class Network(Case):
 # ==== teacher.py ==============================================================================
 
 def train_args(**more):
-    return types.SimpleNamespace(seed=0, lr=4e-3, resume=False, smoke=True, teacher="t.pt", **more)
+    return types.SimpleNamespace(**{**vars(student.parse_args(["--smoke"])), "lr": 4e-3, **more})
 
 
 def losses(folder):

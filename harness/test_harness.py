@@ -27,6 +27,7 @@ from torchvision.datasets import CIFAR10
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import teacher                                                                 # noqa: E402
 from harness import checkpoints, figures, images, runs                         # noqa: E402
 from harness.runs import BadInput, claim_run                                   # noqa: E402
 
@@ -274,6 +275,13 @@ runs.run_main(main)"""
         with mock.patch.object(torch.cpu, "_is_avx512_bf16_supported", bool), \
                 runs.autocast(torch.device("cpu")):
             self.assertFalse(torch.is_autocast_enabled("cpu"))
+
+    def test_compiling_is_asked_for_and_changes_no_weights(self):
+        net, cudnn = torch.nn.Linear(2, 2), torch.backends.cudnn
+        self.addCleanup(setattr, cudnn, "benchmark", cudnn.benchmark)
+        with mock.patch.object(torch, "compile", lambda net: ("fast", net)):
+            for wanted, result in ((True, ("fast", net)), (False, net)):
+                self.assertEqual((teacher.compiled(net, wanted), cudnn.benchmark), (result, wanted))
 
 
 class Checkpoints(Case):

@@ -36,7 +36,7 @@ PLANTED = [  # (module, what the source says, the mistake, the test that notices
     (ddpm, "if net.clip", "if not net.clip", "Sampler.test_estimates_of_images_stay_in_range"),
     (teacher, "flip(-1)", "flip(-2)", "Training.test_half_of_the_images_are_mirrored"),
     (teacher, "(1, T + 1,", "(1, T,", "Training.test_times_are_uniform_from_1_to_T"),
-    (teacher, "p, 1 - decay)", "p, decay)", "Training.test_ema_averages_parameters"),
+    (teacher, "], 1 - decay)", "], decay)", "Training.test_ema_averages_parameters"),
     (student, "(d.cos()", "-(d.cos()", "Cloning.test_a_secant_jump_lands_where_it_should"),
     (student, "    zeroed(student", "    (student", "Cloning.test_a_copied_teacher_is_the_teacher"),
     (student, ".sum(1) - 1)", ".sum(1))", "Cloning.test_states_between_the_paths_own_are_ddims"),

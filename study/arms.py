@@ -25,7 +25,6 @@ from rl_distill import (CLIP_JUMP, LR, NOISES_PER_UPDATE, STD,                 #
                         JumpPolicy, acting, advantages, antithetic, deployed, jump_losses,
                         next_time, policy_update, rollout, take_jump)
 from harness.runs import find                                                  # noqa: E402
-from teacher import TARGET                                                     # noqa: E402
 
 SEARCH_NOISES, SEARCH_STD = 64, (0.07, 0.01)    # noises of each try; std, first and last try
 POPULATION, ELITES = 16, 4                      # of a generation, De Boer et al. 2005
@@ -321,15 +320,16 @@ INIT = {"teacher": (), "student": ("--init", "student"), "relay": ("--relay",),
         "copy": ("--init", "student", "--student", "checkpoints/student_copy.pt"),
         "earlier": ("--teacher", "checkpoints/teacher_earlier.pt")}
 COUNTS = 3, 4, 6, 8                     # where the policy gradient is compared
-HAND_STEPS = {"teacher": (1, 2, 3, 4, 6, 8, 10, 20, 50), "student": (1, 2, 4, 8),
-              "copy": (1, 2, 4, 8), "earlier": (4,)}
+HAND_STEPS = {"teacher": (1, 2, 3, 4, 6, 8, 10, 20, 50), "copy": (1, 2, 3, 4, 6, 8),
+              "student": (1, 2, 4, 8), "earlier": (4,)}
 ORDERS = 2, 3, 4                        # of iPNDM
+JUDGED = "jump", "student", "relay"     # groups whose Fréchet distances are of more images
 
 
 def hand_solvers(kind, steps):
-    """The solvers of a kind, one a grid: [Solver or Ipndm]."""
-    if steps == 50:
-        return [TARGET]
+    """The solvers of a kind, one a grid: [Solver or Ipndm]; of many steps the target's kind."""
+    if steps >= 10:
+        return [hand_solver("DDIM", "quadratic", steps)]
     if kind.startswith("iPNDM"):
         return [Ipndm(make_grid(grid, steps), int(kind[-1])) for grid in GRIDS]
     if kind == "DPM++ to t = 1":        # its last lean as if it aimed there, where lambda is finite
@@ -340,10 +340,9 @@ def hand_solvers(kind, steps):
 
 def hand_kinds(init, steps):
     """Names of the hand solvers that are compared at this number of evaluations."""
-    if init in ("student", "copy") or steps in (1, 50):
+    if init in ("student", "copy") or steps == 1 or steps >= 10:
         return ["DDIM"]
-    more = ["DPM++ to t = 1", *(f"iPNDM-{order}" for order in ORDERS if order <= steps)]
-    return [*SOLVERS, *(more if steps < 10 else [])]
+    return [*SOLVERS, "DPM++ to t = 1", *(f"iPNDM-{order}" for order in ORDERS if order <= steps)]
 
 
 def arms():
@@ -353,36 +352,35 @@ def arms():
            for kind in hand_kinds(init, k)]
     out += [Arm(group, name, init, k) for group, name, init, counts in (
         ("jump", "policy gradient", "teacher", (4, 6, 8, 3, 2)),
+        ("student", "policy gradient", "copy", (4, 2)),
+        ("student", "policy gradient", "student", (4,)),
         ("two", "two numbers", "teacher", COUNTS),
-        ("search", "random search", "teacher", COUNTS),
-        ("cem", "cross-entropy method", "teacher", COUNTS),
-        ("own", "own gradient", "teacher", COUNTS),
-        ("relay", "policy gradient", "relay", (4, 3)),
-        ("student", "policy gradient", "student", (2, 4)),
-        ("student", "policy gradient", "copy", (2, 4)),
-        ("all", "one policy for K = 3, 4, 6, 8", "teacher", COUNTS),
-        ("transfer", "learned on the other teacher", "earlier", (4,))) for k in counts]
+        ("search", "random search", "teacher", (4, 6)),
+        ("cem", "cross-entropy method", "teacher", (4, 6)),
+        ("own", "own gradient", "teacher", (4, 6)),
+        ("relay", "policy gradient", "relay", (4, 3))) for k in counts]
     out += [
         Arm("half", "rho alone", "teacher", 4, change="rho"),
         Arm("half", "lean alone", "teacher", 4, change="lean"),
-        Arm("reads", "reads the state", "teacher", 4),
-        Arm("reads", "its average action", "teacher", 4),
+        Arm("pixels", "as published", "teacher", 4, turn),
+        Arm("pixels", "last landing, from the learned jumps", "teacher", 4, pixels, "", True),
+        Arm("pixels", "last landing", "copy", 1, pixels),
+        Arm("control", "own gradient of the weights", "teacher", 4, pixels, "", True),
         Arm("reward", "feature alone", "teacher", 4, ("--reward", "feature")),
         Arm("reward", "perceptual alone", "teacher", 4, ("--reward", "perceptual")),
         Arm("reward", "MSE alone", "teacher", 4, ("--reward", "mse")),
         Arm("reward", "histogram alone", "teacher", 4, ("--reward", "histogram")),
+        Arm("transfer", "learned on the other teacher", "earlier", 4),
         Arm("transfer", "16 training noises", "teacher", 4, ("--noises", "16")),
         Arm("transfer", "512 training noises", "teacher", 4, ("--noises", "512")),
+        Arm("reads", "reads the state", "teacher", 4),
+        Arm("reads", "its average action", "teacher", 4),
         Arm("ablation", "REINFORCE (1 epoch)", "teacher", 4, ("--epochs", "1")),
         Arm("ablation", "one baseline for all", "teacher", 4, change="batch"),
         Arm("ablation", "4 times the spread", "teacher", 4, change="wide"),
         Arm("ablation", "a quarter of it", "teacher", 4, change="narrow"),
-        Arm("ablation", "32 noises, groups of 4", "teacher", 4, ("--group", "4")),
-        Arm("pixels", "as published", "teacher", 4, turn),
-        Arm("pixels", "last landing, from the learned jumps", "teacher", 4, pixels, "", True),
-        Arm("control", "own gradient of the weights", "teacher", 4, pixels, "", True),
-        Arm("pixels", "last landing", "student", 1, pixels),
-        Arm("pixels", "last landing", "student", 4, pixels)]
+        Arm("ablation", "32 noises, groups of 4", "teacher", 4, ("--group", "4"))]
+    out += [Arm("all", "one policy for K = 3, 4, 6, 8", "teacher", k) for k in COUNTS]
     return [arm for arm in out if all(find(word).exists() for word in INIT[arm.init]
                                       if word.endswith(".pt"))]
 

@@ -54,6 +54,11 @@ def reward(same):
     return mean_std([row["reward"] for row in same], ".3f")
 
 
+def held(same):
+    """Fréchet distance of the held-out noises alone ± its spread over seeds."""
+    return mean_std([row["frechet_held"] for row in same], ".2f")
+
+
 def frechet(same):
     """Fréchet distance ± spread over seeds (bootstrap error of one)."""
     return (mean_std([row["frechet"] for row in same], ".2f")
@@ -79,30 +84,33 @@ def tables(rows, missing):
     if not rows:
         return lines
     compared = [row for row in rows if row["group"] in COMPARED]
-    others = [row for row in rows if row["group"] not in COMPARED]
+    judged = [row for row in compared if row["images"] > row["n"]]
+    others = [row for row in rows if row["group"] not in COMPARED
+              or row["group"] == "jump" and row["steps"] == 4]          # to compare them with
     learned = [row for row in compared if row["group"] != "hand"]
 
     def words(name):
         return ", ".join(sorted({str(row[name]) for row in rows}))
     lines += [f"Made with {words('device')}; torch {words('torch')}; commits {words('commit')}; "
-              f"checkpoints {words('weights')}. Rewards of {words('n')} held-out noises, Fréchet "
-              f"distances of {words('images')} images. ± is the standard deviation over training "
-              "seeds.", "", "Reward `feature+perceptual`; 0 is the target itself. Hand solvers on "
-              "the grid that is best on these very noises:", "", *table(compared, reward), "",
-              "Fréchet distance in the judge's features, to all training images; in brackets its "
-              "bootstrap error:", "", *table(compared, frechet)]
+              f"checkpoints {words('weights')}. Rewards of {words('n')} held-out noises. ± is the "
+              "standard deviation over training seeds.", "", "Reward `feature+perceptual`; 0 is "
+              "the target itself. Hand solvers on the grid that is best on these very noises:", "",
+              *table(compared, reward), "",
+              "Fréchet distance in the judge's features of "
+              f"{max(row['images'] for row in rows)} images to all training images; in brackets "
+              "its bootstrap error:", "", *table(judged, frechet)]
     if learned:
         lines += ["", "Per cent closed of what the best hand solver leaves to the target; in "
                   "brackets the standard error over noises, paired:", "", *table(learned, closed),
                   "", "Network evaluations it learned from (a backward pass counts two), and "
                   "minutes:", "", *table(learned, cost)]
     if others:
-        lines += ["", "Variants:", "", "| who jumps, sampler | K | reward | closed, % | Fréchet | "
-                  "learned from |", "|---|---|---|---|---|---|"]
+        lines += ["", "Variants:", "", "| who jumps, sampler | K | reward | closed, % | Fréchet "
+                  f"of {words('n')} images | learned from |", "|---|---|---|---|---|---|"]
         for (_, name, init), mine in lines_of(others).items():
             for k in sorted({row["steps"] for row in mine}):
                 same = [row for row in mine if row["steps"] == k]
-                cells = (str(k), *(cell(same) for cell in (reward, closed, frechet, cost)))
+                cells = (str(k), *(cell(same) for cell in (reward, closed, held, cost)))
                 lines.append(f"| {init}, {name} | " + " | ".join(cells) + " |")
     return lines
 

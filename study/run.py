@@ -25,7 +25,7 @@ import arms                                     # puts the repository on the pat
 import report
 # From the repository:
 import rl_distill
-from ddpm import Solver, linear_alpha_bar, sample, seeded_noise
+from ddpm import SOLVERS, Solver, linear_alpha_bar, sample, seeded_noise
 from harness.checkpoints import load_checkpoint, provenance, save_checkpoint, write_whole
 from harness.runs import (ROOT, checksum, chunk_size, claim_run, device_name, log_line, number,
                           pick_device, read_log, run_main)
@@ -35,7 +35,7 @@ from rl_distill import (HAND_NOISES, MONITOR, JumpPolicy, best_by_hand, load_inp
 from teacher import HELD_OUT, noise_and_targets
 
 RESULTS, README = ROOT / "study" / "results.jsonl", ROOT / "study" / "README.md"
-IMAGES, RESAMPLED = 2000, 100                   # of each Fréchet distance; of its bootstrap
+IMAGES, RESAMPLED = 2000, 100                   # of a Fréchet distance; of its bootstrap
 RUNS = "jump", "relay", "student", "reward", "transfer", "ablation", "pixels"   # by rl_distill.py
 KEY = "group", "name", "init", "steps", "seed", "n", "images", "weights"     # of the same row
 
@@ -99,7 +99,7 @@ class World:
         self.alpha_bar = linear_alpha_bar(self.device)
         self.args = rl_distill.parse_args(self.smoke)
         self.teacher, _, self.reward, self.judge = load_inputs(self.args, self.device)
-        self.n, self.images = self.args.held_out, 16 if args.smoke else IMAGES
+        self.n, self.more = self.args.held_out, 16 if args.smoke else IMAGES
         self.weights = checksum([self.args.teacher, self.args.student, self.args.encoders,
                                  f"{self.args.encoders}/judge.pt"]) + "-smoke" * args.smoke
         self.code = checksum([rl_distill.__file__, arms.__file__])[:6]
@@ -129,16 +129,23 @@ class World:
         args.steps = steps
         return args
 
-    def measured(self, draw, init="teacher"):
-        """What a row says of images = draw(z): reward (n,) on the held-out noises, and of more
-        noises, these among them, the Fréchet distance and its error."""
-        z, target = self.noises(HELD_OUT, self.n, init)
-        seeds = range(HELD_OUT + self.n, HELD_OUT + max(self.n, self.images))
-        z = torch.cat([z, seeded_noise(seeds, z.shape[1:], device=self.device)])
+    def images(self, arm):
+        """Of how many images the Fréchet distance of an arm is: more where it is worth it."""
+        judged = arm.name in SOLVERS or arm.group in arms.JUDGED
+        return max(self.n, self.more) if judged else self.n
+
+    def measured(self, draw, arm):
+        """What a row says of images = draw(z): reward (n,) and Fréchet distance on the held-out
+        noises, and the distance and its error of images(arm) noises, these among them."""
+        z, target = self.noises(HELD_OUT, self.n, arm.init)
+        seeds = range(HELD_OUT + self.n, HELD_OUT + self.images(arm))
+        if seeds:
+            z = torch.cat([z, seeded_noise(seeds, z.shape[1:], device=self.device)])
         images = torch.cat([draw(x) for x in z.split(chunk_size(self.device))])
         judge, content = self.judge
         features = encode(judge, images)
         return dict(reward=self.rewards(images[:self.n], target), images=len(images),
+                    frechet_held=judged_frechet(features[:self.n], content),
                     frechet=judged_frechet(features, content),
                     frechet_error=frechet_error(features, content))
 
@@ -153,8 +160,10 @@ class World:
             return lambda z: solver(nets[0], z, self.alpha_bar)
         return lambda z: sample(nets, z, solver, self.alpha_bar).clamp(-1, 1)
 
-    def hand(self, init, kind, steps):
+    def hand(self, arm):
         """measured() of a hand solver, on the grid that is best on these very noises."""
+        kind, init, steps = arm.name, arm.init, arm.steps
+
         def make():
             nets, scores = load_inputs(self.parsed(init, steps), self.device)[1], []
             z, target = self.noises(HELD_OUT, self.n, init)
@@ -163,7 +172,7 @@ class World:
                 images = torch.cat([draw(x) for x in z.split(chunk_size(self.device))])
                 scores.append(self.rewards(images, target).mean().item())
             best = solvers[scores.index(max(scores))]
-            return dict(self.measured(self.played(nets, best), init), times=best.grid,
+            return dict(self.measured(self.played(nets, best), arm), times=best.grid,
                         leans=getattr(best, "leans", []))
         return self.kept(f"hand {init} {kind} {steps}", make)
 
@@ -171,8 +180,8 @@ class World:
         """Reward (n,) of the hand solver that is best on these very noises: on the teacher, and on
         the networks an arm starts from."""
         starts = {"earlier": ["earlier"], "relay": ["teacher"]}.get(init, ["teacher", init])
-        rewards = [self.hand(who, kind, steps)["reward"] for who in dict.fromkeys(starts)
-                   for kind in arms.hand_kinds(who, steps)]
+        rewards = [self.hand(arms.Arm("hand", kind, who, steps))["reward"]
+                   for who in dict.fromkeys(starts) for kind in arms.hand_kinds(who, steps)]
         return max(rewards, key=torch.mean)
 
     def start(self, nets, args):
@@ -229,7 +238,7 @@ def play(arm, seed, world):
     """Find the policy of an arm, as rl_distill.main does, or by a competitor, and measure it.
     Returns (measured() with times and leans, minutes, network evaluations)."""
     if arm.group == "hand":
-        return world.hand(arm.init, arm.name, arm.steps), 0.0, 0
+        return world.hand(arm), 0.0, 0
     began, args = time.time(), rl_distill.parse_args([*command(arm, seed), *world.smoke])
     teacher, nets, _, _ = load_inputs(args, world.device)
     train_set, spent = world.noises(0, args.noises), arms.evaluations(args)
@@ -260,7 +269,7 @@ def play(arm, seed, world):
         policy = arms.ReadingPolicy(Solver(*content["solver"])).to(world.device)
         policy.load_state_dict(content["weights"])
         draw = lambda z: rl_distill.rollout(nets, policy, z, world.alpha_bar)[0]      # noqa: E731
-    result = world.measured(draw, arm.init)
+    result = world.measured(draw, arm)
     return dict(result, times=solver.grid, leans=solver.leans), minutes, spent
 
 
@@ -285,9 +294,10 @@ def row_of(arm, seed, world, version):
     return dict(group=arm.group, name=arm.name, init=arm.init, steps=arm.steps, seed=seed,
                 n=world.n, reward=reward.mean().item(), reward_error=standard_error(reward),
                 gain=gain.mean().item(), gain_error=standard_error(gain),
-                closed=(gain.mean() / left.mean()).item(), frechet=result["frechet"],
-                frechet_error=result["frechet_error"], images=result["images"],
-                times=result["times"], leans=result["leans"], minutes=minutes, train_nfe=spent,
+                closed=(gain.mean() / left.mean()).item(), frechet_held=result["frechet_held"],
+                frechet=result["frechet"], frechet_error=result["frechet_error"],
+                images=result["images"], times=result["times"], leans=result["leans"],
+                minutes=minutes, train_nfe=spent,
                 command=" ".join(["python", *words, *world.smoke]), commit=version,
                 weights=world.weights, torch=str(torch.__version__),
                 device=device_name(world.device))
@@ -302,7 +312,7 @@ def todo(args, world):
               for seed in (args.seeds if group != "hand" else [0])
               for arm in arms.arms() if arm.group == group]
     return [(arm, seed) for arm, seed in chosen
-            if (*arm[:4], seed, world.n, max(world.n, world.images), world.weights) not in done]
+            if (*arm[:4], seed, world.n, world.images(arm), world.weights) not in done]
 
 
 def work(args, world):

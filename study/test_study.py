@@ -282,7 +282,8 @@ class Books(unittest.TestCase):
 
     def row(self, arm, seed=0, weights="w"):
         return dict(zip(run.KEY, (*arm[:4], seed, 8, 9, weights)), reward=-1.0 - 2 * seed, gain=0.5,
-                    gain_error=0.1, closed=0.4, frechet=2.0, frechet_error=0.1, train_nfe=2000,
+                    gain_error=0.1, closed=0.4, frechet=2.0, frechet_error=0.1, frechet_held=3.0,
+                    train_nfe=2000,
                     minutes=1.0, device="cpu", torch="2", commit="c")
 
     def test_every_arm_is_there_once_and_its_command_parses(self):
@@ -293,11 +294,13 @@ class Books(unittest.TestCase):
                          2 * len(found))
         for arm in (arm for arm in found if arm.group != "hand"):
             args = rl_distill.parse_args(run.command(arm, 2))
+            init = dict(copy="student", earlier="teacher").get(arm.init, arm.init)
             self.assertEqual((args.steps, args.seed, "relay" if args.relay else args.init),
-                             (arm.steps, 2, arm.init))
+                             (arm.steps, 2, init))
 
     def test_a_row_is_not_made_again_and_a_torn_line_is_no_row(self):
-        world = SimpleNamespace(results=self.folder / "r.jsonl", n=8, images=9, weights="w")
+        world = SimpleNamespace(results=self.folder / "r.jsonl", n=8, images=lambda arm: 9,
+                                weights="w")
         args = SimpleNamespace(only=None, seeds=[0, 1])
         everything = run.todo(args, world)
         (first, _), (second, _), (third, _) = everything[:3]
