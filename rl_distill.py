@@ -42,7 +42,7 @@ SIGMA_FLOOR = 0.02          # noise on the jump to t = 0 (DDIM sigma 0); in trai
 LR = dict(jump=0.05, pixels=1e-5)       # Adam's first rate: of u 0.01..0.1, of the U-Net 1e-6..1e-4
 NOISES_PER_UPDATE = 16      # M, 8..64
 HAND_NOISES = 64            # training noises on which the hand solvers are chosen
-MONITOR = 16                # noises of the reward printed each update; not those of the final table
+MONITOR = 64                # noises of the reward printed each update; not those of the final table
 
 # ==== POLICY ==================================================================================
 

@@ -283,10 +283,11 @@ def commit():
 
 
 def row_of(arm, seed, world, version):
-    """Play an arm; its row, all plain values. gain: paired, over the best hand solver; closed: its
-    share of what that one leaves to the target."""
+    """Play an arm; its row, all plain values. gain: paired, over the best hand solver, 0 of a hand
+    solver; closed: its share of what that one leaves to the target."""
     result, minutes, spent = play(arm, seed, world)
-    reward, best = result["reward"], world.best_hand(arm.init, arm.steps)
+    reward = result["reward"]
+    best = reward if arm.group == "hand" else world.best_hand(arm.init, arm.steps)
     gain, left = reward - best, -best                   # the target has reward 0
     words = (["study/run.py", "--only", arm.group, "--seeds", str(seed)]
              if arm.group not in RUNS or arm.change or arm.learned or arm.init == "earlier" else
