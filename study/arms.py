@@ -316,7 +316,8 @@ class Arm(NamedTuple):
 
 COMPETITORS = {"two": two_numbers, "search": random_search, "own": own_gradient,
                "cem": cross_entropy, "control": own_weights}
-INIT = {"teacher": (), "student": ("--init", "student"), "relay": ("--relay",),
+INIT = {"teacher": (), "student": ("--init", "student"),
+        "relay": ("--relay", "--student", "checkpoints/student_copy.pt"),
         "copy": ("--init", "student", "--student", "checkpoints/student_copy.pt"),
         "earlier": ("--teacher", "checkpoints/teacher_earlier.pt")}
 COUNTS = 3, 4, 6, 8                     # where the policy gradient is compared

@@ -179,7 +179,8 @@ class World:
     def best_hand(self, init, steps):
         """Reward (n,) of the hand solver that is best on these very noises: on the teacher, and on
         the networks an arm starts from."""
-        starts = {"earlier": ["earlier"], "relay": ["teacher"]}.get(init, ["teacher", init])
+        starts = {"earlier": ["earlier"],
+                  "relay": ["teacher", "copy"]}.get(init, ["teacher", init])
         rewards = [self.hand(arms.Arm("hand", kind, who, steps))["reward"]
                    for who in dict.fromkeys(starts) for kind in arms.hand_kinds(who, steps)]
         return max(rewards, key=torch.mean)
