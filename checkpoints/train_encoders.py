@@ -1,6 +1,6 @@
 """Trains coach and judge of reward.py, two small classifiers of CIFAR-10: nothing of the paper.
 
-    python checkpoints/train_encoders.py                    # 20 epochs, a minute each on two cores
+    python checkpoints/train_encoders.py                    # 20 epochs each, 40 minutes on 2 cores
     python checkpoints/train_encoders.py --data DIR         # DIR/train and DIR/test, classes inside
     python checkpoints/train_encoders.py --smoke            # seconds, numbers mean nothing
 

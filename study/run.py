@@ -30,12 +30,13 @@ from harness.checkpoints import load_checkpoint, provenance, save_checkpoint, wr
 from harness.runs import (ROOT, checksum, chunk_size, claim_run, device_name, log_line, number,
                           pick_device, read_log, run_main)
 from reward import encode, judged_frechet, standard_error
-from rl_distill import (HAND_NOISES, MONITOR, JumpPolicy, best_by_hand, load_inputs, load_policy,
+from rl_distill import (HAND_NOISES, JumpPolicy, best_by_hand, load_inputs, load_policy,
                         save_policy, train)
 from teacher import HELD_OUT, noise_and_targets
 
 RESULTS, README = ROOT / "study" / "results.jsonl", ROOT / "study" / "README.md"
 IMAGES, RESAMPLED = 2000, 100                   # of a Fréchet distance; of its bootstrap
+WATCHED = 4                                     # noises of a run's own log; in no table
 RUNS = "jump", "relay", "student", "reward", "transfer", "ablation", "pixels"   # by rl_distill.py
 KEY = "group", "name", "init", "steps", "seed", "n", "images", "weights"     # of the same row
 
@@ -217,7 +218,7 @@ def learned(arm, seed, world):
                 contextlib.redirect_stdout(log), \
                 mock.patch.dict(vars(rl_distill), arms.CHANGES[arm.change]):
             seconds = train(nets, policy.to(world.device), world.noises(0, args.noises),
-                            world.noises(HELD_OUT + 10 ** 6, MONITOR), reward, args, out,
+                            world.noises(HELD_OUT + 10 ** 6, WATCHED), reward, args, out,
                             world.device)
         if arm.group == "reads":
             save_checkpoint(out / "head.pt", "head", solver=[*map(list, solver)],
