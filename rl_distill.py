@@ -64,7 +64,7 @@ class JumpPolicy(nn.Module):
 
     def forward(self, k, x_t):
         """Mean of u for jump k, 0..K-1, in state x_t (B, 3, H, W): (B, 2). All noises get the same:
-        in the first version reading the state brought nothing (study/README.md)."""
+        in an earlier version reading the state brought nothing (study/README.md)."""
         return (self.hand[k] + self.shift[k]).expand(len(x_t), 2)
 
     @torch.no_grad()

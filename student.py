@@ -7,7 +7,7 @@ cloning a smaller network from random weights is this project's choice. The main
 rl_distill.py does without a student: it leaves the teacher's network as it is.
 
     python student.py                          # clones the bundled teacher from random weights
-    python student.py --init teacher           # the paper's own start: a copy of the teacher
+    python student.py --init teacher --lr 3e-4 # the paper's own start: a copy of the teacher
     python student.py --smoke                  # seconds, numbers mean nothing
 
 Reads --teacher; writes to --out: student.pt (fp16), state.pt (for --resume), samples.png (rows: the
@@ -42,6 +42,7 @@ SAVE_EVERY = 400            # updates
 # ==============================================================================================
 # A JUMP IS A ROTATION. With sqrt(ab_t) = cos(phi_t), DDIM's update (Eq. 12, Song et al. 2020, at
 # sigma = 0) turns x_t by d = phi_t - phi_next:   x_next = cos(d) x_t - sin(d) v
+# The teacher's v is the tangent of its path; a *secant's* v makes one jump of any length exact.
 # ==============================================================================================
 
 
@@ -65,7 +66,7 @@ def secant_velocity(x_t, x_next, t, t_next, alpha_bar) -> torch.Tensor:
 class JumpUNet(UNet):
     """U-Net that is told where it comes from and where to land: (x_t, t, t_next) -> v, a secant's.
 
-    Its x0_hat is where this arc would end at t = 0, no estimate of the image: it is not clipped.
+    Its x0_hat is where this arc meets t = 0, the image only if t_next = 0: it is not clipped.
     """
     clip = False
 
@@ -134,7 +135,7 @@ class PathPool:
 
     def __init__(self, teacher, size, alpha_bar, device):
         self.teacher, self.alpha_bar, self.device = teacher, alpha_bar, device
-        self.chunk = max(1, min(256, size // 4))       # on all devices: a run may change its own
+        self.chunk = max(1, min(256, size // 4))       # on all devices alike
         self.size, self.made = size // self.chunk * self.chunk, 0
         side = teacher.config["image_size"]
         self.paths = torch.zeros(self.size, len(TARGET.grid), 3, side, side, device=device)
@@ -150,7 +151,7 @@ class PathPool:
             self.made += self.chunk
 
     def draw(self, n, generator):
-        """Numbers of n random paths, with replacement: (n,)."""
+        """Indices of n random paths, with replacement: (n,)."""
         return torch.randint(min(self.made, self.size), (n,), generator=generator,
                              device=self.device)
 

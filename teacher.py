@@ -1,8 +1,8 @@
 """The teacher: a DDPM trained on CIFAR-10, and the target it sets.
 
 Adds to ddpm.py what training needs: augmentation, an average of the weights (EMA) and the loop of
-Algorithm 1 (Ho et al. 2020). The result is the model that ReDiF distils; its image of a noise z in
-50 quadratic DDIM steps is *the* target of z in every later file.
+Algorithm 1 (Ho et al. 2020). The result is the model to be distilled (ReDiF's is Stable Diffusion
+1.5); its image of a noise z in 50 quadratic DDIM steps is *the* target of z in every later file.
 
     python teacher.py                          # CIFAR-10, downloaded on first use
     python teacher.py --data DIR               # any folder of class subfolders of images
@@ -28,7 +28,7 @@ from harness.images import load_images
 from harness.runs import (autocast, chunk_size, claim_run, device_name, log_line, number,
                           parser_for, pick_device, run_flags, run_main)
 
-EMA_DECAY = 0.9995          # per update; Ho et al. use 0.9999 for runs forty times as long
+EMA_DECAY = 0.9995          # per update; Ho et al. use 0.9999 for 800,000 updates
 WARMUP = 200                # updates until the learning rate is full
 GRAD_CLIP = 1.0             # largest norm of the gradient, as in Ho et al.'s code
 TARGET = hand_solver("DDIM", "quadratic", 50)   # of the DDIM grids the one with the best images
@@ -40,7 +40,7 @@ LOG_EVERY, SAVE_EVERY = 50, 500                 # updates
 
 def draw_batch(images, batch_size, generator):
     """Random images of (N, 3, H, W) uint8, half of them mirrored, in [-1, 1]: (B, 3, H, W)."""
-    device = generator.device                     # that of the images: nothing is copied or awaited
+    device = generator.device                     # that of the images: the CPU waits for no GPU
     index = torch.randint(len(images), (batch_size,), generator=generator, device=device)
     mirror = torch.rand(batch_size, generator=generator, device=device) < 0.5
     x = images[index].float() / 127.5 - 1
@@ -73,7 +73,7 @@ def learning_rate(update, updates, peak):
 @torch.no_grad()
 def targets(teacher, z, alpha_bar):
     """The teacher's image of each noise z (B, 3, H, W): (B, 3, H, W) in [-1, 1]. Deterministic."""
-    chunks = tqdm(z.split(chunk_size(z.device)), desc="targets", disable=len(z) < 64)
+    chunks = tqdm(z.split(chunk_size(z.device)), desc="targets", disable=len(z) <= 64)
     return torch.cat([sample(teacher, x, TARGET, alpha_bar) for x in chunks])
 
 
@@ -134,7 +134,7 @@ def load_teacher(path, device="cpu"):
 
 def save_samples(path, net, device, n=64):
     """The teacher's images of seeds 0..n-1: always the same noise; training's RNG is left alone."""
-    save_picture(path, noise_and_targets(net.eval(), 0, n, device)[1])
+    save_picture(path, noise_and_targets(net, 0, n, device)[1])
 
 
 # ==== COMMAND LINE ============================================================================
@@ -147,11 +147,13 @@ def parse_args(argv=None):
     p.add_argument("--updates", type=count, default=20000, help="optimizer updates")
     p.add_argument("--batch-size", type=count, default=64, help="images per update, 32..512")
     p.add_argument("--lr", type=number(float, 1e-7, 1), default=1e-3, help="peak rate, 1e-4..2e-3")
-    p.add_argument("--paper-shape", action="store_true", help="the paper's 35.7 M U-Net instead")
+    p.add_argument("--paper-shape", action="store_true", help="Ho et al.'s 35.7 M U-Net instead")
     p.add_argument("--compile", action="store_true", help="a minute first, then faster on GPUs")
     p.add_argument("--init", help="a teacher.pt to start from, in place of random weights")
     run_flags(p)
     args = p.parse_args(argv)
+    if args.paper_shape and (args.init or args.smoke):
+        p.error("--paper-shape does not go with --init or --smoke, which have a shape of their own")
     if args.smoke:
         args.updates, args.batch_size = 4, 4
     return args
