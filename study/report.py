@@ -13,8 +13,9 @@ from harness.figures import plot_panels
 from harness.runs import ROOT, BadInput, write_whole
 
 COMPARED = "hand", "jump", "two", "search", "cem", "own", "relay", "student", "all"
-DRAWN = [("DDIM", "teacher"), ("DPM++", "teacher"), ("AB2", "teacher"), ("DDIM", "student"),
-         ("policy gradient", "teacher"), ("policy gradient", "student")]
+DRAWN = [("DDIM", "teacher"), ("DPM++", "teacher"), ("AB2", "teacher"),
+         ("policy gradient", "teacher"), ("DDIM", "student"), ("DDIM", "copy"),
+         ("policy gradient", "copy")]
 STYLES = ":", "--", "-."
 FIGURE = ROOT / "figures" / "study.png"
 MARKERS = "<!-- second version: begin -->", "<!-- second version: end -->"
@@ -122,7 +123,7 @@ def picture(rows, path):
         plot_panels([("network evaluations", label, [
             (f"{init}, {name}", counts := sorted({row["steps"] for row in mine}),
              [sign * statistics.fmean(row[column] for row in mine if row["steps"] == k)
-              for k in counts], "o-" if group != "hand" else style)
+              for k in counts], style if (group, init) == ("hand", "teacher") else "o-")
             for ((group, name, init), mine), style in zip(lines.items(), itertools.cycle(STYLES))])
             for label, column, sign in (("distance to the target, -reward", "reward", -1),
                                         ("Fréchet distance, judge", "frechet", 1))],
