@@ -92,7 +92,7 @@ def train(net, ema, images, args, out, device):
     generator = torch.Generator(device).manual_seed(args.seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     parts = dict(net=net, ema=ema, optimizer=optimizer, generator=generator)
-    fast = compiled(net, args.compile)                      # the same weights
+    fast = compiled(net, args.compile)
     first, seconds_before = load_state(out / "state.pt", parts) if args.resume else (0, 0.0)
     start, losses = time.time(), []
     progress = tqdm(range(first, args.updates), initial=first, total=args.updates, mininterval=5,

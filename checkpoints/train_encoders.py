@@ -38,7 +38,7 @@ def random_crop(x, generator, padding=4):
     """Shift each image up to `padding` pixels each way, mirrored at the border: (B, 3, H, W)."""
     B, _, H, W = x.shape
     padded = F.pad(x, [padding] * 4, mode="reflect")
-    dy, dx = (torch.randint(2 * padding + 1, (B, 1), generator=generator).to(x.device)
+    dy, dx = (torch.randint(2 * padding + 1, (B, 1), generator=generator, device=x.device)
               for _ in range(2))
     rows = dy + torch.arange(H, device=x.device)                              # (B, H)
     columns = dx + torch.arange(W, device=x.device)                           # (B, W)
@@ -48,8 +48,9 @@ def random_crop(x, generator, padding=4):
 
 def draw_labelled(images, labels, batch_size, generator):
     """Random images, cropped and half of them mirrored: (B, 3, H, W) in [-1, 1], labels (B,)."""
-    index = torch.randint(len(images), (batch_size,), generator=generator).to(images.device)
-    mirror = (torch.rand(batch_size, generator=generator) < 0.5).to(images.device)
+    device = generator.device                     # that of the images, as in draw_batch
+    index = torch.randint(len(images), (batch_size,), generator=generator, device=device)
+    mirror = torch.rand(batch_size, generator=generator, device=device) < 0.5
     x = random_crop(images[index].float() / 127.5 - 1, generator)
     return torch.where(mirror[:, None, None, None], x.flip(-1), x), labels[index]
 
@@ -58,7 +59,7 @@ def train_encoder(role, images, labels, args, out, device):
     """Cross-entropy, label smoothing, AdamW, one-cycle learning rate. Returns (net, seconds)."""
     seed = args.seed + 1000 * (role == "judge")
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     net = ENCODERS[role](classes=int(labels.max()) + 1).to(
         device, memory_format=torch.channels_last).train()
     updates = max(2, args.epochs * len(images) // args.batch_size)

@@ -284,8 +284,7 @@ class Books(unittest.TestCase):
     def row(self, arm, seed=0, weights="w"):
         return dict(zip(run.KEY, (*arm[:4], seed, 8, 9, weights)), reward=-1.0 - 2 * seed, gain=0.5,
                     gain_error=0.1, closed=0.4, frechet=2.0, frechet_error=0.1, frechet_held=3.0,
-                    train_nfe=2000,
-                    minutes=1.0, device="cpu", torch="2", commit="c")
+                    train_nfe=2000, minutes=1.0, device="cpu", torch="2", commit="c")
 
     def test_every_arm_is_there_once_and_its_command_parses(self):
         found, world = arms.arms(), SimpleNamespace(folder=self.folder, code="c")
