@@ -62,7 +62,7 @@ def ema_update(ema, net, update, decay=EMA_DECAY):
 def compiled(net, wanted):
     """net, or the same weights behind faster code, for which its first calls take a minute."""
     torch.backends.cudnn.benchmark = wanted
-    return torch.compile(net) if wanted else net
+    return torch.compile(net, mode="reduce-overhead") if wanted else net      # CUDA graphs
 
 
 def learning_rate(update, updates, peak):

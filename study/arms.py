@@ -317,14 +317,13 @@ class Arm(NamedTuple):
 COMPETITORS = {"two": two_numbers, "search": random_search, "own": own_gradient,
                "cem": cross_entropy, "control": own_weights}
 INIT = {"teacher": (), "student": ("--init", "student"),
-        "relay": ("--relay", "--student", "checkpoints/student_copy.pt"),
         "copy": ("--init", "student", "--student", "checkpoints/student_copy.pt"),
         "earlier": ("--teacher", "checkpoints/teacher_earlier.pt")}
 COUNTS = 3, 4, 6, 8                     # where the policy gradient is compared
 HAND_STEPS = {"teacher": (1, 2, 3, 4, 6, 8, 10, 20, 50), "copy": (1, 2, 3, 4, 6, 8),
               "student": (1, 2, 4, 8), "earlier": (4,)}
 ORDERS = 2, 3, 4                        # of iPNDM
-JUDGED = "jump", "student", "relay"     # groups whose Fréchet distances are of more images
+JUDGED = "jump", "student"              # groups whose Fréchet distances are of more images
 
 
 def hand_solvers(kind, steps):
@@ -358,13 +357,13 @@ def arms():
         ("two", "two numbers", "teacher", COUNTS),
         ("search", "random search", "teacher", (4, 6)),
         ("cem", "cross-entropy method", "teacher", (4, 6)),
-        ("own", "own gradient", "teacher", (4, 6)),
-        ("relay", "policy gradient", "relay", (4, 3))) for k in counts]
+        ("own", "own gradient", "teacher", (4, 6))) for k in counts]
     out += [
         Arm("half", "rho alone", "teacher", 4, change="rho"),
         Arm("half", "lean alone", "teacher", 4, change="lean"),
         Arm("pixels", "as published", "teacher", 4, turn),
         Arm("pixels", "last landing, from the learned jumps", "teacher", 4, pixels, "", True),
+        Arm("pixels", "as published", "copy", 4, turn),
         Arm("pixels", "last landing", "copy", 1, pixels),
         Arm("control", "own gradient of the weights", "teacher", 4, pixels, "", True),
         Arm("reward", "feature alone", "teacher", 4, ("--reward", "feature")),

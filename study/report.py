@@ -12,7 +12,7 @@ import arms                                     # puts the repository on the pat
 from harness.figures import plot_panels
 from harness.runs import ROOT, BadInput, write_whole
 
-COMPARED = "hand", "jump", "two", "search", "cem", "own", "relay", "student", "all"
+COMPARED = "hand", "jump", "two", "search", "cem", "own", "student", "all"
 DRAWN = [("DDIM", "teacher"), ("DPM++", "teacher"), ("AB2", "teacher"),
          ("policy gradient", "teacher"), ("DDIM", "student"), ("DDIM", "copy"),
          ("policy gradient", "copy")]

@@ -12,6 +12,7 @@ arms run side by side, one thread each. Tables go to study/README.md (report.py)
 """
 import argparse
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -37,10 +38,23 @@ from teacher import HELD_OUT, noise_and_targets
 RESULTS, README = ROOT / "study" / "results.jsonl", ROOT / "study" / "README.md"
 IMAGES, RESAMPLED = 2000, 100                   # of a Fréchet distance; of its bootstrap
 WATCHED = 4                                     # noises of a run's own log; in no table
-RUNS = "jump", "relay", "student", "reward", "transfer", "ablation", "pixels"   # by rl_distill.py
+RUNS = "jump", "student", "reward", "transfer", "ablation", "pixels"   # by rl_distill.py
 KEY = "group", "name", "init", "steps", "seed", "n", "images", "weights"     # of the same row
 
 # ==== ROWS AND CLAIMS =========================================================================
+
+
+@functools.cache
+def weights(init):
+    """A short word for the checkpoints that an arm of this start reads."""
+    args = rl_distill.parse_args(arms.INIT[init])
+    return checksum([args.teacher, args.encoders, f"{args.encoders}/judge.pt"]
+                    + [args.student] * (args.init == "student"))
+
+
+def current(row):
+    """Whether a row was made with the checkpoints that are there now."""
+    return row["init"] in arms.INIT and row["weights"] == weights(row["init"])
 
 
 def read_rows(path):
@@ -101,15 +115,17 @@ class World:
         self.args = rl_distill.parse_args(self.smoke)
         self.teacher, _, self.reward, self.judge = load_inputs(self.args, self.device)
         self.n, self.more = self.args.held_out, 16 if args.smoke else IMAGES
-        self.weights = checksum([self.args.teacher, self.args.student, self.args.encoders,
-                                 f"{self.args.encoders}/judge.pt"]) + "-smoke" * args.smoke
         self.code = checksum([rl_distill.__file__, arms.__file__])[:6]
-        self.folder = ROOT / "runs" / "study" / self.weights
-        self.results = self.folder / "results.jsonl" if args.smoke else RESULTS
+        self.home = ROOT / "runs" / ("study-smoke" if args.smoke else "study")
+        self.results = self.home / "results.jsonl" if args.smoke else RESULTS
 
-    def kept(self, name, make):
+    def folder(self, init):
+        """Where everything lives that was made with the checkpoints of a start."""
+        return self.home / weights(init)
+
+    def kept(self, init, name, make):
         """The dict that make() returns, from the disk where it was made before."""
-        path = self.folder / f"{name}.pt"
+        path = self.folder(init) / f"{name}.pt"
         if not path.exists():
             save_checkpoint(path, "kept", **make())
         return load_checkpoint(path, "kept")
@@ -121,7 +137,7 @@ class World:
             z, target = noise_and_targets(teacher, first, n, self.device)
             return dict(z=z.cpu(), target=target.cpu())
         teacher = "earlier" if init == "earlier" else "teacher"
-        kept = self.kept(f"targets {teacher} {first} {n}", make)
+        kept = self.kept(teacher, f"targets {first} {n}", make)
         return kept["z"].to(self.device), kept["target"].to(self.device)
 
     def parsed(self, init, steps=4):
@@ -175,15 +191,14 @@ class World:
             best = solvers[scores.index(max(scores))]
             return dict(self.measured(self.played(nets, best), arm), times=best.grid,
                         leans=getattr(best, "leans", []))
-        return self.kept(f"hand {init} {kind} {steps}", make)
+        return self.kept(init, f"hand {kind} {steps}", make)
 
     def best_hand(self, init, steps):
         """Reward (n,) of the hand solver that is best on these very noises: on the teacher, and on
         the networks an arm starts from."""
-        starts = {"earlier": ["earlier"],
-                  "relay": ["teacher", "copy"]}.get(init, ["teacher", init])
+        starts = {init} if init == "earlier" else {"teacher", init}
         rewards = [self.hand(arms.Arm("hand", kind, who, steps))["reward"]
-                   for who in dict.fromkeys(starts) for kind in arms.hand_kinds(who, steps)]
+                   for who in starts for kind in arms.hand_kinds(who, steps)]
         return max(rewards, key=torch.mean)
 
     def start(self, nets, args):
@@ -197,8 +212,8 @@ class World:
 
 def place(arm, seed, world):
     """Where the run of an arm by this rl_distill.py lives; its claims stand beside it."""
-    words = f"{arm.group} {arm.name} {arm.init} {arm.steps} {seed} {world.code}"
-    return world.folder / "".join(c if c.isalnum() else "-" for c in words)
+    words = f"{arm.group} {arm.name} {arm.steps} {seed} {world.code}"
+    return world.folder(arm.init) / "".join(c if c.isalnum() else "-" for c in words)
 
 
 def learned(arm, seed, world):
@@ -252,7 +267,7 @@ def play(arm, seed, world):
             solvers = arms.learn_shared(teacher, hand, train_set, world.reward, args,
                                         world.alpha_bar)
             return {str(K): [*map(list, solver)] for K, solver in solvers.items()}
-        solver = Solver(*world.kept(f"all {seed} {world.code}", make)[str(arm.steps)])
+        solver = Solver(*world.kept("teacher", f"all {seed} {world.code}", make)[str(arm.steps)])
         minutes = (time.time() - began) / 60
     elif arm.group in arms.COMPETITORS:
         budget = spent // args.steps if arm.group == "control" else arms.rollouts(args)
@@ -302,7 +317,7 @@ def row_of(arm, seed, world, version):
                 images=result["images"], times=result["times"], leans=result["leans"],
                 minutes=minutes, train_nfe=spent,
                 command=" ".join(["python", *words, *world.smoke]), commit=version,
-                weights=world.weights, torch=str(torch.__version__),
+                weights=weights(arm.init), torch=str(torch.__version__),
                 device=device_name(world.device))
 
 
@@ -315,7 +330,7 @@ def todo(args, world):
               for seed in (args.seeds if group != "hand" else [0])
               for arm in arms.arms() if arm.group == group]
     return [(arm, seed) for arm, seed in chosen
-            if (*arm[:4], seed, world.n, world.images(arm), world.weights) not in done]
+            if (*arm[:4], seed, world.n, world.images(arm), weights(arm.init)) not in done]
 
 
 def work(args, world):
@@ -376,7 +391,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit(1 if args.worker else "study/run.py: interrupted; the same command goes on")
     if not args.worker:
-        rows = [r for r in read_rows(world.results).values() if r["weights"] == world.weights]
+        rows = [*filter(current, read_rows(world.results).values())]
         args.only = None
         report.write(rows, len(todo(args, world)), None if args.smoke else README)
 

@@ -253,7 +253,7 @@ class Readme(unittest.TestCase):
         text = (run.ROOT / "README.md").read_text(encoding="utf-8")
         head, _, *lines = text[text.index("| reward on 256"):].split("\n\n")[0].splitlines()
         counts, rows = [int(k) for k in re.findall(r"K = (\d+)", head)], run.read_log(run.RESULTS)
-        rows = [row for row in rows if row["weights"] == rows[-1]["weights"]]
+        rows = [*filter(run.current, rows)]
         for line, (label, (init, group, *names)) in zip(lines, self.LABELS.items(), strict=True):
             first, *cells = (cell.strip() for cell in line.strip("|").split("|"))
             self.assertTrue(first.startswith(label), (first, label))
@@ -281,13 +281,13 @@ class Books(unittest.TestCase):
         self.addCleanup(keep.cleanup)
         self.folder = Path(keep.name)
 
-    def row(self, arm, seed=0, weights="w"):
-        return dict(zip(run.KEY, (*arm[:4], seed, 8, 9, weights)), reward=-1.0 - 2 * seed, gain=0.5,
+    def row(self, arm, seed=0, weights=None):
+        return dict(zip(run.KEY, (*arm[:4], seed, 8, 9, weights or run.weights(arm.init))), reward=-1.0 - 2 * seed, gain=0.5,
                     gain_error=0.1, closed=0.4, frechet=2.0, frechet_error=0.1, frechet_held=3.0,
                     train_nfe=2000, minutes=1.0, device="cpu", torch="2", commit="c")
 
     def test_every_arm_is_there_once_and_its_command_parses(self):
-        found, world = arms.arms(), SimpleNamespace(folder=self.folder, code="c")
+        found, world = arms.arms(), SimpleNamespace(folder=self.folder.joinpath, code="c")
         self.assertEqual({arm.group for arm in found}, set(arms.GROUPS))
         self.assertEqual(len({arm[:4] for arm in found}), len(found))
         self.assertEqual(len({run.place(a, s, world) for a in found for s in (0, 1)}),
@@ -295,12 +295,10 @@ class Books(unittest.TestCase):
         for arm in (arm for arm in found if arm.group != "hand"):
             args = rl_distill.parse_args(run.command(arm, 2))
             init = dict(copy="student", earlier="teacher").get(arm.init, arm.init)
-            self.assertEqual((args.steps, args.seed, "relay" if args.relay else args.init),
-                             (arm.steps, 2, init))
+            self.assertEqual((args.steps, args.seed, args.init), (arm.steps, 2, init))
 
     def test_a_row_is_not_made_again_and_a_torn_line_is_no_row(self):
-        world = SimpleNamespace(results=self.folder / "r.jsonl", n=8, images=lambda arm: 9,
-                                weights="w")
+        world = SimpleNamespace(results=self.folder / "r.jsonl", n=8, images=lambda arm: 9)
         args = SimpleNamespace(only=None, seeds=[0, 1])
         everything = run.todo(args, world)
         (first, _), (second, _), (third, _) = everything[:3]
