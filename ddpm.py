@@ -202,8 +202,7 @@ def estimate(net, x_t, t, v, alpha_bar):
 def sample(net, x_T, solver, alpha_bar, eta=0.0, seeds=None, keep=None):
     """Run the reverse process. Algorithm 2, Ho et al. (eta = 1), DDIM or DPM-Solver++ (eta = 0).
 
-    net(x, t, t_next) -> v, or a list, a net a jump; x_T: (B, ...) standard normal; seeds: one per
-    image, where eta > 0.
+    net(x, t, t_next) -> v; x_T: (B, ...) standard normal; seeds: one per image, where eta > 0.
     Returns x_0 (B, ...); with keep, the list of the states after keep's numbers of jumps (0: x_T).
     Nothing adds noise on the jump into t = 0: its sigma is 0. ValueError for an impossible grid.
     """
@@ -212,8 +211,7 @@ def sample(net, x_T, solver, alpha_bar, eta=0.0, seeds=None, keep=None):
             or len(leans) != len(grid) - 1):
         raise ValueError(f"a grid must decrease from {T} to 0, with a lean a jump, not {solver}")
     x, x0_last, kept = x_T, x_T, {0: x_T}
-    nets = net if isinstance(net, list) else [net] * len(leans)
-    for k, (net, now, then, lean) in enumerate(zip(nets, grid, grid[1:], leans), start=1):
+    for k, (now, then, lean) in enumerate(zip(grid, grid[1:], leans), start=1):
         t = torch.full((len(x),), now, device=x.device)
         t_next = torch.full_like(t, then)
         x0_hat = estimate(net, x, t, net(x, t, t_next), alpha_bar)

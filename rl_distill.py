@@ -146,27 +146,26 @@ def take_jump(net, x_t, t, t_next, u, x0_last, alpha_bar, eta):
 
 
 @torch.no_grad()
-def rollout(nets, policy, z, alpha_bar, channel=None, group=1, std=0.0, eta=0.0, generator=None):
-    """Play the policy from noise z (M, 3, H, W), each noise `group` times. One net per jump.
+def rollout(net, policy, z, alpha_bar, channel=None, group=1, std=0.0, eta=0.0, generator=None):
+    """Play the policy from noise z (M, 3, H, W), each noise `group` times.
 
     channel: what explores, 'jump' (u, by std), 'pixels' (x_next, by DDIM's sigma(eta) and by at
-    least SIGMA_FLOOR at the last jump, wherever the net that learns, the last one, jumps), or None:
-    nothing, as sample(nets, z, policy.solver(), alpha_bar). Returns (images (M * group, 3, H, W) in
-    [-1, 1], list of K Jumps).
+    least SIGMA_FLOOR at the last jump), or None: nothing, as sample(net, z, policy.solver(),
+    alpha_bar). Returns (images (M * group, 3, H, W) in [-1, 1], list of K Jumps).
     DEVIATES: with eta 0 pixels explore only where they land at t = 0; earlier jumps, which have
     the same weights, then have no gradient of their own.
     """
-    x = z.repeat_interleave(group, 0)
+    x, K = z.repeat_interleave(group, 0), len(policy.hand)
     t, x0_last, jumps = torch.full((len(x),), T, device=z.device), x, []
-    for k, net in enumerate(nets):
-        last, logp, logp_pixels = k == len(nets) - 1, None, None
-        acts = acting(k, len(nets), z.device)
+    for k in range(K):
+        last, logp, logp_pixels = k == K - 1, None, None
+        acts = acting(k, K, z.device)
         u = mean_u = policy(k, x) * acts
         if channel == "jump":                                       # action 1: how far
             u = mean_u + std * acts * antithetic(u.shape, generator, z.device)
             logp = jump_logp(mean_u, u, std, acts)
-        t_next = next_time(t, u[:, 0], len(nets) - k)
-        explores = channel == "pixels" and net is nets[-1] and (eta > 0 or last)
+        t_next = next_time(t, u[:, 0], K - k)
+        explores = channel == "pixels" and (eta > 0 or last)
         x_next, sigma, x0_hat = take_jump(net, x, t, t_next, u, x0_last, alpha_bar,
                                           eta if explores else 0.0)
         if explores:                                                # action 2: where
@@ -213,7 +212,7 @@ def jump_losses(policy, jumps, adv, std):
         yield loss, ratio, torch.zeros_like(ratio)
 
 
-def pixel_losses(nets, nets_ref, jumps, adv, eta, kl_weight, alpha_bar):
+def pixel_losses(net, net_ref, jumps, adv, eta, kl_weight, alpha_bar):
     """Surrogate of every x_next, of jumps that explored it: yields (loss, ratio, KL), (B,) each.
 
     DEVIATES: as in ReDiF's code jumps are weighted by sigma, since the score goes as 1 / sigma:
@@ -222,13 +221,13 @@ def pixel_losses(nets, nets_ref, jumps, adv, eta, kl_weight, alpha_bar):
     mean_sigma = torch.stack([j.sigma.mean() for j in jumps]).mean()
     for j in jumps:
         state = j.x_t, j.t, j.t_next, j.u, j.x0_last, alpha_bar, eta
-        mean = take_jump(nets[j.k], *state)[0]
+        mean = take_jump(net, *state)[0]
         logp = pixel_logp(mean, j.x_next, j.sigma)
         loss, ratio = clipped_surrogate(logp, j.logp_pixels, adv, CLIP_PIXELS)
         loss, kl = loss * j.sigma / mean_sigma, torch.zeros_like(ratio)
         if kl_weight > 0:
             with torch.no_grad():
-                mean_ref = take_jump(nets_ref[j.k], *state)[0]      # same state
+                mean_ref = take_jump(net_ref, *state)[0]            # same state
             kl = gaussian_kl(mean, mean_ref, j.sigma)               # with gradient
             loss = loss + kl_weight * kl
         yield loss, ratio, kl.detach()
@@ -255,11 +254,11 @@ def policy_update(losses, actions, optimizer, clip_range, epochs):
 
 
 @torch.no_grad()
-def deployed(nets, solver, z, target, reward, alpha_bar):
+def deployed(net, solver, z, target, reward, alpha_bar):
     """Images (B, 3, H, W) of start noise z by a solver, and their reward (B,). A dict of both."""
     parts = []
     for x, y in zip(z.split(chunk_size(z.device)), target.split(chunk_size(z.device))):
-        images = sample(nets, x, solver, alpha_bar).clamp(-1, 1)
+        images = sample(net, x, solver, alpha_bar).clamp(-1, 1)
         parts.append((images, reward(images, y)[0]))
     return dict(zip(("images", "reward"), map(torch.cat, zip(*parts))))
 
@@ -269,24 +268,24 @@ def hand_kinds(net):
     return SOLVERS[:1] if isinstance(net, JumpUNet) else SOLVERS
 
 
-def best_by_hand(nets, z, target, reward, alpha_bar):
+def best_by_hand(net, steps, z, target, reward, alpha_bar):
     """{'kind grid': Solver}: of each kind the hand grid with the largest mean reward on these
     noises; the best kind comes first."""
     score, solvers = {}, {}
-    for kind, grid in itertools.product(hand_kinds(nets[-1]), GRIDS):
-        solver = hand_solver(kind, grid, len(nets))
-        mean = deployed(nets, solver, z, target, reward, alpha_bar)["reward"].mean().item()
+    for kind, grid in itertools.product(hand_kinds(net), GRIDS):
+        solver = hand_solver(kind, grid, steps)
+        mean = deployed(net, solver, z, target, reward, alpha_bar)["reward"].mean().item()
         if mean > score.get(kind, -math.inf):
             score[kind], solvers[kind] = mean, (f"{kind} {grid}", solver)
     return dict(solvers[kind] for kind in sorted(score, key=score.get, reverse=True))
 
 
-def train(nets, policy, train_set, monitor_set, reward, args, out, device):
+def train(net, policy, train_set, monitor_set, reward, args, out, device):
     """SAMPLING, ADVANTAGES, TRAINING, one printed line per update. What learns is the policy, or
-    with channel 'pixels' the last jump's network. Returns seconds."""
+    with channel 'pixels' the network. Returns seconds."""
     alpha_bar, (z_all, target_all) = linear_alpha_bar(device), train_set
-    nets_ref = copy.deepcopy(nets) if args.kl else nets
-    learns = (policy if args.channel == "jump" else nets[-1]).requires_grad_(True)
+    net_ref = copy.deepcopy(net) if args.kl else net
+    learns = (policy if args.channel == "jump" else net).requires_grad_(True)
     optimizer = torch.optim.Adam(learns.parameters())
     generator = torch.Generator().manual_seed(args.seed)
     parts = dict(learns=learns, optimizer=optimizer, generator=generator)
@@ -299,7 +298,7 @@ def train(nets, policy, train_set, monitor_set, reward, args, out, device):
         std = STD[1] + (STD[0] - STD[1]) * left
         # SAMPLING: each noise `group` times, side by side
         pick = torch.randperm(len(z_all), generator=generator)[:NOISES_PER_UPDATE].to(device)
-        images, jumps = rollout(nets, policy, z_all[pick], alpha_bar, args.channel, args.group, std,
+        images, jumps = rollout(net, policy, z_all[pick], alpha_bar, args.channel, args.group, std,
                                 args.eta, generator)
         # ADVANTAGES
         score, raw = reward(images, target_all[pick].repeat_interleave(args.group, 0))
@@ -311,11 +310,11 @@ def train(nets, policy, train_set, monitor_set, reward, args, out, device):
         else:
             jumps = [j for j in jumps if j.logp_pixels is not None]
             diagnostics = policy_update(
-                lambda: pixel_losses(nets, nets_ref, jumps, adv, args.eta, args.kl, alpha_bar),
+                lambda: pixel_losses(net, net_ref, jumps, adv, args.eta, args.kl, alpha_bar),
                 len(adv) * len(jumps), optimizer, CLIP_PIXELS, args.epochs)
 
         solver = policy.solver()
-        held = deployed(nets, solver, *monitor_set, reward, alpha_bar)
+        held = deployed(net, solver, *monitor_set, reward, alpha_bar)
         row = dict(update=update + 1, reward=score.mean().item(), std=score.std().item(),
                    held_out=held["reward"].mean().item(), **diagnostics,
                    in_group=score.reshape(-1, args.group).std(1).mean().item(),
@@ -331,26 +330,23 @@ def train(nets, policy, train_set, monitor_set, reward, args, out, device):
 
 # ==== RESULT: the checkpoint, two pictures ====================================================
 
-def save_policy(path, nets, solver, origin, half=True):
-    """What is deployed: the distinct networks, which of them makes which jump, and the solver.
-    half=False keeps fp32: small updates of pixels are lost in the rounding."""
-    distinct = list(dict.fromkeys(nets))
-    save_checkpoint(path, "policy", order=[distinct.index(net) for net in nets], nets=[
-        dict(kind=type(net).__name__, config=net.config,
-             weights=half_weights(net) if half else net.state_dict()) for net in distinct],
-        solver=[*map(list, solver)], provenance=origin)
+def save_policy(path, net, solver, origin, half=True):
+    """What is deployed: the network and the solver. half=False keeps fp32: small updates of pixels
+    are lost in the rounding."""
+    save_checkpoint(path, "policy", solver=[*map(list, solver)], provenance=origin, net=dict(
+        kind=type(net).__name__, config=net.config,
+        weights=half_weights(net) if half else net.state_dict()))
 
 
 def load_policy(path, device="cpu"):
-    """Rebuild what was saved, frozen, in eval mode. Returns (nets, one a jump, Solver, content)."""
+    """Rebuild what was saved, frozen, in eval mode. Returns (net, Solver, content)."""
     content = load_checkpoint(path, "policy")
     with rebuilding(path, "policy"):
-        kinds = dict(UNet=UNet, JumpUNet=JumpUNet)
-        distinct = [frozen_network(kinds[saved["kind"]](**saved["config"]), saved["weights"], path,
-                                   device) for saved in content["nets"]]
+        saved = content["net"]
+        net = dict(UNet=UNet, JumpUNet=JumpUNet)[saved["kind"]](**saved["config"])
+        net = frozen_network(net, saved["weights"], path, device)
         solver = Solver(*content["solver"])
-        nets = [distinct[content["order"][k]] for k in range(len(solver.leans))]
-    return nets, solver, content
+    return net, solver, content
 
 
 def plot_alignment(rows, K, path):
@@ -391,7 +387,6 @@ def parse_args(argv=None):
     a = p.add_argument_group("what is learned").add_argument
     a("--init", choices=["teacher", "student"], default="teacher",
       help="who jumps: a copy of the teacher, or the cloned student")
-    a("--relay", action="store_true", help="the student takes the first jump of a teacher's copy")
     a("--channel", choices=["jump", "pixels"], default="jump",
       help="action that explores and learns: u, or x_next by the network's weights")
     a("--steps", type=number(int, 1, 64), default=4, help="K, evaluations per image, 1..16")
@@ -416,52 +411,49 @@ def parse_args(argv=None):
         p.error("--steps 1 leaves no jump to learn; use --channel pixels or more steps")
     if args.channel == "jump" and (args.eta > 0 or args.kl > 0):
         p.error("--eta and --kl belong to the pixels: add --channel pixels")
-    if args.relay and (args.init == "student" or args.steps == 1):
-        p.error("--relay needs --init teacher and at least two steps")
     return args
 
 
 def load_inputs(args, device):
-    """Read the checkpoints. Returns (teacher, nets, one a jump, reward, judge and its file)."""
+    """Read the checkpoints. Returns (teacher, who jumps, reward, judge and its file)."""
     teacher, _ = load_teacher(args.teacher, device)
-    nets = [copy.deepcopy(teacher)] * args.steps
-    if args.init == "student" or args.relay:
-        student, content = load_student(args.student, device)
+    net = copy.deepcopy(teacher)
+    if args.init == "student":
+        net, content = load_student(args.student, device)
         if content["provenance"].get("teacher") != checksum([args.teacher]):
             raise BadInput(f"{args.student} was not cloned from {args.teacher}; give another one")
-        nets = [student] + (nets[1:] if args.relay else [student] * (args.steps - 1))
     coach, coach_file = load_encoder(f"{args.encoders}/coach.pt", "coach", device)
     judge = load_encoder(f"{args.encoders}/judge.pt", "judge", device)
-    return teacher, nets, Reward(args.reward, coach, coach_file["scales"]), judge
+    return teacher, net, Reward(args.reward, coach, coach_file["scales"]), judge
 
 
 def main(argv=None):
     args = parse_args(argv)
     began, device = time.time(), pick_device(args.device)
     alpha_bar = linear_alpha_bar(device)
-    teacher, nets, reward, judge = load_inputs(args, device)
+    teacher, net, reward, judge = load_inputs(args, device)
     out = claim_run(args, "rl_distill")
     print("config:", vars(args))
-    print(f"device {device_name(device)}, fp32 | {parameter_count(nets[-1]) / 1e6:.2f} M "
+    print(f"device {device_name(device)}, fp32 | {parameter_count(net) / 1e6:.2f} M "
           f"parameters | {args.steps} evaluations per image, {args.updates} updates")
     train_set = noise_and_targets(teacher, 0, args.noises, device)
     held_set = noise_and_targets(teacher, HELD_OUT, args.held_out, device)
     monitor_set = noise_and_targets(teacher, HELD_OUT + 10 ** 6, MONITOR, device)
     rows = dict(target=dict(images=held_set[1], reward=torch.zeros(args.held_out, device=device)))
-    some, copies = [x[:HAND_NOISES] for x in train_set], [teacher] * args.steps
-    for who, those in [("teacher, ", copies)] * (args.init == "student") + [("", nets)]:
-        hand = best_by_hand(those, *some, reward, alpha_bar)
-        rows.update({who + name: deployed(those, solver, *held_set, reward, alpha_bar)
+    some = [x[:HAND_NOISES] for x in train_set]
+    for who, jumps in [("teacher, ", teacher)] * (args.init == "student") + [("", net)]:
+        hand = best_by_hand(jumps, args.steps, *some, reward, alpha_bar)
+        rows.update({who + name: deployed(jumps, solver, *held_set, reward, alpha_bar)
                      for name, solver in hand.items()})
     start = next(name for name in hand if args.eta == 0 or "DDIM" in name)   # leans magnify noise
     policy = JumpPolicy(hand[start]).to(device)
     print(f"the policy starts at the best hand solver on training noise, {start}")
-    seconds = train(nets, policy, train_set, monitor_set, reward, args, out, device)
-    save_policy(out / "policy.pt", nets, policy.solver(), provenance(
+    seconds = train(net, policy, train_set, monitor_set, reward, args, out, device)
+    save_policy(out / "policy.pt", net, policy.solver(), provenance(
         "rl_distill.py", args, seconds, device, start=start), half=args.channel == "jump")
 
-    nets, solver, _ = load_policy(out / "policy.pt", device)       # what is measured is the file
-    rows["policy"] = deployed(nets, solver, *held_set, reward, alpha_bar)
+    net, solver, _ = load_policy(out / "policy.pt", device)        # what is measured is the file
+    rows["policy"] = deployed(net, solver, *held_set, reward, alpha_bar)
     print(f"\n{args.held_out} held-out noises, {args.steps} evaluations (target: "
           f"{len(TARGET.leans)}); gain, closed: what the policy adds to a row, of the way to 0")
     result = dict(rows=print_comparison(rows, judge), n=args.held_out, steps=args.steps,

@@ -34,8 +34,8 @@ from harness.runs import (BadInput, chunk_size, claim_run, device_name, log_line
 
 
 def load_model(path, device):
-    """Any checkpoint that makes images. Returns (net, solver, content): of a policy a list of nets,
-    one a jump, and its own Solver, of a teacher or a student one network, and None."""
+    """Any checkpoint that makes images. Returns (net, solver, content): of a policy its own Solver,
+    of a teacher or a student None."""
     kind = load_checkpoint(path, ("teacher", "student", "policy"))["kind"]
     if kind == "policy":
         return load_policy(path, device)
@@ -169,11 +169,11 @@ def main(argv=None):
         raise BadInput(f"a student's estimates are no images to lean on, as {kind} does; give DDIM")
     how = "its own jumps" if solver else f"{kind} on the {grid} grid"
     solver = solver or hand_solver(kind, grid, (args.steps or [4])[0])
-    out, one = claim_run(args, "sample"), net[-1] if isinstance(net, list) else net
+    out = claim_run(args, "sample")
     print("config:", vars(args))
-    print(f"device {device_name(device)} | {content['kind']} {parameter_count(one) / 1e6:.2f} M "
+    print(f"device {device_name(device)} | {content['kind']} {parameter_count(net) / 1e6:.2f} M "
           f"parameters | {len(solver.leans)} evaluations an image, {how}")
-    seeds, side = range(args.seed, args.seed + args.n), one.config["image_size"]
+    seeds, side = range(args.seed, args.seed + args.n), net.config["image_size"]
     z, alpha_bar = seeded_noise(seeds, (3, side, side), device=device), linear_alpha_bar(device)
     images = draw(net, solver, z, alpha_bar, args.eta, seeds).cpu()
     save_picture(out / "samples.png", images[:256], math.ceil(math.sqrt(min(args.n, 256))))

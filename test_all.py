@@ -167,9 +167,9 @@ def noise(n, size=8):
     return seeded_noise(range(n), (3, size, size))
 
 
-def by_hand(nets, kind, grid):
-    """The policy that is a hand solver."""
-    return rl.JumpPolicy(hand_solver(kind, grid, len(nets)))
+def by_hand(kind, grid):
+    """The policy that is a hand solver of three jumps."""
+    return rl.JumpPolicy(hand_solver(kind, grid, 3))
 
 
 def minus_mse(x, y):
@@ -718,14 +718,15 @@ class Deployment(Working):
         z, ends, cases = noise(2), {}, [(self.net, 1), (self.net, 2), (self.net, 5),
                                         (self.first, 3), (Toy(), 64)]
         for kind, grid, (net, K) in itertools.product(ddpm.SOLVERS, ddpm.GRIDS, cases):
-            solver, policy = hand_solver(kind, grid, K), by_hand([net] * K, kind, grid)
-            x, jumps = rl.rollout([net] * K, policy, z, AB)
+            solver = hand_solver(kind, grid, K)
+            policy = rl.JumpPolicy(solver)
+            x, jumps = rl.rollout(net, policy, z, AB)
             ends[kind, grid, K] = ddpm.sample(net, z, solver, AB).clamp(-1, 1)
             self.close(x, ends[kind, grid, K], 1e-6, (kind, grid, K))
             self.assertEqual(policy.solver().grid, solver.grid)
             self.assertEqual([j.t.tolist() for j in jumps], [[t] * 2 for t in solver.grid[:-1]])
             self.close(policy.solver().leans, solver.leans, 0)
-            row = rl.deployed([net] * K, solver, z, z, minus_mse, AB)
+            row = rl.deployed(net, solver, z, z, minus_mse, AB)
             self.close(row["images"], x, 1e-6)
             self.close(row["reward"], minus_mse(x, z)[0], 1e-6)
         ddim, dpm, ab2 = (ends[kind, "uniform", 5] for kind in ddpm.SOLVERS)
@@ -733,34 +734,33 @@ class Deployment(Working):
             self.assertGreater((ddim - other).abs().max(), 1e-3)
 
     def test_a_rollout_that_does_not_explore_is_the_policys_solver_to_the_bit(self):
-        for nets in [self.net] * 3, [self.first, self.net, self.net]:
-            policy, z = randomised(by_hand(nets, "AB2", "logsnr"), 3, 0.5), noise(4)
-            x, solver = rl.rollout(nets, policy, z, AB)[0], policy.solver()
+        for net in self.net, self.first:
+            policy, z = randomised(by_hand("AB2", "logsnr"), 3, 0.5), noise(4)
+            x, solver = rl.rollout(net, policy, z, AB)[0], policy.solver()
             self.assertNotEqual(solver.grid, hand_solver("AB2", "logsnr", 3).grid)
             self.assertEqual(solver.leans[0], 0)
-            self.close(x, rl.deployed(nets, solver, z, z, minus_mse, AB)["images"], 0)
+            self.close(x, rl.deployed(net, solver, z, z, minus_mse, AB)["images"], 0)
 
     def test_a_very_sharp_policy_is_the_deployment(self):
-        nets, z = [self.net] * 3, noise(4)
-        policy = by_hand(nets, "DPM++", "uniform")
-        x, jumps = rl.rollout(nets, policy, z, AB, std=0.5, eta=1.0)
+        z, policy = noise(4), by_hand("DPM++", "uniform")
+        x, jumps = rl.rollout(self.net, policy, z, AB, std=0.5, eta=1.0)
         self.close(x, ddpm.sample(self.net, z, hand_solver("DPM++", "uniform", 3), AB), 1e-6)
         for j in jumps:
             self.assertEqual((j.logp, j.logp_pixels, j.sigma.max().item()), (None, None, 0))
         self.patch(rl, SIGMA_FLOOR=1e-6)
         for channel, eta in (("jump", 0.0), ("pixels", 0.0), ("pixels", 1e-6)):
-            sharp, _ = rl.rollout(nets, policy, z, AB, channel, 4, 1e-6, eta, rng())
+            sharp, _ = rl.rollout(self.net, policy, z, AB, channel, 4, 1e-6, eta, rng())
             self.close(sharp, x.repeat_interleave(4, 0), 1e-4, (channel, eta))
 
     def test_hand_solvers_come_with_their_best_grid_and_the_best_one_first(self):
-        z, nets = noise(6), [self.net] * 3
+        z = noise(6)
         self.patch(rl, chunk_size=lambda device: 4)
         for seed in range(2):
             target, scores = images(6, seed=seed), {}
             for kind, grid in itertools.product(ddpm.SOLVERS, ddpm.GRIDS):
                 x = ddpm.sample(self.net, z, hand_solver(kind, grid, 3), AB)
                 scores[f"{kind} {grid}"] = minus_mse(x, target)[0].mean().item()
-            found = rl.best_by_hand(nets, z, target, minus_mse, AB)
+            found = rl.best_by_hand(self.net, 3, z, target, minus_mse, AB)
             expected = [max((name for name in scores if name.startswith(kind)), key=scores.get)
                         for kind in ddpm.SOLVERS]
             self.assertEqual(list(found), sorted(expected, key=scores.get, reverse=True))
@@ -822,45 +822,45 @@ class Surrogate(Case):
 
 
 class Loop(Working):
-    def play(self, channel, eta=0.0, nets=None, group=4, z=None):
-        """Three exploring jumps from DPM++ on uniform times. Returns (nets, policy, jumps)."""
-        nets, z = nets or [self.net] * 3, noise(3) if z is None else z
-        nets[-1].requires_grad_(True)
-        policy = by_hand(nets, "DPM++", "uniform")
-        return nets, policy, rl.rollout(nets, policy, z, AB, channel, group, 0.1, eta, rng())[1]
+    def play(self, channel, eta=0.0, net=None, group=4, z=None):
+        """Three exploring jumps from DPM++ on uniform times. Returns (net, policy, jumps)."""
+        net, z = net or self.net, noise(3) if z is None else z
+        net.requires_grad_(True)
+        policy = by_hand("DPM++", "uniform")
+        return net, policy, rl.rollout(net, policy, z, AB, channel, group, 0.1, eta, rng())[1]
 
-    def update(self, nets, policy, jumps, adv, eta=0.0, kl=0.0, ref=None, lr=0.0):
+    def update(self, net, policy, jumps, adv, eta=0.0, kl=0.0, ref=None, lr=0.0):
         """A step as train() makes it, the gradient unclipped: (diagnostics, parameters)."""
         part, losses = policy, lambda: rl.jump_losses(policy, jumps, adv, 0.1)
         if jumps[0].logp is None:
-            part, jumps = nets[-1], [j for j in jumps if j.logp_pixels is not None]
-            losses = lambda: rl.pixel_losses(nets, ref or nets, jumps, adv, eta, kl, AB)  # noqa
+            part, jumps = net, [j for j in jumps if j.logp_pixels is not None]
+            losses = lambda: rl.pixel_losses(net, ref or net, jumps, adv, eta, kl, AB)  # noqa
         with mock.patch.object(torch.nn.utils, "clip_grad_norm_", lambda parameters, most:
                                torch.stack([p.grad.norm() for p in parameters]).norm()):
             return rl.policy_update(losses, len(adv) * len(jumps), torch.optim.SGD(
                 part.parameters(), lr), 1e-4, 1), [*part.parameters()]
 
-    def means(self, nets, j, eta):
+    def means(self, net, j, eta):
         """Where each rollout is expected to land."""
-        x0_hat = ddpm.estimate(nets[j.k], j.x_t, j.t, nets[j.k](j.x_t, j.t, j.t_next), AB)
+        x0_hat = ddpm.estimate(net, j.x_t, j.t, net(j.x_t, j.t, j.t_next), AB)
         return ddpm.jump(j.x_t, x0_hat, j.t, j.t_next, AB, j.u[:, 1], j.x0_last, eta)[0]
 
-    def train(self, nets, *words, scale=1.0, score=minus_mse, policy=None):
+    def train(self, net, *words, scale=1.0, score=minus_mse, policy=None):
         """The real train() on toys of three jumps, each noise its own target; rows of its log."""
         args, out, z = rl.parse_args(["--steps", "3", *words]), self.folder(), scale * noise(6, 2)
-        quiet(rl.train, nets, policy or by_hand(nets, "DDIM", "quadratic"), (z, z), (z, z),
-              score, args, out, CPU)
+        quiet(rl.train, net, policy or by_hand("DDIM", "quadratic"), (z, z), (z, z), score, args,
+              out, CPU)
         return read_log(out / "log.jsonl")
 
     def test_exploration_is_antithetic_and_of_the_right_spread(self):
-        toys, z = [Toy()] * 3, noise(3, 2)
-        for j in self.play("jump", 0.0, toys, 2000, z)[2]:
+        toy, z = Toy(), noise(3, 2)
+        for j in self.play("jump", 0.0, toy, 2000, z)[2]:
             acts = rl.acting(j.k, 3)
-            off = j.u - by_hand(toys, "DPM++", "uniform").hand[j.k] * acts
+            off = j.u - by_hand("DPM++", "uniform").hand[j.k] * acts
             self.close(off[0::2], -off[1::2], 1e-6)
             self.close(off.std(0), 0.1 * acts, 0.005)
-        for j in self.play("pixels", 0.3, toys, 400, z)[2]:
-            off = (j.x_next - self.means(toys, j, 0.3)).detach()
+        for j in self.play("pixels", 0.3, toy, 400, z)[2]:
+            off = (j.x_next - self.means(toy, j, 0.3)).detach()
             self.close(off[0::2], -off[1::2], 1e-5)
             sigma = ddpm.ddim_sigma(j.t, j.t_next, 0.3, AB)[0] if j.k < 2 else rl.SIGMA_FLOOR
             self.close(off.std() / sigma, 1.0, 0.03)
@@ -874,27 +874,27 @@ class Loop(Working):
         self.close(off / rl.SIGMA_FLOOR, torch.ones(3), 0.1)
 
     def test_the_ratio_is_1_from_what_is_stored(self):
-        adv, relay = randn(12), [self.first, self.net, self.net]
-        for channel, eta, nets in (("jump", 0.0, None), ("jump", 0.0, relay), ("pixels", 0.0, None),
-                                   ("pixels", 0.0, relay), ("pixels", 0.3, None)):
-            nets, policy, jumps = self.play(channel, eta, nets)
-            result, _ = self.update(nets, policy, jumps, adv, eta)
+        adv = randn(12)
+        for channel, eta, net in itertools.product(("jump", "pixels"), (0.0, 0.3),
+                                                   (self.first, self.net)):
+            net, policy, jumps = self.play(channel, eta, net)
+            result, _ = self.update(net, policy, jumps, adv, eta)
             self.close(result["ratio_t0"], 1.0, 1e-6, (channel, eta))
             self.assertGreater(result["grad_norm"], 0)
         for j in jumps:
-            mean = self.means(nets, j, 0.3).detach()
+            mean = self.means(net, j, 0.3).detach()
             self.close(rl.pixel_logp(mean, j.x_next, j.sigma), j.logp_pixels, 1e-5)
-        lost = self.means(nets, jumps[1]._replace(x0_last=jumps[1].x_t), 0.3).detach()
+        lost = self.means(net, jumps[1]._replace(x0_last=jumps[1].x_t), 0.3).detach()
         self.assertGreater((lost - mean).abs().max(), 0.01)            # DPM++ has a memory
 
     def test_the_first_gradient_is_reinforces_row_by_row(self):
         """Against torch.distributions, every rollout evaluated by itself, before any clipping:
         surrogate, its weights sigma / mean sigma, and the KL."""
-        adv, ref = randn(12), [randomised(copy.deepcopy(self.net), 9, 0.02)] * 3
+        adv, ref = randn(12), randomised(copy.deepcopy(self.net), 9, 0.02)
         for channel, eta, kl in (("jump", 0.0, 0.0), ("pixels", 0.0, 0.0), ("pixels", 0.3, 0.0),
                                  ("pixels", 0.0, 0.5), ("pixels", 0.3, 0.5)):
-            nets, policy, jumps = self.play(channel, eta)
-            _, trained = self.update(nets, policy, jumps, adv, eta, kl, ref)
+            net, policy, jumps = self.play(channel, eta)
+            _, trained = self.update(net, policy, jumps, adv, eta, kl, ref)
             jumps, total = [j for j in jumps if channel == "jump" or j.logp_pixels is not None], 0
             mean_sigma = sum(j.sigma.sum() for j in jumps) / 12 / len(jumps)
             for j in jumps:
@@ -903,7 +903,7 @@ class Loop(Working):
                     total = total - (adv * logp[:, rl.acting(j.k, 3)].sum(1)).sum()
                 else:
                     now, start = (Normal(self.means(some, j, eta), j.sigma[:, None, None, None])
-                                  for some in (nets, ref))
+                                  for some in (net, ref))
                     score = adv * now.log_prob(j.x_next).mean((1, 2, 3)) * j.sigma / mean_sigma
                     total = total + (kl * kl_divergence(now, start).mean((1, 2, 3)) - score).sum()
             exact = torch.autograd.grad(total / (12 * len(jumps)), trained)
@@ -915,7 +915,7 @@ class Loop(Working):
                 self.assertEqual((p.grad != 0).tolist(), [[1, 0], [1, 1], [0, 1]])
 
     def test_without_advantage_the_kl_alone_pulls_back(self):
-        ref, zero = [copy.deepcopy(self.net)] * 3, torch.zeros(12)
+        ref, zero = copy.deepcopy(self.net), torch.zeros(12)
         randomised(self.net, 9)
         for channel, eta in (("jump", 0.0), ("pixels", 0.0), ("pixels", 0.3)):
             played = self.play(channel, eta)
@@ -925,15 +925,14 @@ class Loop(Working):
 
     def test_it_finds_the_optimum_of_a_known_reward(self):
         """The landing of jump 1 must move from 667 to 300, the lean of jump 2 from 0 to 0.7."""
-        nets, g = [Toy()] * 3, rng()
-        policy = by_hand(nets, "DDIM", "uniform")
+        net, g, policy = Toy(), rng(), by_hand("DDIM", "uniform")
         optimizer = torch.optim.Adam(policy.parameters(), 0.05)
         for _ in range(50):
-            _, jumps = rl.rollout(nets, policy, noise(4, 2), AB, "jump", 8, 0.1, 0.0, g)
+            _, jumps = rl.rollout(net, policy, noise(4, 2), AB, "jump", 8, 0.1, 0.0, g)
             score = -((jumps[0].t_next - 300) / 300) ** 2 - (jumps[1].u[:, 1] - 0.7) ** 2
             adv = rl.advantages(score, 8)
             rl.policy_update(lambda: rl.jump_losses(policy, jumps, adv, 0.1), 96, optimizer, 0.2, 4)
-        _, jumps = rl.rollout(nets, policy, noise(4, 2), AB)
+        _, jumps = rl.rollout(net, policy, noise(4, 2), AB)
         self.close(jumps[0].t_next / 1000, full(4, 0.3), 0.05)
         self.close(jumps[1].u[:, 1], full(4, 0.7), 0.1)
 
@@ -943,7 +942,7 @@ class Loop(Working):
         for channel, eta in (("jump", "0"), ("pixels", "0"), ("pixels", "0.01")):
             seen, words = [], ["--group", "4", "--updates", "2", "--channel", channel, "--eta", eta]
             with mock.patch.object(rl, "advantages", mock.Mock(side_effect=rl.advantages)) as adv:
-                self.train([Toy(0.0, 0.0)] * 3, *words, scale=0.3, score=lambda x, y: (
+                self.train(Toy(0.0, 0.0), *words, scale=0.3, score=lambda x, y: (
                     seen.append((x, y)), minus_mse(x, y))[1])
             self.assertEqual([call[0][1] for call in adv.call_args_list], [4] * 2)
             for x, y in seen:
@@ -955,10 +954,9 @@ class Loop(Working):
     def test_one_part_learns_at_a_rate_that_falls_to_0(self):
         update, play = rl.policy_update, rl.rollout
         for channel, words, rates, moves in (
-                ("jump", ["--lr", "0.04"], [0.04, 0.03, 0.02, 0.01], [0, 0, 1]),
-                ("pixels", [], [1e-5, 7.5e-6, 5e-6, 2.5e-6], [0, 1, 0])):
-            parts, trail, std = [Toy(), Toy()], [], []
-            parts += [by_hand(parts[:1] * 3, "DDIM", "quadratic")]
+                ("jump", ["--lr", "0.04"], [0.04, 0.03, 0.02, 0.01], [0, 1]),
+                ("pixels", [], [1e-5, 7.5e-6, 5e-6, 2.5e-6], [1, 0])):
+            parts, trail, std = [Toy(), by_hand("DDIM", "quadratic")], [], []
 
             def watched(losses, actions, optimizer, *more):
                 before = [[p.detach().clone() for p in part.parameters()] for part in parts]
@@ -969,8 +967,7 @@ class Loop(Working):
                 return result
             self.patch(rl, policy_update=watched,
                        rollout=lambda *a: (std.extend(a[6:7]), play(*a))[1])
-            self.train(parts[:1] + parts[1:2] * 2, "--channel", channel, "--updates", "4", *words,
-                       policy=parts[2])
+            self.train(parts[0], "--channel", channel, "--updates", "4", *words, policy=parts[1])
             self.assertEqual([moved for _, moved in trail], [moves] * 4)
             self.close([rate for rate, _ in trail], rates, 1e-12)
             high, low = rl.STD
@@ -989,7 +986,7 @@ class Results(Working):
         drawn = [set(call[0][0]) for call in seeds.call_args_list]
         for one, other in itertools.combinations(drawn, 2):
             self.assertFalse(one & other)
-        for z, n, trains in ((train[2][0], 4, True), (base[1], 4, True), (table[2], 8, False),
+        for z, n, trains in ((train[2][0], 4, True), (base[2], 4, True), (table[2], 8, False),
                              (train[3][0], rl.MONITOR, False)):
             seeds, = [s for s in drawn if torch.equal(seeded_noise(sorted(s), (3, 8, 8)), z)]
             self.assertEqual(len(seeds), n)
@@ -1019,40 +1016,34 @@ class Results(Working):
 
     def test_a_saved_policy_comes_back_as_it_was(self):
         first, net = self.first, randomised(self.net, 5, 1e-6)         # too little for fp16
-        for nets, half in itertools.product(
-                ([net] * 3, [first, net, net], [first] * 3), (True, False)):
-            policy = randomised(by_hand(nets, "DPM++", "uniform"), 1, 0.3).solver()
-            rl.save_policy("p.pt", nets, policy, dict(a=1), half)
+        for net, half in itertools.product((net, first), (True, False)):
+            policy = randomised(by_hand("DPM++", "uniform"), 1, 0.3).solver()
+            rl.save_policy("p.pt", net, policy, dict(a=1), half)
             back, again, content = rl.load_policy("p.pt")
-            self.assertEqual([(back.index(n), type(n)) for n in back],
-                             [(nets.index(n), type(n)) for n in nets])
-            self.assertEqual(again, policy)
-            self.assertFalse(any(n.training or p.requires_grad for n in back
-                                 for p in n.parameters()))
-            x, y = (ddpm.sample(some, noise(2), policy, AB) for some in (nets, back))
+            self.assertEqual((type(back), again), (type(net), policy))
+            self.assertFalse(back.training or any(p.requires_grad for p in back.parameters()))
+            x, y = (ddpm.sample(some, noise(2), policy, AB) for some in (net, back))
             self.close(x, y, 0.01 if half else 0)
-            self.assertEqual({w.dtype for n in content["nets"] for w in n["weights"].values()},
+            self.assertEqual({w.dtype for w in content["net"]["weights"].values()},
                              {torch.float16 if half else torch.float32})
-        content["order"] = [0, 0]
+        content["net"]["kind"] = "Relay"
         save_checkpoint("q.pt", **{k: v for k, v in content.items() if k != "format"})
         self.bad_input("no usable policy", rl.load_policy, "q.pt")
 
-    def test_who_jumps_is_the_teachers_copy_the_student_or_a_relay(self):
-        for more, kinds in (([], "UUU"), (["--init", "student"], "JJJ"), (["--relay"], "JUU")):
-            net, nets, _, _ = rl.load_inputs(
-                rl.parse_args(self.job + ["--steps", "3", *more]), CPU)
-            self.assertEqual("".join(type(n).__name__[0] for n in nets), kinds)
-            self.assertEqual((len(set(nets)), net in nets), (len(set(kinds)), False))
+    def test_who_jumps_is_the_teachers_copy_or_the_student(self):
+        for more, kind in (([], ddpm.UNet), (["--init", "student"], student.JumpUNet)):
+            net, jumps, _, _ = rl.load_inputs(rl.parse_args(self.job + more), CPU)
+            self.assertEqual((type(jumps), jumps is net), (kind, False))
 
 
 # ==== sample.py ==============================================================================
 
 class Samples(Working):
     def models(self):
-        """(net, solver) of a teacher, a student, and a relay of four jumps from its file."""
-        nets, solver = [self.first, self.net, self.net, self.net], hand_solver("DDIM", "uniform", 3)
-        policy = randomised(by_hand(nets, "DPM++", "quadratic"), 0, 0.2)
-        rl.save_policy("policy.pt", nets, policy.solver(), {})
+        """(net, solver) of a teacher, a student, and a policy of four jumps from its file."""
+        solver = hand_solver("DDIM", "uniform", 3)
+        policy = randomised(rl.JumpPolicy(hand_solver("DPM++", "quadratic", 4)), 0, 0.2)
+        rl.save_policy("policy.pt", self.net, policy.solver(), {})
         return (self.net, solver), (self.first, solver), sample.load_model("policy.pt", CPU)[:2]
 
     def test_an_image_is_the_same_in_any_batch(self):
@@ -1068,7 +1059,7 @@ class Samples(Working):
     def test_the_path_goes_from_noise_to_image_in_11_states(self):
         z, real = noise(2), sample.sample
         more = [(net, hand_solver("DDIM", "uniform", K)) for net, K in (
-            (Toy(), 10), (Toy(), 12), ([Toy()] * 12, 12), (Toy(), 1000))]
+            (Toy(), 10), (Toy(), 12), (Toy(), 1000))]
         for net, solver in [*self.models(), *more]:
             K = len(solver.leans)
             with mock.patch.object(sample, "sample", mock.Mock(side_effect=real)) as spy:
@@ -1173,8 +1164,8 @@ class Commands(Working):
                     and isinstance(node.value, ast.Name) and node.value.id == "args"}
             own = set(vars(module.parse_args([]))) - {"out", "resume", "smoke"}    # the harness's
             self.assertEqual(own - read, set(), module.__name__)
-        self.assertLessEqual(len(parser_of(rl)._actions) - 1, 22)
-        self.assertLessEqual(Path(rl.__file__).read_text(encoding="utf-8").count("p.error("), 4)
+        self.assertLessEqual(len(parser_of(rl)._actions) - 1, 21)
+        self.assertLessEqual(Path(rl.__file__).read_text(encoding="utf-8").count("p.error("), 3)
 
     def test_importing_prints_nothing_and_optimised_python_parses_from_any_folder(self):
         names = [module.__name__ for module in MODULES]
@@ -1185,10 +1176,10 @@ class Commands(Working):
         self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
 
     def test_bundled_files_are_found_from_another_folder(self):
-        rl.load_inputs(rl.parse_args(["--relay"]), CPU)
+        rl.load_inputs(rl.parse_args(["--init", "student"]), CPU)
         path, = sample.parse_args([]).model
         here = (HERE / path).exists()
-        nets, policy, _ = sample.load_model(path if here else "checkpoints/teacher.pt", CPU)
+        _, policy, _ = sample.load_model(path if here else "checkpoints/teacher.pt", CPU)
         self.assertEqual(policy is not None, here)
 
     def test_the_commands_of_readme_and_sources_parse(self):
@@ -1231,12 +1222,13 @@ class Commands(Working):
         self.assertEqual(student.load_student("c/student.pt")[0].config, TINY)
 
     def test_the_main_job_resumes_to_the_same_bits_and_its_policy_is_sampled_and_evaluated(self):
-        text = self.resumes(rl, *self.job, "--channel", "pixels", "--relay", "--kl", "0.1")
+        text = self.resumes(rl, *self.job, "--channel", "pixels", "--init", "student", "--kl",
+                            "0.1")
         self.assertRegex(text, r"1\.000000 [^@]*closed[^@]*wrote a/policy.pt")
         for name in re.search(r"wrote (.*)", text)[1].removeprefix("a/").split(", "):
             self.assertTrue(Path("a", name).exists(), name)
-        kept = load_checkpoint("a/policy.pt", "policy")["nets"]
-        self.assertTrue(all(w.dtype == torch.float32 for n in kept for w in n["weights"].values()))
+        kept = load_checkpoint("a/policy.pt", "policy")["net"]
+        self.assertTrue(all(w.dtype == torch.float32 for w in kept["weights"].values()))
         text = self.run_main(sample, "--model", "a/policy.pt", "--n", "5", "--npz", "n/i.npz")
         self.assertIn("5 images", text)
         text = self.run_main(sample, "--evaluate", "--n", "8", "--steps", "2", *self.words, "--out",
@@ -1249,18 +1241,18 @@ class Commands(Working):
         Path("empty").mkdir()
         save_network("another.pt", "teacher", self.net, dict(seed=1))
         Samples.models(self)
-        relay, coach, plain = [*self.job, "--relay"], f"{self.tiny}/coach.pt", self.words[1]
+        cloned, coach = [*self.job, "--init", "student"], f"{self.tiny}/coach.pt"
+        plain = self.words[1]
         for expected, module, *words in [
-                ("no checkpoint", rl, *relay, "--student", "none.pt"),
-                ("cannot be read", rl, *relay, "--student", "cut.pt"),
-                ("a student is needed", rl, *relay, "--student", coach),
-                ("not cloned from", rl, *relay, "--teacher", "another.pt"),
+                ("no checkpoint", rl, *cloned, "--student", "none.pt"),
+                ("cannot be read", rl, *cloned, "--student", "cut.pt"),
+                ("a student is needed", rl, *cloned, "--student", coach),
+                ("not cloned from", rl, *cloned, "--teacher", "another.pt"),
                 ("no checkpoint empty", rl, *self.job, "--encoders", "empty"),
                 ("'clip' is unknown", rl, *self.job, "--reward", "clip+mse"),
                 ("must be even", rl, *self.words, "--group", "3"),
                 ("leaves no jump", rl, *self.job, "--steps", "1"),
                 ("belong to the pixels", rl, *self.job, "--kl", "1"),
-                ("--relay needs", rl, *relay, "--init", "student"),
                 ("is not empty", rl, *self.job, "--out", "."),
                 ("--resume needs", rl, *self.job, "--resume"),
                 ("no checkpoint", sample, "--model", "none.pt"),

@@ -21,15 +21,14 @@ VARIANTS = {
     "none": [],
     "a": [("logp = jump_logp(policy(j.k, j.x_t) * acts, j.u, std, acts)",
            "logp = jump_logp(policy(j.k, j.x_t) * acts, j.u, STD[0], acts)")],
-    "b": [("t_next = next_time(t, u[:, 0], len(nets) - k)",
-           "t_next = next_time(t, mean_u[:, 0], len(nets) - k)")],
+    "b": [("t_next = next_time(t, u[:, 0], K - k)", "t_next = next_time(t, mean_u[:, 0], K - k)")],
     "wide": [("STD = 0.07, 0.01 ", "STD = 0.7, 0.1 ")],
     "lean": [("u = mean_u + std *", "u = mean_u + std * torch.tensor([0, 1], device=z.device) *")],
     "rho": [("u = mean_u + std *", "u = mean_u + std * torch.tensor([1, 0], device=z.device) *")],
-    "search": [("seconds = train(nets, policy, train_set, monitor_set, reward, args, out, device)",
+    "search": [("seconds = train(net, policy, train_set, monitor_set, reward, args, out, device)",
                 "import arms\n"
                 "    rollouts, seconds = args.updates * NOISES_PER_UPDATE * args.group, 0.0\n"
-                "    policy, _ = arms.random_search(nets, policy, train_set, reward, rollouts,\n"
+                "    policy, _ = arms.random_search(net, policy, train_set, reward, rollouts,\n"
                 "                                   alpha_bar, args.seed)")],
     "third": [                          # deployed by rollout(): a Solver has no third number
         ("torch.stack([logit_rho, leans], 1)", "torch.stack([logit_rho, leans, 0 * leans], 1)"),
@@ -41,10 +40,10 @@ VARIANTS = {
          "    return mean + spread(u[:, 2], x_t) * noise, sigma, x0_hat"),
         ("policy = JumpPolicy(hand[start])",
          "policy = globals()['POLICY'] = JumpPolicy(hand[start])"),
-        ("images = sample(nets, x, solver, alpha_bar).clamp(-1, 1)",
+        ("images = sample(net, x, solver, alpha_bar).clamp(-1, 1)",
          "learned = 'POLICY' in globals() and solver == POLICY.solver()\n"
-         "        images = (rollout(nets, POLICY, x, alpha_bar)[0] if learned else\n"
-         "                  sample(nets, x, solver, alpha_bar).clamp(-1, 1))")],
+         "        images = (rollout(net, POLICY, x, alpha_bar)[0] if learned else\n"
+         "                  sample(net, x, solver, alpha_bar).clamp(-1, 1))")],
 }
 
 

@@ -31,18 +31,18 @@ def show(axis, image, title):
     axis.axis("off")
 
 
-def draw(nets, solver, teacher, reward, seed, path):
+def draw(net, solver, teacher, reward, seed, path):
     """The page for the image of one seed. Returns its reward."""
     alpha_bar = linear_alpha_bar()
     z, target = noise_and_targets(teacher, seed, 1, torch.device("cpu"))
-    K = len(nets)
-    *states, image = sample(nets, z, solver, alpha_bar, keep=range(K + 1))
+    K = len(solver.leans)
+    *states, image = sample(net, z, solver, alpha_bar, keep=range(K + 1))
     score = reward(image.clamp(-1, 1), target)[0].item()
     figure, axes = new_figure(3, K + 1, (2.6 * (K + 1), 7.4), height_ratios=[1, 1, 0.5])
     for k, (x_t, now, then) in enumerate(zip(states, solver.grid, solver.grid[1:])):
         t, t_next = torch.tensor([now]), torch.tensor([then])
         with torch.no_grad():
-            x0_hat = estimate(nets[k], x_t, t, nets[k](x_t, t, t_next), alpha_bar)
+            x0_hat = estimate(net, x_t, t, net(x_t, t, t_next), alpha_bar)
         show(axes[0, k], x_t / 2, f"state $x_t$, t = {now}")
         show(axes[1, k], x0_hat, "the network's estimate")
         lean = f"lean = {solver.leans[k]:.2f}" if k else "nothing to lean on yet"
@@ -67,11 +67,11 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=HELD_OUT, help="of the noise")
     p.add_argument("--out", default=str(ROOT / "figures" / "loop.png"), help="the picture")
     args = p.parse_args(argv)
-    nets, solver, _ = load_policy(args.policy)
+    net, solver, _ = load_policy(args.policy)
     teacher, _ = load_teacher("checkpoints/teacher.pt")
     coach, content = load_encoder("checkpoints/coach.pt", "coach")
     reward = Reward("feature+perceptual", coach, content["scales"])
-    draw(nets, solver, teacher, reward, args.seed, args.out)
+    draw(net, solver, teacher, reward, args.seed, args.out)
     print(f"wrote {args.out}")
 
 

@@ -280,9 +280,9 @@ class Projector(unittest.TestCase):
             with mock.patch.object(loop, "draw", side_effect=loop.draw) as spy:
                 quiet(loop.main, ["--out", folder + "/loop.png"])
             self.assertTrue(Path(folder, "loop.png").exists())
-            nets, solver, teacher, reward, seed, _ = spy.call_args[0]
+            net, solver, teacher, reward, seed, _ = spy.call_args[0]
             score = loop.draw(*spy.call_args[0][:5], folder + "/again.png")
-        row = rl_distill.deployed(nets, solver, *loop.noise_and_targets(
+        row = rl_distill.deployed(net, solver, *loop.noise_and_targets(
             teacher, seed, 1, torch.device("cpu")), reward, ddpm.linear_alpha_bar())
         self.assertAlmostEqual(score, row["reward"].item(), places=4)
 

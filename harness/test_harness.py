@@ -279,7 +279,7 @@ runs.run_main(main)"""
     def test_compiling_is_asked_for_and_changes_no_weights(self):
         net, cudnn = torch.nn.Linear(2, 2), torch.backends.cudnn
         self.addCleanup(setattr, cudnn, "benchmark", cudnn.benchmark)
-        with mock.patch.object(torch, "compile", lambda net: ("fast", net)):
+        with mock.patch.object(torch, "compile", lambda net, mode: ("fast", net)):
             for wanted, result in ((True, ("fast", net)), (False, net)):
                 self.assertEqual((teacher.compiled(net, wanted), cudnn.benchmark), (result, wanted))
 

@@ -53,7 +53,7 @@ def evaluations(args):
 
 
 # ==== COMPETITORS =============================================================================
-# (nets, policy at the hand solver, (z (N, 3, H, W), targets of z), reward, rollouts, alpha_bar
+# (net, policy at the hand solver, (z (N, 3, H, W), targets of z), reward, rollouts, alpha_bar
 # (T + 1,), seed) -> (policy, network evaluations that were spent)
 
 
@@ -63,10 +63,10 @@ def mask(policy):
     return torch.stack([acting(k, K, device) for k in range(K)])
 
 
-def mean_reward(nets, policy, shift, z, target, reward, alpha_bar):
+def mean_reward(net, policy, shift, z, target, reward, alpha_bar):
     """Mean reward of the policy moved by `shift` (K, 2), played without exploration. A float."""
     policy.shift.data.copy_(shift)
-    return deployed(nets, policy.solver(), z, target, reward, alpha_bar)["reward"].mean().item()
+    return deployed(net, policy.solver(), z, target, reward, alpha_bar)["reward"].mean().item()
 
 
 def pick(wanted, generator, z, target):
@@ -75,35 +75,36 @@ def pick(wanted, generator, z, target):
     return z[rows], target[rows]
 
 
-def random_search(nets, policy, train_set, reward, rollouts, alpha_bar, seed):
+def random_search(net, policy, train_set, reward, rollouts, alpha_bar, seed):
     """Gaussian steps around the best so far, whose std falls linearly; keep what scores higher on a
     fixed choice of the training noises. (1 + 1)-evolution strategy, Rechenberg 1973."""
     generator, policy = torch.Generator().manual_seed(seed), copy.deepcopy(policy)
     noises = pick(SEARCH_NOISES, generator, *train_set)
     tries = max(1, rollouts // len(noises[0]))
     best = policy.shift.data.clone()                                # the hand solver: first try
-    highest = mean_reward(nets, policy, best, *noises, reward, alpha_bar)
+    highest = mean_reward(net, policy, best, *noises, reward, alpha_bar)
     for i in range(1, tries):
         std = SEARCH_STD[0] + (SEARCH_STD[1] - SEARCH_STD[0]) * i / tries
         step = std * torch.randn(best.shape, generator=generator).to(best.device)
         shift = best + mask(policy) * step
-        score = mean_reward(nets, policy, shift, *noises, reward, alpha_bar)
+        score = mean_reward(net, policy, shift, *noises, reward, alpha_bar)
         if score > highest:
             best, highest = shift, score
     policy.shift.data.copy_(best)
-    return policy, tries * len(noises[0]) * len(nets)
+    return policy, tries * len(noises[0]) * len(best)
 
 
-def two_numbers(nets, policy, train_set, reward, rollouts, alpha_bar, seed):
+def two_numbers(net, policy, train_set, reward, rollouts, alpha_bar, seed):
     """The best of twelve: times T (1 - k / K)^power, the same lean at every jump but the first."""
-    K, noises = len(nets), pick(SEARCH_NOISES, torch.Generator().manual_seed(seed), *train_set)
+    K, generator = len(policy.shift), torch.Generator().manual_seed(seed)
+    noises = pick(SEARCH_NOISES, generator, *train_set)
     tries = [JumpPolicy(Solver(power_grid(K, power), [0.0] + [lean] * (K - 1))).to(noises[0].device)
              for power, lean in itertools.product(POWERS, LEANS)]
-    scores = [mean_reward(nets, p, p.shift.data, *noises, reward, alpha_bar) for p in tries]
+    scores = [mean_reward(net, p, p.shift.data, *noises, reward, alpha_bar) for p in tries]
     return tries[scores.index(max(scores))], len(tries) * len(noises[0]) * K
 
 
-def cross_entropy(nets, policy, train_set, reward, rollouts, alpha_bar, seed):
+def cross_entropy(net, policy, train_set, reward, rollouts, alpha_bar, seed):
     """Mean and std of each entry become those of the best quarter of a generation; a generation
     shares fresh noises. Cross-entropy method, De Boer et al. 2005. The last mean is deployed."""
     generator, policy = torch.Generator().manual_seed(seed), copy.deepcopy(policy)
@@ -114,12 +115,12 @@ def cross_entropy(nets, policy, train_set, reward, rollouts, alpha_bar, seed):
         noises = pick(size, generator, *train_set)
         draws = torch.randn(POPULATION, *mean.shape, generator=generator).to(mean.device)
         shifts = mean + acts * std * draws                          # (POPULATION, K, 2)
-        scores = torch.tensor([mean_reward(nets, policy, shift, *noises, reward, alpha_bar)
+        scores = torch.tensor([mean_reward(net, policy, shift, *noises, reward, alpha_bar)
                                for shift in shifts])
         elites = shifts[scores.topk(ELITES).indices.to(shifts.device)]
         mean, std = elites.mean(0), elites.std(0).clamp(min=CEM_STD[1])
     policy.shift.data.copy_(mean)
-    return policy, generations * POPULATION * size * len(nets)
+    return policy, generations * POPULATION * size * len(mean)
 
 
 # ==== THE REWARD'S OWN GRADIENT ===============================================================
@@ -146,21 +147,22 @@ def smooth_time(t, logit_rho, n):
     return next_time(t.detach().long(), logit_rho.detach(), n) + (t_next - t_next.detach())
 
 
-def smooth_rollout(nets, policy, z, schedule):
-    """The images (M, 3, H, W) of rollout(nets, policy, z, alpha_bar), with the gradient of every
-    logit rho and lean: through the times, the schedule and the networks."""
+def smooth_rollout(net, policy, z, schedule):
+    """The images (M, 3, H, W) of rollout(net, policy, z, alpha_bar), with the gradient of every
+    logit rho and lean: through the times, the schedule and the network."""
     t, x, x0_last = torch.full((len(z),), float(T), device=z.device), z, z
-    for k, net in enumerate(nets):
-        u = policy(k, x) * acting(k, len(nets), z.device)
-        if k == len(nets) - 1:          # D itself; in jump() sqrt(1 - ab') has no derivative here
+    K = len(policy.hand)
+    for k in range(K):
+        u = policy(k, x) * acting(k, K, z.device)
+        if k == K - 1:                   # D itself; in jump() sqrt(1 - ab') has no derivative here
             x0_hat = estimate(net, x, t, net(x, t, torch.zeros_like(t)), schedule)
             return (x0_hat + spread(u[:, 1], x) * (x0_hat - x0_last)).clamp(-1, 1)
-        t_next = smooth_time(t, u[:, 0], len(nets) - k)
+        t_next = smooth_time(t, u[:, 0], K - k)
         x, _, x0_last = take_jump(net, x, t, t_next, u, x0_last, schedule, 0.0)
         t = t_next
 
 
-def ascend(learns, first_rate, nets, policy, train_set, reward, rollouts, alpha_bar, seed):
+def ascend(learns, first_rate, net, policy, train_set, reward, rollouts, alpha_bar, seed):
     """Adam on the parameters of `learns`, the policy or a net, through the whole rollout. Needs a
     reward that autograd sees through, and the memory of 16 x K evaluations. One noise costs 3 K:
     forward, and backward twice that. Returns the network evaluations that were spent."""
@@ -171,24 +173,24 @@ def ascend(learns, first_rate, nets, policy, train_set, reward, rollouts, alpha_
     for update in range(updates):
         optimizer.param_groups[0]["lr"] = first_rate * (1 - update / updates)
         z, target = pick(size, generator, *train_set)
-        loss = -reward(smooth_rollout(nets, policy, z, schedule), target)[0].mean()
+        loss = -reward(smooth_rollout(net, policy, z, schedule), target)[0].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return updates * size * (1 + BACKWARD) * len(nets)
+    return updates * size * (1 + BACKWARD) * len(policy.hand)
 
 
-def own_gradient(nets, policy, *rest):
+def own_gradient(net, policy, *rest):
     """The reward's own gradient of the jumps."""
     policy = copy.deepcopy(policy)
-    return policy, ascend(policy, OWN_LR, nets, policy, *rest)
+    return policy, ascend(policy, OWN_LR, net, policy, *rest)
 
 
-def own_weights(nets, policy, *rest):
-    """The same of the weights of the last jump's network, at the policy's mean jumps."""
+def own_weights(net, policy, *rest):
+    """The same of the network's weights, at the policy's mean jumps."""
     policy.requires_grad_(False)
-    spent = ascend(nets[-1].requires_grad_(True), WEIGHTS_LR, nets, policy, *rest)
-    nets[-1].requires_grad_(False)
+    spent = ascend(net.requires_grad_(True), WEIGHTS_LR, net, policy, *rest)
+    net.requires_grad_(False)
     return policy, spent
 
 
@@ -256,10 +258,11 @@ class ReadingPolicy(JumpPolicy):
             return mean
         return mean + 0.1 * self.head[k](nn.functional.adaptive_avg_pool2d(x_t, 4).flatten(1))
 
-    def average(self, nets, z, alpha_bar):
+    def average(self, net, z, alpha_bar):
         """The Solver of the average u that it takes from noise z (M, 3, H, W)."""
-        plain = JumpPolicy(Solver(make_grid("uniform", len(nets)), [0.0] * len(nets))).to(z.device)
-        _, jumps = rollout(nets, self, z, alpha_bar)
+        K = len(self.hand)
+        plain = JumpPolicy(Solver(make_grid("uniform", K), [0.0] * K)).to(z.device)
+        _, jumps = rollout(net, self, z, alpha_bar)
         plain.shift.data.copy_(torch.stack([j.u.mean(0) for j in jumps]) - plain.hand)
         return plain.solver()
 
@@ -292,7 +295,7 @@ def learn_shared(net, hand, train_set, reward, args, alpha_bar):
         K = list(hand)[torch.randint(len(hand), (), generator=generator).item()]
         policy = policies[K]
         rows = torch.randperm(len(z), generator=generator)[:NOISES_PER_UPDATE].to(z.device)
-        images, jumps = rollout([net] * K, policy, z[rows], alpha_bar, "jump", args.group, std,
+        images, jumps = rollout(net, policy, z[rows], alpha_bar, "jump", args.group, std,
                                 0.0, generator)
         adv = advantages(reward(images, target[rows].repeat_interleave(args.group, 0))[0],
                          args.group)

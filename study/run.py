@@ -140,11 +140,9 @@ class World:
         kept = self.kept(teacher, f"targets {first} {n}", make)
         return kept["z"].to(self.device), kept["target"].to(self.device)
 
-    def parsed(self, init, steps=4):
-        """Arguments of rl_distill.py for a start; 1 is none too few where nothing is learned."""
-        args = rl_distill.parse_args([*arms.INIT[init], *self.smoke])
-        args.steps = steps
-        return args
+    def parsed(self, init):
+        """Arguments of rl_distill.py for a start."""
+        return rl_distill.parse_args([*arms.INIT[init], *self.smoke])
 
     def images(self, arm):
         """Of how many images the Fréchet distance of an arm is: more where it is worth it."""
@@ -171,25 +169,25 @@ class World:
         return torch.cat([self.reward(x, y)[0] for x, y in zip(images.split(64),
                                                                target.split(64))]).cpu()
 
-    def played(self, nets, solver):
+    def played(self, net, solver):
         """The function that draws images (B, 3, H, W) of noise z by a Solver, or by an Ipndm."""
         if isinstance(solver, arms.Ipndm):
-            return lambda z: solver(nets[0], z, self.alpha_bar)
-        return lambda z: sample(nets, z, solver, self.alpha_bar).clamp(-1, 1)
+            return lambda z: solver(net, z, self.alpha_bar)
+        return lambda z: sample(net, z, solver, self.alpha_bar).clamp(-1, 1)
 
     def hand(self, arm):
         """measured() of a hand solver, on the grid that is best on these very noises."""
         kind, init, steps = arm.name, arm.init, arm.steps
 
         def make():
-            nets, scores = load_inputs(self.parsed(init, steps), self.device)[1], []
+            net, scores = load_inputs(self.parsed(init), self.device)[1], []
             z, target = self.noises(HELD_OUT, self.n, init)
             solvers = arms.hand_solvers(kind, steps)
-            for draw in (self.played(nets, solver) for solver in solvers):
+            for draw in (self.played(net, solver) for solver in solvers):
                 images = torch.cat([draw(x) for x in z.split(chunk_size(self.device))])
                 scores.append(self.rewards(images, target).mean().item())
             best = solvers[scores.index(max(scores))]
-            return dict(self.measured(self.played(nets, best), arm), times=best.grid,
+            return dict(self.measured(self.played(net, best), arm), times=best.grid,
                         leans=getattr(best, "leans", []))
         return self.kept(init, f"hand {kind} {steps}", make)
 
@@ -201,10 +199,10 @@ class World:
                    for who in starts for kind in arms.hand_kinds(who, steps)]
         return max(rewards, key=torch.mean)
 
-    def start(self, nets, args):
+    def start(self, net, args, steps=None):
         """(name, Solver) of the hand solver at which rl_distill.py starts."""
         some = (x[:HAND_NOISES] for x in self.noises(0, args.noises))
-        hand = best_by_hand(nets, *some, self.reward, self.alpha_bar)
+        hand = best_by_hand(net, steps or args.steps, *some, self.reward, self.alpha_bar)
         return next((name, hand[name]) for name in hand if args.eta == 0 or "DDIM" in name)
 
 
@@ -217,13 +215,13 @@ def place(arm, seed, world):
 
 
 def learned(arm, seed, world):
-    """(nets, Solver, minutes) of a run of rl_distill.py with the flags of an arm: the one that is
+    """(net, Solver, minutes) of a run of rl_distill.py with the flags of an arm: the one that is
     there, or one that is played now, from its last checkpoint."""
     out = place(arm, seed, world)
     args = rl_distill.parse_args([*command(arm, seed), "--out", str(out), *world.smoke])
     if not (out / "policy.pt").exists():
-        _, nets, reward, _ = load_inputs(args, world.device)
-        start, solver = world.start(nets, args)
+        _, net, reward, _ = load_inputs(args, world.device)
+        start, solver = world.start(net, args)
         if arm.learned:
             start, solver = "learned jumps", learned(jump_arm(arm), seed, world)[1]
         policy = (arms.ReadingPolicy if arm.group == "reads" else JumpPolicy)(solver)
@@ -232,18 +230,18 @@ def learned(arm, seed, world):
         with open(out / "printed.txt", "a", encoding="utf-8") as log, \
                 contextlib.redirect_stdout(log), \
                 mock.patch.dict(vars(rl_distill), arms.CHANGES[arm.change]):
-            seconds = train(nets, policy.to(world.device), world.noises(0, args.noises),
+            seconds = train(net, policy.to(world.device), world.noises(0, args.noises),
                             world.noises(HELD_OUT + 10 ** 6, WATCHED), reward, args, out,
                             world.device)
         if arm.group == "reads":
             save_checkpoint(out / "head.pt", "head", solver=[*map(list, solver)],
                             weights=policy.state_dict())
-            solver = policy.average(nets, world.noises(0, args.noises)[0], world.alpha_bar)
-        save_policy(out / "policy.pt", nets, solver if arm.group == "reads" else policy.solver(),
+            solver = policy.average(net, world.noises(0, args.noises)[0], world.alpha_bar)
+        save_policy(out / "policy.pt", net, solver if arm.group == "reads" else policy.solver(),
                     provenance("rl_distill.py", args, seconds, world.device, start=start),
                     args.channel == "jump")
-    nets, solver, content = load_policy(out / "policy.pt", world.device)
-    return nets, solver, content["provenance"]["minutes"]
+    net, solver, content = load_policy(out / "policy.pt", world.device)
+    return net, solver, content["provenance"]["minutes"]
 
 
 def jump_arm(arm):
@@ -257,13 +255,13 @@ def play(arm, seed, world):
     if arm.group == "hand":
         return world.hand(arm), 0.0, 0
     began, args = time.time(), rl_distill.parse_args([*command(arm, seed), *world.smoke])
-    teacher, nets, _, _ = load_inputs(args, world.device)
+    teacher, net, _, _ = load_inputs(args, world.device)
     train_set, spent = world.noises(0, args.noises), arms.evaluations(args)
     if arm.name == "learned on the other teacher":
         solver, minutes, spent = learned(jump_arm(arm), seed, world)[1], 0.0, 0
     elif arm.group == "all":
         def make():
-            hand = {K: world.start([teacher] * K, args)[1] for K in arms.COUNTS}
+            hand = {K: world.start(teacher, args, K)[1] for K in arms.COUNTS}
             solvers = arms.learn_shared(teacher, hand, train_set, world.reward, args,
                                         world.alpha_bar)
             return {str(K): [*map(list, solver)] for K, solver in solvers.items()}
@@ -272,20 +270,20 @@ def play(arm, seed, world):
     elif arm.group in arms.COMPETITORS:
         budget = spent // args.steps if arm.group == "control" else arms.rollouts(args)
         solver = (learned(jump_arm(arm), seed, world) if arm.learned else
-                  world.start(nets, args))[1]
+                  world.start(net, args))[1]
         policy, spent = arms.COMPETITORS[arm.group](
-            nets, JumpPolicy(solver).to(world.device), train_set, world.reward, budget,
+            net, JumpPolicy(solver).to(world.device), train_set, world.reward, budget,
             world.alpha_bar, seed)
         solver, minutes = policy.solver(), (time.time() - began) / 60
     else:
         run_of = arm._replace(name="reads the state") if arm.group == "reads" else arm
-        nets, solver, minutes = learned(run_of, seed, world)
-    draw = world.played(nets, solver)
+        net, solver, minutes = learned(run_of, seed, world)
+    draw = world.played(net, solver)
     if arm.name == "reads the state":
         content = load_checkpoint(place(arm, seed, world) / "head.pt", "head")
         policy = arms.ReadingPolicy(Solver(*content["solver"])).to(world.device)
         policy.load_state_dict(content["weights"])
-        draw = lambda z: rl_distill.rollout(nets, policy, z, world.alpha_bar)[0]      # noqa: E731
+        draw = lambda z: rl_distill.rollout(net, policy, z, world.alpha_bar)[0]      # noqa: E731
     result = world.measured(draw, arm)
     return dict(result, times=solver.grid, leans=solver.leans), minutes, spent
 

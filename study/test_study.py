@@ -45,9 +45,9 @@ class Toy:
         self.perfect = MixtureNet(means, 0.2, arms.SmoothSchedule(ALPHA_BAR))
         self.policy = rl_distill.JumpPolicy(hand_solver("DPM++", "quadratic", K))
         best, z = torch.tensor([0.5, -0.3]) * arms.mask(self.policy), seeded_noise(range(64), (2,))
-        self.nets, self.train_set, self.count = [self] * K, (z, z), 0
+        self.train_set, self.count = (z, z), 0
         self.score(best)
-        self.train_set = z, rl_distill.rollout(self.nets, self.policy, z, ALPHA_BAR)[0]
+        self.train_set = z, rl_distill.rollout(self, self.policy, z, ALPHA_BAR)[0]
         self.start, self.count = self.score(torch.zeros(K, 2)), 0
 
     def __call__(self, x, t, t_next):
@@ -55,11 +55,11 @@ class Toy:
         return self.perfect(x, t)
 
     def score(self, shift):
-        return arms.mean_reward(self.nets, self.policy, shift, *self.train_set, toy_reward,
+        return arms.mean_reward(self, self.policy, shift, *self.train_set, toy_reward,
                                 ALPHA_BAR)
 
     def search(self, method, rollouts):
-        return method(self.nets, self.policy, self.train_set, toy_reward, rollouts, ALPHA_BAR, 0)
+        return method(self, self.policy, self.train_set, toy_reward, rollouts, ALPHA_BAR, 0)
 
 
 class Counting(JumpUNet):
@@ -108,7 +108,7 @@ class Competitors(unittest.TestCase):
             net, z, Counting.rows = Counting(**TINY).eval(), seeded_noise(range(4), (3, 4, 4)), 0
             policy = rl_distill.JumpPolicy(hand_solver("DDIM", "uniform", 3))
             with tempfile.TemporaryDirectory() as out, mock.patch("builtins.print"):
-                rl_distill.train([net] * 3, policy, (z, z), (z[:1], z[:1]), toy_reward, args,
+                rl_distill.train(net, policy, (z, z), (z[:1], z[:1]), toy_reward, args,
                                  Path(out), torch.device("cpu"))
             self.assertEqual(Counting.rows - args.updates * 3, arms.evaluations(args), words)
 
@@ -140,14 +140,13 @@ class OwnGradient(unittest.TestCase):
 
     def test_its_rollout_is_that_of_the_policy_gradient(self):
         torch.manual_seed(0)
-        nets = [JumpUNet(**TINY).eval(), *[UNet(**TINY).eval()] * 3]
-        for net in nets[:2]:
-            torch.nn.init.normal_(net.conv_out.weight, std=0.1)
+        net = UNet(**TINY).eval()
+        torch.nn.init.normal_(net.conv_out.weight, std=0.1)
         policy = rl_distill.JumpPolicy(hand_solver("DPM++", "quadratic", 4))
         policy.shift.data.normal_(0, 0.1)
         z, acts = seeded_noise(range(3), (3, 4, 4)), arms.mask(policy)
-        images = arms.smooth_rollout(nets, policy, z, arms.SmoothSchedule(ALPHA_BAR))
-        played = rl_distill.rollout(nets, policy, z, ALPHA_BAR)[0]
+        images = arms.smooth_rollout(net, policy, z, arms.SmoothSchedule(ALPHA_BAR))
+        played = rl_distill.rollout(net, policy, z, ALPHA_BAR)[0]
         self.assertLess((images - played).abs().max(), 1e-5)
         images.square().sum().backward()
         self.assertTrue((policy.shift.grad[acts] != 0).all() and policy.shift.grad.isfinite().all())
@@ -155,7 +154,7 @@ class OwnGradient(unittest.TestCase):
 
     def test_its_gradient_is_the_slope_of_the_reward(self):
         toy, h = Toy(), 0.1                     # of logit rho: many t, so that rounding is small
-        images = arms.smooth_rollout(toy.nets, toy.policy, toy.train_set[0], toy.perfect.alpha_bar)
+        images = arms.smooth_rollout(toy, toy.policy, toy.train_set[0], toy.perfect.alpha_bar)
         toy_reward(images, toy.train_set[1])[0].mean().backward()
         gradient = toy.policy.shift.grad.clone()
         for k, i in arms.mask(toy.policy).nonzero().tolist():
@@ -173,7 +172,7 @@ class Variants(unittest.TestCase):
         generator = torch.Generator().manual_seed(0)
         for name, moves in (("", [1, 1]), ("rho", [1, 0]), ("lean", [0, 1])):
             with mock.patch.dict(vars(rl_distill), arms.CHANGES[name]):
-                _, jumps = rl_distill.rollout([Toy()] * 3, policy, z, ALPHA_BAR, "jump", 8, 0.1,
+                _, jumps = rl_distill.rollout(Toy(), policy, z, ALPHA_BAR, "jump", 8, 0.1,
                                               0.0, generator)
             off = (jumps[1].u - policy(1, z)).detach()
             self.assertEqual((off.abs().max(0).values > 0).tolist(), [bool(m) for m in moves])
@@ -187,17 +186,17 @@ class Variants(unittest.TestCase):
 
     def test_a_reading_policy_starts_at_its_solver_and_its_average_is_one(self):
         torch.manual_seed(0)
-        nets, z = [UNet(**TINY).eval()] * 3, seeded_noise(range(4), (3, 4, 4))
+        net, z = UNet(**TINY).eval(), seeded_noise(range(4), (3, 4, 4))
         solver = hand_solver("AB2", "quadratic", 3)
         policy = arms.ReadingPolicy(solver)
-        self.assertEqual((policy.solver(), policy.average(nets, z, ALPHA_BAR)), (solver, solver))
+        self.assertEqual((policy.solver(), policy.average(net, z, ALPHA_BAR)), (solver, solver))
         torch.nn.init.normal_(policy.head[1].weight)
         policy.head[1].bias.data.copy_(torch.tensor([0.0, 3.0]))
-        _, jumps = rl_distill.rollout(nets, policy, z, ALPHA_BAR)
+        _, jumps = rl_distill.rollout(net, policy, z, ALPHA_BAR)
         self.assertGreater(jumps[1].u[:, 1].std(), 0.01)
-        self.assertAlmostEqual(policy.average(nets, z, ALPHA_BAR).leans[1],
+        self.assertAlmostEqual(policy.average(net, z, ALPHA_BAR).leans[1],
                                jumps[1].u[:, 1].mean().item(), places=5)
-        self.assertEqual(policy.average(nets, z, ALPHA_BAR).leans[2], 0.5)
+        self.assertEqual(policy.average(net, z, ALPHA_BAR).leans[2], 0.5)
 
     def test_a_shared_policy_learns_for_all_numbers_of_evaluations(self):
         toy, args = Toy(), rl_distill.parse_args(["--updates", "15"])
@@ -211,22 +210,20 @@ class Variants(unittest.TestCase):
         lean = [found[K].leans[-1] - hand[K].leans[-1] for K in hand]
         self.assertAlmostEqual(*lean, places=5)            # one evaluation left: the same shift
 
-    def test_the_gradient_of_the_weights_moves_the_last_network_towards_the_target(self):
+    def test_the_gradient_of_the_weights_moves_the_network_towards_the_target(self):
         torch.manual_seed(0)
-        first, last = UNet(**TINY).eval().requires_grad_(False), Counting(**TINY).eval()
-        z, before = seeded_noise(range(8), (3, 4, 4)), first.conv_out.bias.clone()
+        net, z = Counting(**TINY).eval(), seeded_noise(range(8), (3, 4, 4))
         policy = rl_distill.JumpPolicy(hand_solver("DDIM", "uniform", 2))
         train_set, Counting.rows = (z, torch.full_like(z, 0.5)), 0
-        solver, nets = policy.solver(), [first, last]
+        solver = policy.solver()
 
         def score():
-            return toy_reward(sample(nets, z, solver, ALPHA_BAR), train_set[1])[0].mean().item()
+            return toy_reward(sample(net, z, solver, ALPHA_BAR), train_set[1])[0].mean().item()
         start = score()
         with mock.patch.object(arms, "WEIGHTS_LR", 0.01):
-            _, spent = arms.own_weights(nets, policy, train_set, toy_reward, 480, ALPHA_BAR, 0)
+            _, spent = arms.own_weights(net, policy, train_set, toy_reward, 480, ALPHA_BAR, 0)
         self.assertEqual(spent, 20 * 8 * 3 * 2)
         self.assertGreater(score(), 0.5 * start)
-        self.assertTrue(torch.equal(first.conv_out.bias, before))
         self.assertEqual(policy.shift.abs().max(), 0)
 
     def test_the_bootstraps_error_is_the_spread_over_new_images(self):
@@ -282,9 +279,10 @@ class Books(unittest.TestCase):
         self.folder = Path(keep.name)
 
     def row(self, arm, seed=0, weights=None):
-        return dict(zip(run.KEY, (*arm[:4], seed, 8, 9, weights or run.weights(arm.init))), reward=-1.0 - 2 * seed, gain=0.5,
-                    gain_error=0.1, closed=0.4, frechet=2.0, frechet_error=0.1, frechet_held=3.0,
-                    train_nfe=2000, minutes=1.0, device="cpu", torch="2", commit="c")
+        key = dict(zip(run.KEY, (*arm[:4], seed, 8, 9, weights or run.weights(arm.init))))
+        return dict(key, reward=-1.0 - 2 * seed, gain=0.5, gain_error=0.1, closed=0.4, frechet=2.0,
+                    frechet_error=0.1, frechet_held=3.0, train_nfe=2000, minutes=1.0, device="cpu",
+                    torch="2", commit="c")
 
     def test_every_arm_is_there_once_and_its_command_parses(self):
         found, world = arms.arms(), SimpleNamespace(folder=self.folder.joinpath, code="c")

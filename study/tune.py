@@ -36,16 +36,16 @@ def attempt(method, settings, world):
     """Learn with these settings: (policy, network evaluations)."""
     args = rl_distill.parse_args(["--steps", str(STEPS), *world.smoke])
     args.lr = settings.get("lr", args.lr)
-    nets, train_set = [world.teacher] * STEPS, world.noises(0, args.noises)
-    policy = rl_distill.JumpPolicy(world.start(nets, args)[1]).to(world.device)
+    net, train_set = world.teacher, world.noises(0, args.noises)
+    policy = rl_distill.JumpPolicy(world.start(net, args)[1]).to(world.device)
     constants = {k: v for k, v in settings.items() if k != "lr"}
     with mock.patch.multiple(rl_distill if method == "jump" else arms, **constants):
         if method != "jump":
-            return arms.COMPETITORS[method](nets, policy, train_set, world.reward,
+            return arms.COMPETITORS[method](net, policy, train_set, world.reward,
                                             arms.rollouts(args), world.alpha_bar, 0)
         with tempfile.TemporaryDirectory() as out:
             monitor_set = world.noises(HELD_OUT + 10 ** 6, rl_distill.MONITOR)
-            rl_distill.train(nets, policy, train_set, monitor_set, world.reward, args, Path(out),
+            rl_distill.train(net, policy, train_set, monitor_set, world.reward, args, Path(out),
                              world.device)
     return policy, arms.evaluations(args)
 
@@ -59,7 +59,7 @@ def main(argv=None):
             began = time.time()
             policy, spent = attempt(method, settings, world)
             solver = policy.solver()
-            score = rl_distill.deployed([world.teacher] * STEPS, solver, *tune_set, world.reward,
+            score = rl_distill.deployed(world.teacher, solver, *tune_set, world.reward,
                                         world.alpha_bar)["reward"]
             row = dict(method=method, settings=settings, reward=score.mean().item(),
                        error=standard_error(score), times=solver.grid,
