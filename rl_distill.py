@@ -42,7 +42,7 @@ SIGMA_FLOOR = 0.02          # noise on the jump to t = 0 (DDIM sigma 0); in trai
 LR = dict(jump=0.05, pixels=1e-5)       # Adam's first rate: of u 0.01..0.1, of the U-Net 1e-6..1e-4
 NOISES_PER_UPDATE = 16      # M, 8..64
 HAND_NOISES = 64            # training noises on which the hand solvers are chosen
-MONITOR = 64                # noises of the reward printed each update; not those of the final table
+LOG_EVERY, MONITOR = 4, 64  # updates; noises of the reward printed then, not of the final table
 
 # ==== POLICY ==================================================================================
 
@@ -281,8 +281,8 @@ def best_by_hand(net, steps, z, target, reward, alpha_bar):
 
 
 def train(net, policy, train_set, monitor_set, reward, args, out, device):
-    """SAMPLING, ADVANTAGES, TRAINING, one printed line per update. What learns is the policy, or
-    with channel 'pixels' the network. Returns seconds."""
+    """SAMPLING, ADVANTAGES, TRAINING; a printed line every LOG_EVERY updates. What learns is the
+    policy, or with channel 'pixels' the network. Returns seconds."""
     alpha_bar, (z_all, target_all) = linear_alpha_bar(device), train_set
     net_ref = copy.deepcopy(net) if args.kl else net
     learns = (policy if args.channel == "jump" else net).requires_grad_(True)
@@ -313,6 +313,8 @@ def train(net, policy, train_set, monitor_set, reward, args, out, device):
                 lambda: pixel_losses(net, net_ref, jumps, adv, args.eta, args.kl, alpha_bar),
                 len(adv) * len(jumps), optimizer, CLIP_PIXELS, args.epochs)
 
+        if (update + 1) % LOG_EVERY and update + 1 < args.updates:
+            continue
         solver = policy.solver()
         held = deployed(net, solver, *monitor_set, reward, alpha_bar)
         row = dict(update=update + 1, reward=score.mean().item(), std=score.std().item(),
@@ -392,9 +394,9 @@ def parse_args(argv=None):
     a("--steps", type=number(int, 1, 64), default=4, help="K, evaluations per image, 1..16")
     a("--reward", default="feature+perceptual", help=f"sum of {', '.join(TERMS)}; term:weight")
     a = p.add_argument_group("how").add_argument
-    a("--updates", type=number(int, 1), default=20, help="policy updates, 10..500")
+    a("--updates", type=number(int, 1), default=80, help="policy updates, 20..500")
     a("--noises", type=number(int, 4), default=128, help="training noises, each with one target")
-    a("--group", type=number(int, 2), default=8, help="G, rollouts of each noise, even, 4..16")
+    a("--group", type=number(int, 2), default=2, help="G, rollouts of each noise, even, 2..16")
     a("--epochs", type=number(int, 1), default=4, help="PPO's passes, 1..8; 1: REINFORCE")
     a("--lr", type=number(float, 1e-9, 1), help=f"Adam's first rate, falls to 0 (default: {LR})")
     a("--eta", type=number(float, 0, 1), default=0.0, help="exploration of the pixels before the "
@@ -404,7 +406,7 @@ def parse_args(argv=None):
     run_flags(p)
     args = p.parse_args(argv)
     if args.smoke:
-        args.updates, args.noises, args.group, args.held_out = 2, 4, 2, 8
+        args.updates, args.noises, args.held_out = 8, 4, 8
     if args.group % 2:
         p.error("--group must be even: exploration comes in antithetic pairs")
     if args.steps == 1 and args.channel == "jump":

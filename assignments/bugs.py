@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "study")]
 
-JOB = ["--steps", "4", "--updates", "12", "--noises", "64", "--held-out", "64"]
+JOB = ["--steps", "4", "--updates", "48", "--noises", "64", "--held-out", "64"]
 # (what stands in rl_distill.py, what the variant puts there)
 VARIANTS = {
     "none": [],

@@ -26,10 +26,10 @@ from rl_distill import (CLIP_JUMP, LR, NOISES_PER_UPDATE, STD,                 #
                         next_time, policy_update, rollout, take_jump)
 from harness.runs import find                                                  # noqa: E402
 
-SEARCH_NOISES, SEARCH_STD = 64, (0.07, 0.01)    # noises of each try; std, first and last try
+SEARCH_NOISES, SEARCH_STD = 64, (0.15, 0.03)    # noises of each try; std, first and last try
 POPULATION, ELITES = 16, 4                      # of a generation, De Boer et al. 2005
 CEM_STD = 0.2, 0.01                             # of the first generation; floor of all others
-OWN_LR, WEIGHTS_LR = 0.2, 1e-5                  # Adam's first rate, falls to 0; of the weights
+OWN_LR, WEIGHTS_LR = 0.03, 1e-5                 # Adam's first rate, falls to 0; of the weights
 POWERS, LEANS = (1.5, 1.75, 2.0), (0.5, 0.6, 0.7, 0.8)      # of two_numbers
 BACKWARD = 2                                    # a backward pass costs two evaluations
 
@@ -366,7 +366,6 @@ def arms():
         Arm("half", "lean alone", "teacher", 4, change="lean"),
         Arm("pixels", "as published", "teacher", 4, turn),
         Arm("pixels", "last landing, from the learned jumps", "teacher", 4, pixels, "", True),
-        Arm("pixels", "as published", "copy", 4, turn),
         Arm("pixels", "last landing", "copy", 1, pixels),
         Arm("control", "own gradient of the weights", "teacher", 4, pixels, "", True),
         Arm("reward", "feature alone", "teacher", 4, ("--reward", "feature")),
@@ -382,7 +381,8 @@ def arms():
         Arm("ablation", "one baseline for all", "teacher", 4, change="batch"),
         Arm("ablation", "4 times the spread", "teacher", 4, change="wide"),
         Arm("ablation", "a quarter of it", "teacher", 4, change="narrow"),
-        Arm("ablation", "32 noises, groups of 4", "teacher", 4, ("--group", "4"))]
+        Arm("ablation", "groups of 8, a quarter of the updates", "teacher", 4,
+            ("--group", "8", "--updates", "20"))]
     out += [Arm("all", "one policy for K = 3, 4, 6, 8", "teacher", k) for k in COUNTS]
     return [arm for arm in out if all(find(word).exists() for word in INIT[arm.init]
                                       if word.endswith(".pt"))]

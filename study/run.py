@@ -199,11 +199,17 @@ class World:
                    for who in starts for kind in arms.hand_kinds(who, steps)]
         return max(rewards, key=torch.mean)
 
-    def start(self, net, args, steps=None):
+    def start(self, init, net, reward, args, steps=None):
         """(name, Solver) of the hand solver at which rl_distill.py starts."""
-        some = (x[:HAND_NOISES] for x in self.noises(0, args.noises))
-        hand = best_by_hand(net, steps or args.steps, *some, self.reward, self.alpha_bar)
-        return next((name, hand[name]) for name in hand if args.eta == 0 or "DDIM" in name)
+        K = steps or args.steps
+
+        def make():
+            some = (x[:HAND_NOISES] for x in self.noises(0, args.noises, init))
+            hand = best_by_hand(net, K, *some, reward, self.alpha_bar)
+            return {name: [*map(list, solver)] for name, solver in hand.items()}
+        hand = self.kept(init, f"start {K} {min(args.noises, HAND_NOISES)} {args.reward}", make)
+        return next((name, Solver(*hand[name])) for name in hand
+                    if args.eta == 0 or "DDIM" in name)
 
 
 # ==== PLAYING ONE ARM =========================================================================
@@ -221,7 +227,7 @@ def learned(arm, seed, world):
     args = rl_distill.parse_args([*command(arm, seed), "--out", str(out), *world.smoke])
     if not (out / "policy.pt").exists():
         _, net, reward, _ = load_inputs(args, world.device)
-        start, solver = world.start(net, args)
+        start, solver = world.start(arm.init, net, reward, args)
         if arm.learned:
             start, solver = "learned jumps", learned(jump_arm(arm), seed, world)[1]
         policy = (arms.ReadingPolicy if arm.group == "reads" else JumpPolicy)(solver)
@@ -255,24 +261,23 @@ def play(arm, seed, world):
     if arm.group == "hand":
         return world.hand(arm), 0.0, 0
     began, args = time.time(), rl_distill.parse_args([*command(arm, seed), *world.smoke])
-    teacher, net, _, _ = load_inputs(args, world.device)
+    teacher, net, reward, _ = load_inputs(args, world.device)
     train_set, spent = world.noises(0, args.noises), arms.evaluations(args)
     if arm.name == "learned on the other teacher":
         solver, minutes, spent = learned(jump_arm(arm), seed, world)[1], 0.0, 0
     elif arm.group == "all":
         def make():
-            hand = {K: world.start(teacher, args, K)[1] for K in arms.COUNTS}
-            solvers = arms.learn_shared(teacher, hand, train_set, world.reward, args,
-                                        world.alpha_bar)
+            hand = {K: world.start("teacher", teacher, reward, args, K)[1] for K in arms.COUNTS}
+            solvers = arms.learn_shared(teacher, hand, train_set, reward, args, world.alpha_bar)
             return {str(K): [*map(list, solver)] for K, solver in solvers.items()}
         solver = Solver(*world.kept("teacher", f"all {seed} {world.code}", make)[str(arm.steps)])
         minutes = (time.time() - began) / 60
     elif arm.group in arms.COMPETITORS:
         budget = spent // args.steps if arm.group == "control" else arms.rollouts(args)
         solver = (learned(jump_arm(arm), seed, world) if arm.learned else
-                  world.start(net, args))[1]
+                  world.start(arm.init, net, reward, args))[1]
         policy, spent = arms.COMPETITORS[arm.group](
-            net, JumpPolicy(solver).to(world.device), train_set, world.reward, budget,
+            net, JumpPolicy(solver).to(world.device), train_set, reward, budget,
             world.alpha_bar, seed)
         solver, minutes = policy.solver(), (time.time() - began) / 60
     else:

@@ -31,7 +31,7 @@ from teacher import load_teacher                                               #
 SIZES = {"teacher": dict(updates=40, SAVE_EVERY=3, LOG_EVERY=1),
          "student": dict(updates=40, SAVE_EVERY=3, LOG_EVERY=1),
          "train_encoders": dict(epochs=5, SAVE_EVERY=3, LOG_EVERY=1),
-         "rl_distill": dict(updates=12)}
+         "rl_distill": dict(updates=12, LOG_EVERY=1)}
 CHILD = """
 import sys
 sys.path[:0] = {root!r}, {root!r} + "/checkpoints"

@@ -75,7 +75,7 @@ class Competitors(unittest.TestCase):
     def test_each_finds_most_of_what_a_toy_problem_holds_and_spends_what_the_policy_gradient_does(
             self):
         args = rl_distill.parse_args(["--steps", "3"])
-        self.assertEqual(arms.evaluations(args), args.updates * 16 * 8 * 3)
+        self.assertEqual(arms.evaluations(args), args.updates * 16 * 2 * 3)
         for name, method in list(arms.COMPETITORS.items())[1:-1]:
             toy = Toy()
             found, spent = toy.search(method, arms.rollouts(args))
@@ -110,7 +110,7 @@ class Competitors(unittest.TestCase):
             with tempfile.TemporaryDirectory() as out, mock.patch("builtins.print"):
                 rl_distill.train(net, policy, (z, z), (z[:1], z[:1]), toy_reward, args,
                                  Path(out), torch.device("cpu"))
-            self.assertEqual(Counting.rows - args.updates * 3, arms.evaluations(args), words)
+            self.assertEqual(Counting.rows - 3, arms.evaluations(args), words)
 
 
 class HandSolvers(unittest.TestCase):

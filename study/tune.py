@@ -23,9 +23,9 @@ from reward import standard_error
 from teacher import HELD_OUT, noise_and_targets
 
 STEPS, TUNE, NOISES = 4, HELD_OUT + 2 * 10 ** 6, 128
-TRIES = {                                       # {method: (constants of arms.py or rl_distill.py)}
-    "jump": [dict(STD=std, lr=lr) for std, lr in (
-        ((0.07, 0.01), 0.05), ((0.07, 0.01), 0.025), ((0.14, 0.02), 0.05), ((0.14, 0.01), 0.1))],
+TRIES = {                                       # {method: flags, or constants of arms.py}
+    "jump": [dict(group=group, updates=updates, lr=lr) for group, updates, lr in (
+        (8, 20, 0.05), (4, 40, 0.05), (2, 80, 0.05), (4, 40, 0.025))],
     "own": [dict(OWN_LR=lr) for lr in (0.01, 0.03, 0.1, 0.2)],
     "search": [dict(SEARCH_STD=std) for std in (
         (0.15, 0.03), (0.07, 0.01), (0.3, 0.03), (0.15, 0.01))],
@@ -35,11 +35,13 @@ TRIES = {                                       # {method: (constants of arms.py
 def attempt(method, settings, world):
     """Learn with these settings: (policy, network evaluations)."""
     args = rl_distill.parse_args(["--steps", str(STEPS), *world.smoke])
-    args.lr = settings.get("lr", args.lr)
+    flags = {k: value for k, value in settings.items() if k.islower()}
+    vars(args).update(flags)
     net, train_set = world.teacher, world.noises(0, args.noises)
-    policy = rl_distill.JumpPolicy(world.start(net, args)[1]).to(world.device)
-    constants = {k: v for k, v in settings.items() if k != "lr"}
-    with mock.patch.multiple(rl_distill if method == "jump" else arms, **constants):
+    _, solver = world.start("teacher", net, world.reward, args)
+    policy = rl_distill.JumpPolicy(solver).to(world.device)
+    constants = {k: value for k, value in settings.items() if k not in flags}
+    with mock.patch.multiple(arms, **constants):
         if method != "jump":
             return arms.COMPETITORS[method](net, policy, train_set, world.reward,
                                             arms.rollouts(args), world.alpha_bar, 0)
