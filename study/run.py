@@ -206,8 +206,9 @@ class World:
         def make():
             some = (x[:HAND_NOISES] for x in self.noises(0, args.noises, init))
             hand = best_by_hand(net, K, *some, reward, self.alpha_bar)
-            return {name: [*map(list, solver)] for name, solver in hand.items()}
-        hand = self.kept(init, f"start {K} {min(args.noises, HAND_NOISES)} {args.reward}", make)
+            return dict(hand={name: [*map(list, solver)] for name, solver in hand.items()})
+        name = f"start {K} {min(args.noises, HAND_NOISES)} {args.reward}"
+        hand = self.kept(init, name, make)["hand"]
         return next((name, Solver(*hand[name])) for name in hand
                     if args.eta == 0 or "DDIM" in name)
 
