@@ -1,4 +1,4 @@
-"""Exercises 8 and 9: the main job, shortened, with one line of rl_distill.py changed.
+"""Exercises 8 and 9: the main job, shortened, groups of eight, one line of rl_distill.py changed.
 
     python assignments/bugs.py none       # as it should be
     python assignments/bugs.py a          # with silent mistake a (or b)
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "study")]
 
-JOB = ["--steps", "4", "--updates", "48", "--noises", "64", "--held-out", "64"]
+JOB = ["--steps", "4", "--updates", "12", "--group", "8", "--noises", "64", "--held-out", "64"]
 # (what stands in rl_distill.py, what the variant puts there)
 VARIANTS = {
     "none": [],
@@ -71,6 +71,7 @@ def main(argv=None):
     module = types.ModuleType("rl_distill")
     module.__file__ = str(ROOT / "rl_distill.py")
     exec(compile(source, module.__file__, "exec"), module.__dict__)
+    module.LOG_EVERY = 1                # every update is printed
     run_main(lambda: module.main([*JOB, *more]), "--group")
 
 

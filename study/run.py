@@ -345,9 +345,10 @@ def work(args, world):
         if claim(path.with_name(path.name + ".claim")) and (arm, seed) in todo(args, world):
             row = row_of(arm, seed, world, version)
             log_line(world.results, **row)
+            closed = f"closed {100 * row['closed']:4.0f} %" if arm.group != "hand" else " " * 13
             print(f"{arm.init:8s} {arm.name:26s} K {arm.steps:2d} seed {seed}  reward "
-                  f"{row['reward']:8.4f}  closed {100 * row['closed']:4.0f} %  Fréchet "
-                  f"{row['frechet']:7.3f}  {row['minutes']:5.1f} min", flush=True)
+                  f"{row['reward']:8.4f}  {closed}  Fréchet {row['frechet']:7.3f}  "
+                  f"{row['minutes']:5.1f} min", flush=True)
 
 
 def work_side_by_side(args, words):

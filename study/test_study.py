@@ -278,6 +278,19 @@ class Books(unittest.TestCase):
         self.addCleanup(keep.cleanup)
         self.folder = Path(keep.name)
 
+    def test_the_start_of_an_arm_is_its_best_hand_solver_and_is_kept(self):
+        world, z = run.World.__new__(run.World), torch.zeros(4, 3, 4, 4)
+        world.home, world.alpha_bar, world.noises = self.folder, ALPHA_BAR, lambda *a: (z, z)
+        hand = {f"{kind} uniform": hand_solver(kind, "uniform", 3) for kind in ("AB2", "DDIM")}
+        with mock.patch.object(run, "best_by_hand", return_value=hand) as spy:
+            for name, words in (("AB2 uniform", []), ("DDIM uniform", ["--channel", "pixels",
+                                                                      "--eta", "0.3"])):
+                args = rl_distill.parse_args(["--steps", "3", *words])
+                self.assertEqual(world.start("teacher", None, None, args), (name, hand[name]))
+            self.assertEqual(spy.call_count, 1)
+            world.start("teacher", None, None, rl_distill.parse_args(["--reward", "mse"]))
+            self.assertEqual(spy.call_count, 2)
+
     def row(self, arm, seed=0, weights=None):
         key = dict(zip(run.KEY, (*arm[:4], seed, 8, 9, weights or run.weights(arm.init))))
         return dict(key, reward=-1.0 - 2 * seed, gain=0.5, gain_error=0.1, closed=0.4, frechet=2.0,
