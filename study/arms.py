@@ -241,32 +241,6 @@ CHANGES = {                             # {name: what is put into rl_distill.py}
     "narrow": dict(STD=(0.0175, 0.0025))}
 
 
-class ReadingPolicy(JumpPolicy):
-    """The mean of u depends on the state, through a linear head on x_t in 4 x 4 pixels."""
-
-    def __init__(self, solver):
-        super().__init__(solver)
-        self.head = nn.ModuleList(nn.Linear(48, 2) for _ in solver.leans)
-        for p in self.head.parameters():
-            nn.init.zeros_(p)
-
-    def forward(self, k, x_t):
-        """Mean of u for jump k in state x_t (B, 3, H, W): (B, 2). Without the head where there is
-        no state, in solver(), which is printed while it learns."""
-        mean = super().forward(k, x_t)
-        if x_t.dim() < 4:
-            return mean
-        return mean + 0.1 * self.head[k](nn.functional.adaptive_avg_pool2d(x_t, 4).flatten(1))
-
-    def average(self, net, z, alpha_bar):
-        """The Solver of the average u that it takes from noise z (M, 3, H, W)."""
-        K = len(self.hand)
-        plain = JumpPolicy(Solver(make_grid("uniform", K), [0.0] * K)).to(z.device)
-        _, jumps = rollout(net, self, z, alpha_bar)
-        plain.shift.data.copy_(torch.stack([j.u.mean(0) for j in jumps]) - plain.hand)
-        return plain.solver()
-
-
 class SharedPolicy(JumpPolicy):
     """For all numbers of evaluations K: how far to move from K's own hand solver depends on the
     evaluations left alone. shared: Parameter (largest K, 2)."""
@@ -375,8 +349,6 @@ def arms():
         Arm("transfer", "learned on the other teacher", "earlier", 4),
         Arm("transfer", "16 training noises", "teacher", 4, ("--noises", "16")),
         Arm("transfer", "512 training noises", "teacher", 4, ("--noises", "512")),
-        Arm("reads", "reads the state", "teacher", 4),
-        Arm("reads", "its average action", "teacher", 4),
         Arm("ablation", "REINFORCE (1 epoch)", "teacher", 4, ("--epochs", "1")),
         Arm("ablation", "one baseline for all", "teacher", 4, change="batch"),
         Arm("ablation", "4 times the spread", "teacher", 4, change="wide"),

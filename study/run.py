@@ -149,14 +149,20 @@ class World:
         judged = arm.name in SOLVERS or arm.group in arms.JUDGED
         return max(self.n, self.more) if judged else self.n
 
-    def measured(self, draw, arm):
+    def drawn(self, draw, z):
+        """Images (B, 3, H, W) of start noise z, in chunks."""
+        return torch.cat([draw(x) for x in z.split(chunk_size(self.device))])
+
+    def measured(self, draw, arm, images=None):
         """What a row says of images = draw(z): reward (n,) and Fréchet distance on the held-out
-        noises, and the distance and its error of images(arm) noises, these among them."""
+        noises, and the distance and its error of images(arm) noises, these among them. images:
+        of the held-out noises, where they are drawn already."""
         z, target = self.noises(HELD_OUT, self.n, arm.init)
-        seeds = range(HELD_OUT + self.n, HELD_OUT + self.images(arm))
-        if seeds:
-            z = torch.cat([z, seeded_noise(seeds, z.shape[1:], device=self.device)])
-        images = torch.cat([draw(x) for x in z.split(chunk_size(self.device))])
+        images = self.drawn(draw, z) if images is None else images
+        more = range(HELD_OUT + self.n, HELD_OUT + self.images(arm))
+        if more:
+            z = seeded_noise(more, z.shape[1:], device=self.device)
+            images = torch.cat([images, self.drawn(draw, z)])
         judge, content = self.judge
         features = encode(judge, images)
         return dict(reward=self.rewards(images[:self.n], target), images=len(images),
@@ -180,15 +186,14 @@ class World:
         kind, init, steps = arm.name, arm.init, arm.steps
 
         def make():
-            net, scores = load_inputs(self.parsed(init), self.device)[1], []
+            net, solvers = load_inputs(self.parsed(init), self.device)[1], arms.hand_solvers(
+                kind, steps)
             z, target = self.noises(HELD_OUT, self.n, init)
-            solvers = arms.hand_solvers(kind, steps)
-            for draw in (self.played(net, solver) for solver in solvers):
-                images = torch.cat([draw(x) for x in z.split(chunk_size(self.device))])
-                scores.append(self.rewards(images, target).mean().item())
-            best = solvers[scores.index(max(scores))]
-            return dict(self.measured(self.played(net, best), arm), times=best.grid,
-                        leans=getattr(best, "leans", []))
+            images = [self.drawn(self.played(net, solver), z) for solver in solvers]
+            scores = [self.rewards(x, target).mean().item() for x in images]
+            i = scores.index(max(scores))
+            return dict(self.measured(self.played(net, solvers[i]), arm, images[i]),
+                        times=solvers[i].grid, leans=getattr(solvers[i], "leans", []))
         return self.kept(init, f"hand {kind} {steps}", make)
 
     def best_hand(self, init, steps):
@@ -231,20 +236,16 @@ def learned(arm, seed, world):
         start, solver = world.start(arm.init, net, reward, args)
         if arm.learned:
             start, solver = "learned jumps", learned(jump_arm(arm), seed, world)[1]
-        policy = (arms.ReadingPolicy if arm.group == "reads" else JumpPolicy)(solver)
+        policy = JumpPolicy(solver).to(world.device)
         args.resume = (out / "config.json").exists()
         claim_run(args, "study")
         with open(out / "printed.txt", "a", encoding="utf-8") as log, \
                 contextlib.redirect_stdout(log), \
                 mock.patch.dict(vars(rl_distill), arms.CHANGES[arm.change]):
-            seconds = train(net, policy.to(world.device), world.noises(0, args.noises),
+            seconds = train(net, policy, world.noises(0, args.noises),
                             world.noises(HELD_OUT + 10 ** 6, WATCHED), reward, args, out,
                             world.device)
-        if arm.group == "reads":
-            save_checkpoint(out / "head.pt", "head", solver=[*map(list, solver)],
-                            weights=policy.state_dict())
-            solver = policy.average(net, world.noises(0, args.noises)[0], world.alpha_bar)
-        save_policy(out / "policy.pt", net, solver if arm.group == "reads" else policy.solver(),
+        save_policy(out / "policy.pt", net, policy.solver(),
                     provenance("rl_distill.py", args, seconds, world.device, start=start),
                     args.channel == "jump")
     net, solver, content = load_policy(out / "policy.pt", world.device)
@@ -282,15 +283,8 @@ def play(arm, seed, world):
             world.alpha_bar, seed)
         solver, minutes = policy.solver(), (time.time() - began) / 60
     else:
-        run_of = arm._replace(name="reads the state") if arm.group == "reads" else arm
-        net, solver, minutes = learned(run_of, seed, world)
-    draw = world.played(net, solver)
-    if arm.name == "reads the state":
-        content = load_checkpoint(place(arm, seed, world) / "head.pt", "head")
-        policy = arms.ReadingPolicy(Solver(*content["solver"])).to(world.device)
-        policy.load_state_dict(content["weights"])
-        draw = lambda z: rl_distill.rollout(net, policy, z, world.alpha_bar)[0]      # noqa: E731
-    result = world.measured(draw, arm)
+        net, solver, minutes = learned(arm, seed, world)
+    result = world.measured(world.played(net, solver), arm)
     return dict(result, times=solver.grid, leans=solver.leans), minutes, spent
 
 

@@ -184,20 +184,6 @@ class Variants(unittest.TestCase):
         r = torch.tensor([1.0, 2, 5, 8])
         self.assertLess((arms.batch_advantages(r, 2) - (r - 4) / r.std()).abs().max(), 1e-6)
 
-    def test_a_reading_policy_starts_at_its_solver_and_its_average_is_one(self):
-        torch.manual_seed(0)
-        net, z = UNet(**TINY).eval(), seeded_noise(range(4), (3, 4, 4))
-        solver = hand_solver("AB2", "quadratic", 3)
-        policy = arms.ReadingPolicy(solver)
-        self.assertEqual((policy.solver(), policy.average(net, z, ALPHA_BAR)), (solver, solver))
-        torch.nn.init.normal_(policy.head[1].weight)
-        policy.head[1].bias.data.copy_(torch.tensor([0.0, 3.0]))
-        _, jumps = rl_distill.rollout(net, policy, z, ALPHA_BAR)
-        self.assertGreater(jumps[1].u[:, 1].std(), 0.01)
-        self.assertAlmostEqual(policy.average(net, z, ALPHA_BAR).leans[1],
-                               jumps[1].u[:, 1].mean().item(), places=5)
-        self.assertEqual(policy.average(net, z, ALPHA_BAR).leans[2], 0.5)
-
     def test_a_shared_policy_learns_for_all_numbers_of_evaluations(self):
         toy, args = Toy(), rl_distill.parse_args(["--updates", "15"])
         hand = {K: hand_solver("DPM++", "quadratic", K) for K in (2, 3)}
