@@ -3,16 +3,16 @@
 Few-step sampling as a Markov decision process (ReDiF, arXiv 2512.22802), written out by hand:
     state   (x_t, t, k, x0_last)    k: which jump, x0_last: the last evaluation's x0_hat
     action  (u, x_next)             u = (logit rho, lean): how far to jump, how far to lean
-    policy  Normal(u; mean_k, std^2) x N(x_next; mu_theta(x_t, t, u, x0_last), sigma^2 I), of which
-            one explores and learns (--channel jump, pixels); the other is its mean
+    policy  Normal(u; mean_k, std^2) x N(x_next; mu_theta(x_t, t, u, x0_last), sigma^2 I);
+            --channel jump: u explores and learns, x_next is its mean; --channel pixels: the reverse
     reward  at the end only: likeness to the teacher's image of the same noise
 
     python rl_distill.py                            # bundled weights, no data, no internet
     python rl_distill.py --channel pixels --eta 0.3 # as ReDiF: weights learn, every jump explores
     python rl_distill.py --smoke                    # seconds, numbers mean nothing
 
-Reads --teacher, --student, --encoders; writes to --out: policy.pt, state.pt (for --resume),
-alignment.png, grid.png, result.json, log.jsonl. Next file: sample.py.
+Reads --teacher, --encoders and, with --init student, --student; writes to --out: policy.pt,
+state.pt (for --resume), alignment.png, grid.png, result.json, log.jsonl. Next file: sample.py.
 """
 import copy
 import itertools
@@ -36,13 +36,15 @@ from harness.figures import plot_panels, plot_strips
 from harness.runs import (BadInput, checksum, chunk_size, claim_run, device_name, log_line,
                           number, parser_for, pick_device, read_log, run_flags, run_main, settings)
 
-STD = 0.07, 0.01            # of u, falls from the one towards the other; 0.05..0.2, a seventh of it
-CLIP_JUMP, CLIP_PIXELS = 0.2, 1e-4      # PPO's clip range, 0.1..0.3; of a mean density 1e-5..1e-3
+STD = 0.07, 0.01            # of u, at the first and towards the last update; 0.05..0.2, a seventh
+CLIP_JUMP = 0.2             # PPO's clip range, 0.1..0.3
+CLIP_PIXELS = 1e-4          # the same for a density that is a mean over dimensions, 1e-5..1e-3
 SIGMA_FLOOR = 0.02          # noise on the jump to t = 0 (DDIM sigma 0); in training, not deployment
 LR = dict(jump=0.05, pixels=1e-5)       # Adam's first rate: of u 0.01..0.1, of the U-Net 1e-6..1e-4
 NOISES_PER_UPDATE = 16      # M, 8..64
 HAND_NOISES = 64            # training noises on which the hand solvers are chosen
-LOG_EVERY, MONITOR = 4, 64  # updates; noises of the reward printed then, not of the final table
+LOG_EVERY = 4               # updates from one printed line to the next
+MONITOR = 64                # noises of its held-out reward; others than those of the final table
 
 # ==== POLICY ==================================================================================
 
@@ -62,20 +64,20 @@ class JumpPolicy(nn.Module):
         self.register_buffer("hand", torch.stack([logit_rho, leans], 1), persistent=False)
         self.shift = nn.Parameter(torch.zeros_like(self.hand))                 # (K, 2)
 
-    def forward(self, k, x_t):
-        """Mean of u for jump k, 0..K-1, in state x_t (B, 3, H, W): (B, 2). All noises get the same:
-        in an earlier version reading the state brought nothing (study/README.md)."""
-        return (self.hand[k] + self.shift[k]).expand(len(x_t), 2)
+    def forward(self, k):
+        """Mean of u for jump k, 0..K-1: (2,), whatever the state x_t: in an earlier version reading
+        it brought nothing (study/README.md)."""
+        return self.hand[k] + self.shift[k]
 
     @torch.no_grad()
     def solver(self):
         """What is deployed: the mean of every jump, without exploration, as a Solver."""
         t, grid, leans, K = torch.tensor([T], device=self.hand.device), [T], [], len(self.hand)
         for k in range(K):
-            u = self(k, t) * acting(k, K, t.device)     # any one state will do
-            t = next_time(t, u[:, 0], K - k)
+            logit_rho, lean = self(k) * acting(k, K, t.device)
+            t = next_time(t, logit_rho, K - k)
             grid.append(t.item())
-            leans.append(u[0, 1].item())
+            leans.append(lean.item())
         return Solver(grid, leans)
 
 
@@ -93,7 +95,7 @@ def next_time(t, logit_rho, n):
 
 
 def jump_logp(mean, u, std, acts) -> torch.Tensor:
-    """log N(u; mean, std^2) summed over the entries that act. mean, u: (B, 2); acts: (2,) of bool.
+    """log N(u; mean, std^2) summed over the entries that act. mean, acts (bool): (2,), u: (B, 2).
     Returns (B,)."""
     logp = -((u - mean) / std).square() / 2 - math.log(std) - math.log(2 * math.pi) / 2
     return (logp * acts).sum(1)
@@ -131,8 +133,8 @@ class Jump(NamedTuple):
 
 
 def antithetic(shape, generator, device):
-    """Standard normal noise (B, ...), rows 2i and 2i + 1 opposite: less variance, and no bias from
-    a group's mean that contains one's own reward: the partner's share there cancels it."""
+    """Standard normal noise (B, ...), rows 2i and 2i + 1 opposite: less variance, and where their
+    scores are opposite too (u, the first landing) a group's mean drops out of the sum."""
     noise = torch.randn(shape, generator=generator)
     noise[1::2] = -noise[0::2]
     return noise.to(device)
@@ -160,15 +162,15 @@ def rollout(net, policy, z, alpha_bar, channel=None, group=1, std=0.0, eta=0.0, 
     for k in range(K):
         last, logp, logp_pixels = k == K - 1, None, None
         acts = acting(k, K, z.device)
-        u = mean_u = policy(k, x) * acts
-        if channel == "jump":                                       # action 1: how far
+        u = mean_u = (policy(k) * acts).expand(len(x), 2)
+        if channel == "jump":                                       # u: how far to jump, to lean
             u = mean_u + std * acts * antithetic(u.shape, generator, z.device)
             logp = jump_logp(mean_u, u, std, acts)
         t_next = next_time(t, u[:, 0], K - k)
         explores = channel == "pixels" and (eta > 0 or last)
         x_next, sigma, x0_hat = take_jump(net, x, t, t_next, u, x0_last, alpha_bar,
                                           eta if explores else 0.0)
-        if explores:                                                # action 2: where
+        if explores:                                                # x_next: where to land
             mean, sigma = x_next, sigma.clamp(min=SIGMA_FLOOR) if last else sigma
             x_next = mean + spread(sigma, x) * antithetic(x.shape, generator, z.device)
             logp_pixels = pixel_logp(mean, x_next, sigma)
@@ -207,7 +209,7 @@ def jump_losses(policy, jumps, adv, std):
     """Surrogate of every u: yields (loss, ratio, KL), (B,) each. Costs no network evaluation."""
     for j in jumps:
         acts = acting(j.k, len(jumps), adv.device)
-        logp = jump_logp(policy(j.k, j.x_t) * acts, j.u, std, acts)
+        logp = jump_logp(policy(j.k) * acts, j.u, std, acts)
         loss, ratio = clipped_surrogate(logp, j.logp, adv, CLIP_JUMP)
         yield loss, ratio, torch.zeros_like(ratio)
 
@@ -264,7 +266,8 @@ def deployed(net, solver, z, target, reward, alpha_bar):
 
 
 def hand_kinds(net):
-    """The hand solvers that mean something: a secant's x0_hat is no image to lean on."""
+    """The hand solvers of a network: a JumpUNet's x0_hat is the end of an arc, no estimate of the
+    image, so that formulas for leans do not apply. (A policy may still learn one.)"""
     return SOLVERS[:1] if isinstance(net, JumpUNet) else SOLVERS
 
 
@@ -352,7 +355,7 @@ def load_policy(path, device="cpu"):
 
 
 def plot_alignment(rows, K, path):
-    """The same noises through the hand solvers, worst first, the policy and the target."""
+    """The same noises through the hand solvers, the table's last first, the policy, the target."""
     target, *hand, policy = rows
     titles = [*(f"{K} evaluations, by hand: {name}" for name in hand[::-1]),
               f"{K} evaluations, learned by the policy gradient",
@@ -384,7 +387,7 @@ def parse_args(argv=None):
     p = parser_for(__doc__, "python rl_distill.py --steps 6 --reward feature:2+mse --seed 1")
     a = p.add_argument_group("inputs").add_argument
     a("--teacher", default="checkpoints/teacher.pt", help="checkpoint of teacher.py")
-    a("--student", default="checkpoints/student.pt", help="cloned student of this teacher")
+    a("--student", default="checkpoints/student.pt", help="its clone; with --init student")
     a("--encoders", default="checkpoints", help="folder of coach.pt and judge.pt")
     a = p.add_argument_group("what is learned").add_argument
     a("--init", choices=["teacher", "student"], default="teacher",
@@ -443,13 +446,15 @@ def main(argv=None):
     monitor_set = noise_and_targets(teacher, HELD_OUT + 10 ** 6, MONITOR, device)
     rows = dict(target=dict(images=held_set[1], reward=torch.zeros(args.held_out, device=device)))
     some = [x[:HAND_NOISES] for x in train_set]
-    for who, jumps in [("teacher, ", teacher)] * (args.init == "student") + [("", net)]:
-        hand = best_by_hand(jumps, args.steps, *some, reward, alpha_bar)
-        rows.update({who + name: deployed(jumps, solver, *held_set, reward, alpha_bar)
+    jumpers = [("", net)] if args.init == "teacher" else [("teacher, ", teacher), ("", net)]
+    for who, jumper in jumpers:
+        hand = best_by_hand(jumper, args.steps, *some, reward, alpha_bar)
+        rows.update({who + name: deployed(jumper, solver, *held_set, reward, alpha_bar)
                      for name, solver in hand.items()})
     start = next(name for name in hand if args.eta == 0 or "DDIM" in name)   # leans magnify noise
     policy = JumpPolicy(hand[start]).to(device)
-    print(f"the policy starts at the best hand solver on training noise, {start}")
+    print(f"the policy starts at {start}, the best on training noise"
+          + " of the DDIM grids" * (args.eta > 0))
     seconds = train(net, policy, train_set, monitor_set, reward, args, out, device)
     save_policy(out / "policy.pt", net, policy.solver(), provenance(
         "rl_distill.py", args, seconds, device, start=start), half=args.channel == "jump")
@@ -469,4 +474,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, "--group")
+    run_main(main, "--group or --noises")

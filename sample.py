@@ -137,7 +137,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.evaluate and (args.npz or args.eta or args.solver or args.grid or args.n < 8):
         p.error("--evaluate takes all solvers and grids, --eta 0, no --npz, and --n of at least 8")
-    if not args.evaluate and len(args.model) + len(args.steps or [4]) > 2:
+    if not args.evaluate and max(len(args.model), len(args.steps or [4])) > 1:
         p.error("several --model or --steps go with --evaluate")
     if args.eta > 0 and args.solver in SOLVERS[1:]:
         p.error("--eta above 0 goes with --solver DDIM: the others lean on a path without noise")

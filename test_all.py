@@ -899,7 +899,7 @@ class Loop(Working):
             mean_sigma = sum(j.sigma.sum() for j in jumps) / 12 / len(jumps)
             for j in jumps:
                 if channel == "jump":
-                    logp = Normal(policy(j.k, j.x_t), 0.1).log_prob(j.u)
+                    logp = Normal(policy(j.k), 0.1).log_prob(j.u)
                     total = total - (adv * logp[:, rl.acting(j.k, 3)].sum(1)).sum()
                 else:
                     now, start = (Normal(self.means(some, j, eta), j.sigma[:, None, None, None])

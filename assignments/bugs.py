@@ -1,4 +1,4 @@
-"""Exercises 8 and 9: the main job, shortened, groups of eight, one line of rl_distill.py changed.
+"""Exercises 8 and 9: the main job, shortened, in groups of eight, a line or a few changed.
 
     python assignments/bugs.py none       # as it should be
     python assignments/bugs.py a          # with silent mistake a (or b)
@@ -19,8 +19,8 @@ JOB = ["--steps", "4", "--updates", "12", "--group", "8", "--noises", "64", "--h
 # (what stands in rl_distill.py, what the variant puts there)
 VARIANTS = {
     "none": [],
-    "a": [("logp = jump_logp(policy(j.k, j.x_t) * acts, j.u, std, acts)",
-           "logp = jump_logp(policy(j.k, j.x_t) * acts, j.u, STD[0], acts)")],
+    "a": [("logp = jump_logp(policy(j.k) * acts, j.u, std, acts)",
+           "logp = jump_logp(policy(j.k) * acts, j.u, STD[0], acts)")],
     "b": [("t_next = next_time(t, u[:, 0], K - k)", "t_next = next_time(t, mean_u[:, 0], K - k)")],
     "wide": [("STD = 0.07, 0.01 ", "STD = 0.7, 0.1 ")],
     "lean": [("u = mean_u + std *", "u = mean_u + std * torch.tensor([0, 1], device=z.device) *")],
@@ -32,7 +32,8 @@ VARIANTS = {
                 "                                   alpha_bar, args.seed)")],
     "third": [                          # deployed by rollout(): a Solver has no third number
         ("torch.stack([logit_rho, leans], 1)", "torch.stack([logit_rho, leans, 0 * leans], 1)"),
-        (".expand(len(x_t), 2)", ".expand(len(x_t), 3)"),
+        (".expand(len(x), 2)", ".expand(len(x), 3)"),
+        ("logit_rho, lean = self(k) *", "logit_rho, lean, _ = self(k) *"),
         ("torch.tensor([k < steps - 1, k > 0]", "torch.tensor([k < steps - 1, k > 0, True]"),
         ("    return mean, sigma, x0_hat",
          "    D = x0_hat + spread(u[:, 1], x_t) * (x0_hat - x0_last)\n"

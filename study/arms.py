@@ -153,7 +153,7 @@ def smooth_rollout(net, policy, z, schedule):
     t, x, x0_last = torch.full((len(z),), float(T), device=z.device), z, z
     K = len(policy.hand)
     for k in range(K):
-        u = policy(k, x) * acting(k, K, z.device)
+        u = (policy(k) * acting(k, K, z.device)).expand(len(x), 2)
         if k == K - 1:                   # D itself; in jump() sqrt(1 - ab') has no derivative here
             x0_hat = estimate(net, x, t, net(x, t, torch.zeros_like(t)), schedule)
             return (x0_hat + spread(u[:, 1], x) * (x0_hat - x0_last)).clamp(-1, 1)
@@ -249,9 +249,9 @@ class SharedPolicy(JumpPolicy):
         super().__init__(solver)
         self.shared = shared
 
-    def forward(self, k, x_t):
-        """Mean of u for jump k, (B, 2), whatever the state."""
-        return (self.hand[k] + self.shared[len(self.hand) - k - 1]).expand(len(x_t), 2)
+    def forward(self, k):
+        """Mean of u for jump k, (2,)."""
+        return self.hand[k] + self.shared[len(self.hand) - k - 1]
 
 
 def learn_shared(net, hand, train_set, reward, args, alpha_bar):

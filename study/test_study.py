@@ -174,7 +174,7 @@ class Variants(unittest.TestCase):
             with mock.patch.dict(vars(rl_distill), arms.CHANGES[name]):
                 _, jumps = rl_distill.rollout(Toy(), policy, z, ALPHA_BAR, "jump", 8, 0.1,
                                               0.0, generator)
-            off = (jumps[1].u - policy(1, z)).detach()
+            off = (jumps[1].u - policy(1)).detach()
             self.assertEqual((off.abs().max(0).values > 0).tolist(), [bool(m) for m in moves])
             self.assertLess(off.sum(0).abs().max(), 1e-5)
         noise = arms.CHANGES["rho"]["antithetic"]((4, 3, 2, 2), generator, "cpu")
