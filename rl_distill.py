@@ -410,6 +410,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.smoke:
         args.updates, args.noises, args.held_out = 8, 4, 8
+    args.student = args.student if args.init == "student" else None     # a run is what it read
     if args.group % 2:
         p.error("--group must be even: exploration comes in antithetic pairs")
     if args.steps == 1 and args.channel == "jump":

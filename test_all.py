@@ -1032,8 +1032,10 @@ class Results(Working):
 
     def test_who_jumps_is_the_teachers_copy_or_the_student(self):
         for more, kind in (([], ddpm.UNet), (["--init", "student"], student.JumpUNet)):
-            net, jumps, _, _ = rl.load_inputs(rl.parse_args(self.job + more), CPU)
+            args = rl.parse_args(self.job + more)
+            net, jumps, _, _ = rl.load_inputs(args, CPU)
             self.assertEqual((type(jumps), jumps is net), (kind, False))
+            self.assertEqual(args.student is None, not more)      # no part of a run without it
 
 
 # ==== sample.py ==============================================================================

@@ -224,9 +224,11 @@ class Variants(unittest.TestCase):
 class Readme(unittest.TestCase):
     LABELS = {                                  # {first words of a line: (init, group, names)}
         "DDIM": ("teacher", "hand", "DDIM"), "DPM-Solver++(2M)": ("teacher", "hand", "DPM++"),
-        "the same, its last lean": ("teacher", "hand", "DPM++ to t = 1"),
         "iPNDM": ("teacher", "hand", "iPNDM-2", "iPNDM-3", "iPNDM-4"),
         "AB2": ("teacher", "hand", "AB2"), "two numbers": ("teacher", "two", "two numbers"),
+        "random search": ("teacher", "search", "random search"),
+        "cross-entropy": ("teacher", "cem", "cross-entropy method"),
+        "the reward's own": ("teacher", "own", "own gradient"),
         "**policy gradient**": ("teacher", "jump", "policy gradient"),
         "student from scratch": ("student", "hand", "DDIM"),
         "student from a copy": ("copy", "hand", "DDIM"),

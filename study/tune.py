@@ -41,7 +41,7 @@ def attempt(method, settings, world):
     _, solver = world.start("teacher", net, world.reward, args)
     policy = rl_distill.JumpPolicy(solver).to(world.device)
     constants = {k: value for k, value in settings.items() if k not in flags}
-    with mock.patch.multiple(arms, **constants):
+    with mock.patch.dict(vars(arms), constants):
         if method != "jump":
             return arms.COMPETITORS[method](net, policy, train_set, world.reward,
                                             arms.rollouts(args), world.alpha_bar, 0)
