@@ -117,11 +117,13 @@ def tables(rows, missing):
 
 
 def picture(rows, path):
-    """Reward and Fréchet distance against evaluations, of the samplers that have a line in both."""
+    """Reward and Fréchet distance against evaluations, of the samplers that have a line in both; the
+    target's own reward, 0, has no place on an axis of logarithms."""
     lines = {arm: mine for arm, mine in lines_of(rows).items() if arm[1:] in DRAWN}
     if lines:
         plot_panels([("network evaluations", label, [
-            (f"{init}, {name}", counts := sorted({row["steps"] for row in mine}),
+            (f"{init}, {name}", counts := sorted({row["steps"] for row in mine
+                                                  if sign > 0 or row["reward"] < -1e-4}),
              [sign * statistics.fmean(row[column] for row in mine if row["steps"] == k)
               for k in counts], style if (group, init) == ("hand", "teacher") else "o-")
             for ((group, name, init), mine), style in zip(lines.items(), itertools.cycle(STYLES))])
