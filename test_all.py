@@ -1026,7 +1026,7 @@ class Results(Working):
             self.close(x, y, 0.01 if half else 0)
             self.assertEqual({w.dtype for w in content["net"]["weights"].values()},
                              {torch.float16 if half else torch.float32})
-        content["net"]["kind"] = "Relay"
+        content["net"]["kind"] = "Another"
         save_checkpoint("q.pt", **{k: v for k, v in content.items() if k != "format"})
         self.bad_input("no usable policy", rl.load_policy, "q.pt")
 

@@ -91,12 +91,12 @@ def random_search(net, policy, train_set, reward, rollouts, alpha_bar, seed):
         if score > highest:
             best, highest = shift, score
     policy.shift.data.copy_(best)
-    return policy, tries * len(noises[0]) * len(best)
+    return policy, tries * len(noises[0]) * len(policy.hand)
 
 
 def two_numbers(net, policy, train_set, reward, rollouts, alpha_bar, seed):
     """The best of twelve: times T (1 - k / K)^power, the same lean at every jump but the first."""
-    K, generator = len(policy.shift), torch.Generator().manual_seed(seed)
+    K, generator = len(policy.hand), torch.Generator().manual_seed(seed)
     noises = pick(SEARCH_NOISES, generator, *train_set)
     tries = [JumpPolicy(Solver(power_grid(K, power), [0.0] + [lean] * (K - 1))).to(noises[0].device)
              for power, lean in itertools.product(POWERS, LEANS)]
@@ -120,7 +120,7 @@ def cross_entropy(net, policy, train_set, reward, rollouts, alpha_bar, seed):
         elites = shifts[scores.topk(ELITES).indices.to(shifts.device)]
         mean, std = elites.mean(0), elites.std(0).clamp(min=CEM_STD[1])
     policy.shift.data.copy_(mean)
-    return policy, generations * POPULATION * size * len(mean)
+    return policy, generations * POPULATION * size * len(policy.hand)
 
 
 # ==== THE REWARD'S OWN GRADIENT ===============================================================

@@ -117,8 +117,8 @@ def tables(rows, missing):
 
 
 def picture(rows, path):
-    """Reward and Fréchet distance against evaluations, of the samplers that have a line in both; the
-    target's own reward, 0, has no place on an axis of logarithms."""
+    """Reward and Fréchet distance against evaluations, of the samplers that have a line in both.
+    The target's own reward, 0, has no place on an axis of logarithms."""
     lines = {arm: mine for arm, mine in lines_of(rows).items() if arm[1:] in DRAWN}
     if lines:
         plot_panels([("network evaluations", label, [

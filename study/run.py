@@ -149,20 +149,23 @@ class World:
         judged = arm.name in SOLVERS or arm.group in arms.JUDGED
         return max(self.n, self.more) if judged else self.n
 
-    def drawn(self, draw, z):
-        """Images (B, 3, H, W) of start noise z, in chunks."""
-        return torch.cat([draw(x) for x in z.split(chunk_size(self.device))])
+    def drawn(self, net, solver, z):
+        """Images (B, 3, H, W) of start noise z by a Solver or an Ipndm, in chunks."""
+        chunks = z.split(chunk_size(self.device))
+        if isinstance(solver, arms.Ipndm):
+            return torch.cat([solver(net, x, self.alpha_bar) for x in chunks])
+        return torch.cat([sample(net, x, solver, self.alpha_bar).clamp(-1, 1) for x in chunks])
 
-    def measured(self, draw, arm, images=None):
-        """What a row says of images = draw(z): reward (n,) and Fréchet distance on the held-out
+    def measured(self, net, solver, arm, images=None):
+        """What a row says of a solver's images: reward (n,) and Fréchet distance on the held-out
         noises, and the distance and its error of images(arm) noises, these among them. images:
         of the held-out noises, where they are drawn already."""
         z, target = self.noises(HELD_OUT, self.n, arm.init)
-        images = self.drawn(draw, z) if images is None else images
+        images = self.drawn(net, solver, z) if images is None else images
         more = range(HELD_OUT + self.n, HELD_OUT + self.images(arm))
         if more:
             z = seeded_noise(more, z.shape[1:], device=self.device)
-            images = torch.cat([images, self.drawn(draw, z)])
+            images = torch.cat([images, self.drawn(net, solver, z)])
         judge, content = self.judge
         features = encode(judge, images)
         return dict(reward=self.rewards(images[:self.n], target), images=len(images),
@@ -175,12 +178,6 @@ class World:
         return torch.cat([self.reward(x, y)[0] for x, y in zip(images.split(64),
                                                                target.split(64))]).cpu()
 
-    def played(self, net, solver):
-        """The function that draws images (B, 3, H, W) of noise z by a Solver, or by an Ipndm."""
-        if isinstance(solver, arms.Ipndm):
-            return lambda z: solver(net, z, self.alpha_bar)
-        return lambda z: sample(net, z, solver, self.alpha_bar).clamp(-1, 1)
-
     def hand(self, arm):
         """measured() of a hand solver, on the grid that is best on these very noises."""
         kind, init, steps = arm.name, arm.init, arm.steps
@@ -189,10 +186,10 @@ class World:
             net, solvers = load_inputs(self.parsed(init), self.device)[1], arms.hand_solvers(
                 kind, steps)
             z, target = self.noises(HELD_OUT, self.n, init)
-            images = [self.drawn(self.played(net, solver), z) for solver in solvers]
+            images = [self.drawn(net, solver, z) for solver in solvers]
             scores = [self.rewards(x, target).mean().item() for x in images]
             i = scores.index(max(scores))
-            return dict(self.measured(self.played(net, solvers[i]), arm, images[i]),
+            return dict(self.measured(net, solvers[i], arm, images[i]),
                         times=solvers[i].grid, leans=getattr(solvers[i], "leans", []))
         return self.kept(init, f"hand {kind} {steps}", make)
 
@@ -284,7 +281,7 @@ def play(arm, seed, world):
         solver, minutes = policy.solver(), (time.time() - began) / 60
     else:
         net, solver, minutes = learned(arm, seed, world)
-    result = world.measured(world.played(net, solver), arm)
+    result = world.measured(net, solver, arm)
     return dict(result, times=solver.grid, leans=solver.leans), minutes, spent
 
 
