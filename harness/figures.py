@@ -46,11 +46,11 @@ def plot_panels(panels, path, **axes_settings):
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(xlabel=x_label, ylabel=y_label, **axes_settings)
         if axes_settings.get("xscale") == "log":               # a tick at every x, and no others
-            ticks = sorted({at for _, x, _, _ in lines for at in x})
-            axis.set_xticks(ticks, ticks)
+            axis.set_xticks(ticks := sorted({at for _, x, _, _ in lines for at in x}), ticks)
             axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if axis is axes[0, -1] or [*zip(*lines)][0] != [*zip(*panels[-1][2])][0]:
+            axis.legend(fontsize=8)                            # once for panels of the same lines
     figure.savefig(path)
 
 
