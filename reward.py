@@ -184,6 +184,11 @@ class Reward:
                    for name, w in self.weights.items()), raw
 
 
+def rewards(reward, images, targets, batch=500):
+    """The reward (N,) of images (N, 3, H, W) and their targets, in batches."""
+    return torch.cat([reward(x, y)[0] for x, y in zip(images.split(batch), targets.split(batch))])
+
+
 def parse_reward(spec):
     """'feature:2+mse' -> {'feature': 2.0, 'mse': 1.0}; BadInput for unknown terms or weights."""
     weights = {}

@@ -26,15 +26,15 @@ from torch import nn
 
 # From earlier files:
 from ddpm import (GRIDS, SOLVERS, Solver, T, UNet, dpm_leans, estimate, hand_solver, jump,
-                  linear_alpha_bar, make_grid, parameter_count, sample, spread)
-from teacher import HELD_OUT, TARGET, load_teacher, noise_and_targets
+                  linear_alpha_bar, make_grid, parameter_count, spread)
+from teacher import HELD_OUT, TARGET, draw, load_teacher, noise_and_targets
 from student import JumpUNet, load_student
-from reward import TERMS, Reward, load_encoder, print_comparison
+from reward import TERMS, Reward, load_encoder, print_comparison, rewards
 from harness.checkpoints import (frozen_network, half_weights, load_checkpoint, load_state,
                                  provenance, rebuilding, save_checkpoint, save_state, write_whole)
 from harness.figures import plot_panels, plot_strips
-from harness.runs import (BadInput, checksum, chunk_size, claim_run, device_name, log_line,
-                          number, parser_for, pick_device, read_log, run_flags, run_main, settings)
+from harness.runs import (BadInput, checksum, claim_run, device_name, log_line, number,
+                          parser_for, pick_device, read_log, run_flags, run_main, settings)
 
 STD = 0.07, 0.01            # of u, at the first and towards the last update; 0.05..0.2, a seventh
 CLIP_JUMP = 0.2             # PPO's clip range, 0.1..0.3
@@ -258,11 +258,8 @@ def policy_update(losses, actions, optimizer, clip_range, epochs):
 @torch.no_grad()
 def deployed(net, solver, z, target, reward, alpha_bar):
     """Images (B, 3, H, W) of start noise z by a solver, and their reward (B,). A dict of both."""
-    parts = []
-    for x, y in zip(z.split(chunk_size(z.device)), target.split(chunk_size(z.device))):
-        images = sample(net, x, solver, alpha_bar).clamp(-1, 1)
-        parts.append((images, reward(images, y)[0]))
-    return dict(zip(("images", "reward"), map(torch.cat, zip(*parts))))
+    images = draw(net, solver, z, alpha_bar)
+    return dict(images=images, reward=rewards(reward, images, target))
 
 
 def hand_kinds(net):

@@ -15,19 +15,18 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 # From earlier files:
 from ddpm import (GRIDS, SOLVERS, T, hand_solver, linear_alpha_bar, parameter_count, sample,
                   seeded_noise)
-from teacher import HELD_OUT, TARGET, load_teacher, noise_and_targets
+from teacher import HELD_OUT, TARGET, draw, load_teacher, noise_and_targets
 from student import load_student
-from reward import Reward, judged, load_encoder, standard_error
+from reward import Reward, judged, load_encoder, rewards, standard_error
 from rl_distill import hand_kinds, load_policy
 from harness.checkpoints import load_checkpoint, save_npz
 from harness.figures import plot_panels, save_picture
 from harness.images import to_uint8
-from harness.runs import (BadInput, chunk_size, claim_run, device_name, log_line, number,
+from harness.runs import (BadInput, claim_run, device_name, log_line, number,
                           parser_for, pick_device, run_flags, run_main)
 
 # ==== MODELS: a policy says itself how it jumps, teacher and student are told by a hand solver
@@ -41,15 +40,6 @@ def load_model(path, device):
         return load_policy(path, device)
     net, content = (load_teacher if kind == "teacher" else load_student)(path, device)
     return net, None, content
-
-
-def draw(net, solver, z, alpha_bar, eta=0.0, seeds=None):
-    """Images of start noise z, in batches: (B, 3, H, W) in [-1, 1]."""
-    images, size = [], chunk_size(z.device)
-    for i in tqdm(range(0, len(z), size), desc="sampling", disable=len(z) <= 4 * size):
-        x, some = z[i:i + size], seeds[i:i + size] if seeds else None
-        images.append(sample(net, x, solver, alpha_bar, eta, some).clamp(-1, 1))
-    return torch.cat(images)
 
 
 def draw_path(net, solver, z, alpha_bar, eta, seeds, most=11):
@@ -91,7 +81,7 @@ def evaluate(args, models, reward, judge, teacher, out, device):
         images = draw(net, solver, z, alpha_bar)
         images.sum().item()
         ms = 1000 * (time.time() - start) / len(z)
-        score = torch.cat([reward(x, y)[0] for x, y in zip(images.split(500), target.split(500))])
+        score = rewards(reward, images, target)
         rows.append(dict(name=name, nfe=len(solver.leans), reward=score.mean().item(),
                          error=standard_error(score), ms=ms, **judged(images, *judge)))
         log_line(out / "log.jsonl", **rows[-1])

@@ -24,11 +24,11 @@ from tqdm import tqdm
 # From earlier files:
 from ddpm import (T, UNet, hand_solver, linear_alpha_bar, parameter_count, sample, seeded_noise,
                   spread, time_embedding, zeroed)
-from teacher import (GRAD_CLIP, HELD_OUT, LOG_EVERY, TARGET, compiled, ema_update, learning_rate,
-                     load_teacher, noise_and_targets)
+from teacher import (GRAD_CLIP, HELD_OUT, LOG_EVERY, TARGET, compiled, draw, ema_update,
+                     learning_rate, load_teacher, noise_and_targets)
 from harness.checkpoints import load_network, load_state, provenance, save_network, save_state
 from harness.figures import plot_loss, save_picture
-from harness.runs import (autocast, checksum, chunk_size, claim_run, device_name, log_line, number,
+from harness.runs import (autocast, checksum, claim_run, device_name, log_line, number,
                           parser_for, pick_device, run_flags, run_main)
 
 STUDENT_UNET = dict(width=32, mults=[1, 2, 3], blocks=1, attention=[8], dropout=0.0)   # 1.8 M
@@ -224,8 +224,7 @@ def evaluate(net, teacher, n, alpha_bar, device):
         for grid in ("uniform", "quadratic"):
             for name, model in (("student", net), ("teacher", teacher)):
                 solver = hand_solver("DDIM", grid, steps)
-                images = torch.cat([sample(model, x, solver, alpha_bar).clamp(-1, 1)
-                                    for x in z.split(chunk_size(device))])
+                images = draw(model, solver, z, alpha_bar)
                 row[f"{name} {grid}"] = F.mse_loss(images, target).item()
                 if name == "student" and grid == "quadratic":
                     pictures.append(images[:8])

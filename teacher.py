@@ -70,18 +70,21 @@ def learning_rate(update, updates, peak):
     return peak * min(1, (update + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * update / updates))
 
 
-@torch.no_grad()
-def targets(teacher, z, alpha_bar):
-    """The teacher's image of each noise z (B, 3, H, W): (B, 3, H, W) in [-1, 1]. Deterministic."""
-    chunks = tqdm(z.split(chunk_size(z.device)), desc="targets", disable=len(z) <= 64)
-    return torch.cat([sample(teacher, x, TARGET, alpha_bar) for x in chunks])
+def draw(net, solver, z, alpha_bar, eta=0.0, seeds=None):
+    """Images (B, 3, H, W) in [-1, 1] of start noise z, in chunks; the arguments of sample()."""
+    images, size = [], chunk_size(z.device)
+    for i in tqdm(range(0, len(z), size), desc="drawing", delay=3, leave=False):
+        x, some = z[i:i + size], seeds[i:i + size] if seeds else None
+        images.append(sample(net, x, solver, alpha_bar, eta, some).clamp(-1, 1))
+    return torch.cat(images)
 
 
 def noise_and_targets(teacher, first_seed, n, device):
-    """Start noise z of seeds first_seed .. first_seed + n - 1, (n, 3, H, W), and its targets."""
+    """Start noise z of seeds first_seed .. first_seed + n - 1, (n, 3, H, W), and of each the image
+    that the teacher makes of it, (n, 3, H, W) in [-1, 1]: the same always."""
     side = teacher.config["image_size"]
     z = seeded_noise(range(first_seed, first_seed + n), (3, side, side), device=device)
-    return z, targets(teacher, z, linear_alpha_bar(device))
+    return z, draw(teacher, TARGET, z, linear_alpha_bar(device))
 
 
 # ==== ALGORITHM 1, Ho et al. 2020 =============================================================

@@ -457,7 +457,7 @@ class Training(Case):
         fifty = ddpm.sample(TEACHER, z, solver, AB)
         before = torch.get_rng_state()
         with mock.patch.object(teacher, "chunk_size", lambda device: 2):
-            self.close(teacher.targets(TEACHER, z, AB), fifty, 1e-4)
+            self.close(teacher.draw(TEACHER, teacher.TARGET, z, AB), fifty, 1e-4)
         teacher.save_samples(path, TEACHER, CPU, n=2)
         self.assertTrue(torch.equal(before, torch.get_rng_state()) and path.exists())
 
@@ -504,7 +504,7 @@ class Cloning(Case):
         self.assertGreater(copied.jump_mlp[-1].weight.grad.abs().max(), 1e-6)
 
     def test_states_between_the_paths_own_are_ddims(self):
-        ends = torch.stack([self.z, teacher.targets(TEACHER, self.z, AB)], 1)
+        ends = torch.stack([self.z, teacher.draw(TEACHER, teacher.TARGET, self.z, AB)], 1)
         self.close(self.paths[:, [0, -1]], ends, 0)
         for target in (teacher.TARGET, ddpm.hand_solver("DDIM", "uniform", 50)):
             with mock.patch.object(student, "TARGET", target):
@@ -574,7 +574,7 @@ class Cloning(Case):
         self.assertEqual(seeds, [teacher.HELD_OUT + i for i in range(3)])
         self.assertLess(student.CLONE_SEEDS + 10 ** 8, teacher.HELD_OUT)
         z = ddpm.seeded_noise(seeds, (3, 8, 8))
-        target = teacher.targets(TEACHER, z, AB)
+        target = teacher.draw(TEACHER, teacher.TARGET, z, AB)
         self.close(pictures[:3], target, 0)
         for name, model, t in (("student uniform", net, 500), ("teacher quadratic", TEACHER, 250)):
             x = ddpm.sample(model, z, ddpm.Solver([1000, t, 0], [0, 0]), AB).clamp(-1, 1)
@@ -754,7 +754,7 @@ class Deployment(Working):
 
     def test_hand_solvers_come_with_their_best_grid_and_the_best_one_first(self):
         z = noise(6)
-        self.patch(rl, chunk_size=lambda device: 4)
+        self.patch(teacher, chunk_size=lambda device: 4)
         for seed in range(2):
             target, scores = images(6, seed=seed), {}
             for kind, grid in itertools.product(ddpm.SOLVERS, ddpm.GRIDS):
@@ -1053,7 +1053,7 @@ class Samples(Working):
         z = seeded_noise(seeds, (3, 8, 8))
         for (net, solver), eta in itertools.product(self.models(), (0.0, 0.7)):
             many = sample.draw(net, solver, z, AB, eta, seeds)
-            with mock.patch.object(sample, "chunk_size", lambda device: 2):
+            with mock.patch.object(teacher, "chunk_size", lambda device: 2):
                 self.close(sample.draw(net, solver, z, AB, eta, seeds), many)
             self.close(sample.draw(net, solver, z[2:3], AB, eta, seeds[2:3]), many[2:3])
             self.assertLessEqual(many.abs().max(), 1)

@@ -41,10 +41,10 @@ VARIANTS = {
          "    return mean + spread(u[:, 2], x_t) * noise, sigma, x0_hat"),
         ("policy = JumpPolicy(hand[start])",
          "policy = globals()['POLICY'] = JumpPolicy(hand[start])"),
-        ("images = sample(net, x, solver, alpha_bar).clamp(-1, 1)",
+        ("images = draw(net, solver, z, alpha_bar)",
          "learned = 'POLICY' in globals() and solver == POLICY.solver()\n"
-         "        images = (rollout(net, POLICY, x, alpha_bar)[0] if learned else\n"
-         "                  sample(net, x, solver, alpha_bar).clamp(-1, 1))")],
+         "    images = (rollout(net, POLICY, z, alpha_bar)[0] if learned else\n"
+         "              draw(net, solver, z, alpha_bar))")],
 }
 
 

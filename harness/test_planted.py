@@ -96,7 +96,7 @@ PLANTED = [  # (module, what the source says, the mistake, the test that notices
      "Deployment.test_a_very_sharp_policy_is_the_deployment"),
     (rl, "loss * j.sigma / mean_sigma,", "loss,",
      "Loop.test_the_first_gradient_is_reinforces_row_by_row"),
-    (sample, "seeds[i:i + size] if seeds", "seeds[:size] if seeds",
+    (teacher, "seeds[i:i + size] if seeds", "seeds[:size] if seeds",
      "Samples.test_an_image_is_the_same_in_any_batch"),
     (sample, "torch.linspace(0, K, min(K + 1, most))", "torch.arange(min(K + 1, most))",
      "Samples.test_the_path_goes_from_noise_to_image_in_11_states"),

@@ -26,14 +26,14 @@ import arms                                     # puts the repository on the pat
 import report
 # From the repository:
 import rl_distill
-from ddpm import SOLVERS, Solver, linear_alpha_bar, sample, seeded_noise
+from ddpm import SOLVERS, Solver, linear_alpha_bar, seeded_noise
 from harness.checkpoints import load_checkpoint, provenance, save_checkpoint, write_whole
-from harness.runs import (ROOT, checksum, chunk_size, claim_run, device_name, log_line, number,
-                          pick_device, read_log, run_main)
-from reward import encode, judged_frechet, standard_error
+from harness.runs import (ROOT, checksum, claim_run, device_name, log_line, number, pick_device,
+                          read_log, run_main)
+from reward import encode, judged_frechet, rewards, standard_error
 from rl_distill import (HAND_NOISES, JumpPolicy, best_by_hand, load_inputs, load_policy,
                         save_policy, train)
-from teacher import HELD_OUT, noise_and_targets
+from teacher import HELD_OUT, draw, noise_and_targets
 
 RESULTS, README = ROOT / "study" / "results.jsonl", ROOT / "study" / "README.md"
 IMAGES, RESAMPLED = 2000, 100                   # of a Fréchet distance; of its bootstrap
@@ -150,11 +150,10 @@ class World:
         return max(self.n, self.more) if judged else self.n
 
     def drawn(self, net, solver, z):
-        """Images (B, 3, H, W) of start noise z by a Solver or an Ipndm, in chunks."""
-        chunks = z.split(chunk_size(self.device))
+        """Images (B, 3, H, W) of start noise z by a Solver or an Ipndm."""
         if isinstance(solver, arms.Ipndm):
-            return torch.cat([solver(net, x, self.alpha_bar) for x in chunks])
-        return torch.cat([sample(net, x, solver, self.alpha_bar).clamp(-1, 1) for x in chunks])
+            return torch.cat([solver(net, x, self.alpha_bar) for x in z.split(64)])
+        return draw(net, solver, z, self.alpha_bar)
 
     def measured(self, net, solver, arm, images=None):
         """What a row says of a solver's images: reward (n,) and Fréchet distance on the held-out
@@ -168,15 +167,10 @@ class World:
             images = torch.cat([images, self.drawn(net, solver, z)])
         judge, content = self.judge
         features = encode(judge, images)
-        return dict(reward=self.rewards(images[:self.n], target), images=len(images),
+        return dict(reward=rewards(self.reward, images[:self.n], target).cpu(), images=len(images),
                     frechet_held=judged_frechet(features[:self.n], content),
                     frechet=judged_frechet(features, content),
                     frechet_error=frechet_error(features, content))
-
-    def rewards(self, images, target):
-        """The reward of each image (n, 3, H, W), on the CPU."""
-        return torch.cat([self.reward(x, y)[0] for x, y in zip(images.split(64),
-                                                               target.split(64))]).cpu()
 
     def hand(self, arm):
         """measured() of a hand solver, on the grid that is best on these very noises."""
@@ -187,7 +181,7 @@ class World:
                 kind, steps)
             z, target = self.noises(HELD_OUT, self.n, init)
             images = [self.drawn(net, solver, z) for solver in solvers]
-            scores = [self.rewards(x, target).mean().item() for x in images]
+            scores = [rewards(self.reward, x, target).mean().item() for x in images]
             i = scores.index(max(scores))
             return dict(self.measured(net, solvers[i], arm, images[i]),
                         times=solvers[i].grid, leans=getattr(solvers[i], "leans", []))
@@ -201,10 +195,8 @@ class World:
                    for who in starts for kind in arms.hand_kinds(who, steps)]
         return max(rewards, key=torch.mean)
 
-    def start(self, init, net, reward, args, steps=None):
-        """(name, Solver) of the hand solver at which rl_distill.py starts."""
-        K = steps or args.steps
-
+    def start(self, init, net, reward, args, K):
+        """(name, Solver) of the hand solver at which rl_distill.py starts with K evaluations."""
         def make():
             some = (x[:HAND_NOISES] for x in self.noises(0, args.noises, init))
             hand = best_by_hand(net, K, *some, reward, self.alpha_bar)
@@ -230,7 +222,7 @@ def learned(arm, seed, world):
     args = rl_distill.parse_args([*command(arm, seed), "--out", str(out), *world.smoke])
     if not (out / "policy.pt").exists():
         _, net, reward, _ = load_inputs(args, world.device)
-        start, solver = world.start(arm.init, net, reward, args)
+        start, solver = world.start(arm.init, net, reward, args, arm.steps)
         if arm.learned:
             start, solver = "learned jumps", learned(jump_arm(arm), seed, world)[1]
         policy = JumpPolicy(solver).to(world.device)
@@ -274,7 +266,7 @@ def play(arm, seed, world):
     elif arm.group in arms.COMPETITORS:
         budget = spent // args.steps if arm.group == "control" else arms.rollouts(args)
         solver = (learned(jump_arm(arm), seed, world) if arm.learned else
-                  world.start(arm.init, net, reward, args))[1]
+                  world.start(arm.init, net, reward, args, arm.steps))[1]
         policy, spent = arms.COMPETITORS[arm.group](
             net, JumpPolicy(solver).to(world.device), train_set, reward, budget,
             world.alpha_bar, seed)

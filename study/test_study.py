@@ -274,9 +274,9 @@ class Books(unittest.TestCase):
             for name, words in (("AB2 uniform", []), ("DDIM uniform", ["--channel", "pixels",
                                                                       "--eta", "0.3"])):
                 args = rl_distill.parse_args(["--steps", "3", *words])
-                self.assertEqual(world.start("teacher", None, None, args), (name, hand[name]))
+                self.assertEqual(world.start("teacher", None, None, args, 3), (name, hand[name]))
             self.assertEqual(spy.call_count, 1)
-            world.start("teacher", None, None, rl_distill.parse_args(["--reward", "mse"]))
+            world.start("teacher", None, None, rl_distill.parse_args(["--reward", "mse"]), 3)
             self.assertEqual(spy.call_count, 2)
 
     def row(self, arm, seed=0, weights=None):

@@ -7,6 +7,7 @@ Each try learns at K = 4 with seed 0 and is scored on 128 noises that no table o
 training sees (seeds from HELD_OUT + 2 000 000). Lines go to study/tuning.jsonl; the best try of a
 method is what rl_distill.py and arms.py have as their constants. Chooses nothing by itself.
 """
+import copy
 import sys
 import tempfile
 import time
@@ -26,6 +27,9 @@ STEPS, TUNE, NOISES = 4, HELD_OUT + 2 * 10 ** 6, 128
 TRIES = {                                       # {method: flags, or constants of arms.py}
     "jump": [dict(group=group, updates=updates, lr=lr) for group, updates, lr in (
         (8, 20, 0.05), (4, 40, 0.05), (2, 80, 0.05), (4, 40, 0.025))],
+    "pixels": [dict(channel="pixels", eta=0.3, group=group, updates=updates, epochs=epochs, lr=lr)
+               for group, updates, epochs, lr in (
+                   (8, 20, 1, 3e-5), (8, 20, 1, 1e-4), (8, 6, 4, 1e-5), (2, 80, 1, 1e-5))],
     "own": [dict(OWN_LR=lr) for lr in (0.01, 0.03, 0.1, 0.2)],
     "search": [dict(SEARCH_STD=std) for std in (
         (0.15, 0.03), (0.07, 0.01), (0.3, 0.03), (0.15, 0.01))],
@@ -33,23 +37,23 @@ TRIES = {                                       # {method: flags, or constants o
 
 
 def attempt(method, settings, world):
-    """Learn with these settings: (policy, network evaluations)."""
+    """Learn with these settings: (net, policy, network evaluations)."""
     args = rl_distill.parse_args(["--steps", str(STEPS), *world.smoke])
     flags = {k: value for k, value in settings.items() if k.islower()}
     vars(args).update(flags)
-    net, train_set = world.teacher, world.noises(0, args.noises)
-    _, solver = world.start("teacher", net, world.reward, args)
+    net, train_set = copy.deepcopy(world.teacher), world.noises(0, args.noises)
+    _, solver = world.start("teacher", net, world.reward, args, STEPS)
     policy = rl_distill.JumpPolicy(solver).to(world.device)
     constants = {k: value for k, value in settings.items() if k not in flags}
     with mock.patch.dict(vars(arms), constants):
-        if method != "jump":
-            return arms.COMPETITORS[method](net, policy, train_set, world.reward,
-                                            arms.rollouts(args), world.alpha_bar, 0)
+        if method in arms.COMPETITORS:
+            return net, *arms.COMPETITORS[method](net, policy, train_set, world.reward,
+                                                  arms.rollouts(args), world.alpha_bar, 0)
         with tempfile.TemporaryDirectory() as out:
             monitor_set = world.noises(HELD_OUT + 10 ** 6, rl_distill.MONITOR)
             rl_distill.train(net, policy, train_set, monitor_set, world.reward, args, Path(out),
                              world.device)
-    return policy, arms.evaluations(args)
+    return net, policy, arms.evaluations(args)
 
 
 def main(argv=None):
@@ -59,9 +63,9 @@ def main(argv=None):
     for method in methods:
         for settings in TRIES[method]:
             began = time.time()
-            policy, spent = attempt(method, settings, world)
+            net, policy, spent = attempt(method, settings, world)
             solver = policy.solver()
-            score = rl_distill.deployed(world.teacher, solver, *tune_set, world.reward,
+            score = rl_distill.deployed(net, solver, *tune_set, world.reward,
                                         world.alpha_bar)["reward"]
             row = dict(method=method, settings=settings, reward=score.mean().item(),
                        error=standard_error(score), times=solver.grid,
