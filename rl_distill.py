@@ -40,7 +40,7 @@ STD = 0.07, 0.01            # of u, at the first and towards the last update; 0.
 CLIP_JUMP = 0.2             # PPO's clip range, 0.1..0.3
 CLIP_PIXELS = 1e-4          # the same for a density that is a mean over dimensions, 1e-5..1e-3
 SIGMA_FLOOR = 0.02          # noise on the jump to t = 0 (DDIM sigma 0); in training, not deployment
-LR = dict(jump=0.05, pixels=1e-5)       # Adam's first rate: of u 0.01..0.1, of the U-Net 1e-6..1e-4
+PIXELS = dict(updates=20, group=8, epochs=1, lr=1e-5)       # other defaults of channel 'pixels'
 NOISES_PER_UPDATE = 16      # M, 8..64
 HAND_NOISES = 64            # training noises on which the hand solvers are chosen
 LOG_EVERY = 4               # updates from one printed line to the next
@@ -294,7 +294,7 @@ def train(net, policy, train_set, monitor_set, reward, args, out, device):
     start = time.time()
     for update in range(first, args.updates):
         left = 1 - update / args.updates
-        optimizer.param_groups[0]["lr"] = (args.lr or LR[args.channel]) * left
+        optimizer.param_groups[0]["lr"] = args.lr * left
         std = STD[1] + (STD[0] - STD[1]) * left
         # SAMPLING: each noise `group` times, side by side
         pick = torch.randperm(len(z_all), generator=generator)[:NOISES_PER_UPDATE].to(device)
@@ -394,17 +394,21 @@ def parse_args(argv=None):
     a("--steps", type=number(int, 1, 64), default=4, help="K, evaluations per image, 1..16")
     a("--reward", default="feature+perceptual", help=f"sum of {', '.join(TERMS)}; term:weight")
     a = p.add_argument_group("how").add_argument
-    a("--updates", type=number(int, 1), default=80, help="policy updates, 20..500")
+    a("--updates", type=number(int, 1), default=80, help="policy updates, 20..500; pixels: 20")
     a("--noises", type=number(int, 4), default=128, help="training noises, each with one target")
-    a("--group", type=number(int, 2), default=2, help="G, rollouts of each noise, even, 2..16")
-    a("--epochs", type=number(int, 1), default=4, help="PPO's passes, 1..8; 1: REINFORCE")
-    a("--lr", type=number(float, 1e-9, 1), help=f"Adam's first rate, falls to 0 (default: {LR})")
+    a("--group", type=number(int, 2), default=2, help="G, rollouts of each noise, even; pixels: 8")
+    a("--epochs", type=number(int, 1), default=4, help="PPO's passes; 1: REINFORCE; pixels: 1")
+    a("--lr", type=number(float, 1e-9, 1), default=0.05, help="Adam's first rate, falls to 0: of u "
+      "0.01..0.1, of the network 3e-6..3e-5; pixels: 1e-5")
     a("--eta", type=number(float, 0, 1), default=0.0, help="exploration of the pixels before the "
       "last jump, Eq. 16 DDIM; 0: only the last jump explores, 0..0.3")
     a("--kl", type=number(float, 0, 1e6), default=0.0, help="weight of the KL to the start, 0..1")
     a("--held-out", type=number(int, 6), default=256, help="noises of the final table")
     run_flags(p)
     args = p.parse_args(argv)
+    if args.channel == "pixels":
+        p.set_defaults(**PIXELS)
+        args = p.parse_args(argv)
     if args.smoke:
         args.updates, args.noises, args.held_out = 8, 4, 8
     args.student = args.student if args.init == "student" else None     # a run is what it read

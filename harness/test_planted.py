@@ -84,7 +84,7 @@ PLANTED = [  # (module, what the source says, the mistake, the test that notices
      "Deployment.test_landing_leaves_room_and_ends_at_0"),
     (rl, "std = STD[1] + (STD[0] - STD[1]) * left", "std = STD[0]",
      "Loop.test_one_part_learns_at_a_rate_that_falls_to_0"),
-    (rl, "(args.lr or LR[args.channel]) * left", "(args.lr or LR[args.channel])",
+    (rl, "args.lr * left", "args.lr",
      "Loop.test_one_part_learns_at_a_rate_that_falls_to_0"),
     (rl, "noise_and_targets(teacher, HELD_OUT, args", "noise_and_targets(teacher, 2, args",
      "Results.test_training_monitor_and_table_share_no_noise"),

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # From the repository:
 from ddpm import (GRIDS, SOLVERS, Solver, T, dpm_leans, estimate,              # noqa: E402
                   hand_solver, make_grid, power_grid, spread)
-from rl_distill import (CLIP_JUMP, LR, NOISES_PER_UPDATE, STD,                 # noqa: E402
+from rl_distill import (CLIP_JUMP, NOISES_PER_UPDATE, STD,                     # noqa: E402
                         JumpPolicy, acting, advantages, antithetic, deployed, jump_losses,
                         next_time, policy_update, rollout, take_jump)
 from harness.runs import find                                                  # noqa: E402
@@ -264,7 +264,7 @@ def learn_shared(net, hand, train_set, reward, args, alpha_bar):
     optimizer, updates = torch.optim.Adam([shared]), args.updates * len(hand)
     for update in range(updates):
         left = 1 - update / updates
-        optimizer.param_groups[0]["lr"] = LR["jump"] * left
+        optimizer.param_groups[0]["lr"] = args.lr * left
         std = STD[1] + (STD[0] - STD[1]) * left
         K = list(hand)[torch.randint(len(hand), (), generator=generator).item()]
         policy = policies[K]
@@ -324,7 +324,7 @@ def hand_kinds(init, steps):
 
 def arms():
     """Every arm, the most important first."""
-    pixels, turn = ("--channel", "pixels"), ("--channel", "pixels", "--eta", "0.3")
+    pixels = "--channel", "pixels"
     out = [Arm("hand", kind, init, k) for init, counts in HAND_STEPS.items() for k in counts
            for kind in hand_kinds(init, k)]
     out += [Arm(group, name, init, k) for group, name, init, counts in (
@@ -338,7 +338,7 @@ def arms():
     out += [
         Arm("half", "rho alone", "teacher", 4, change="rho"),
         Arm("half", "lean alone", "teacher", 4, change="lean"),
-        Arm("pixels", "as published", "teacher", 4, turn),
+        Arm("pixels", "as published", "teacher", 4, (*pixels, "--eta", "0.3", "--lr", "3e-5")),
         Arm("pixels", "last landing, from the learned jumps", "teacher", 4, pixels, "", True),
         Arm("pixels", "last landing", "copy", 1, pixels),
         Arm("control", "own gradient of the weights", "teacher", 4, pixels, "", True),
@@ -348,7 +348,6 @@ def arms():
         Arm("reward", "histogram alone", "teacher", 4, ("--reward", "histogram")),
         Arm("transfer", "learned on the other teacher", "earlier", 4),
         Arm("transfer", "16 training noises", "teacher", 4, ("--noises", "16")),
-        Arm("transfer", "512 training noises", "teacher", 4, ("--noises", "512")),
         Arm("ablation", "REINFORCE (1 epoch)", "teacher", 4, ("--epochs", "1")),
         Arm("ablation", "one baseline for all", "teacher", 4, change="batch"),
         Arm("ablation", "4 times the spread", "teacher", 4, change="wide"),

@@ -30,6 +30,9 @@ TRIES = {                                       # {method: flags, or constants o
     "pixels": [dict(channel="pixels", eta=0.3, group=group, updates=updates, epochs=epochs, lr=lr)
                for group, updates, epochs, lr in (
                    (8, 20, 1, 3e-5), (8, 20, 1, 1e-4), (8, 6, 4, 1e-5), (2, 80, 1, 1e-5))],
+    "landing": [dict(channel="pixels", group=group, updates=updates, epochs=epochs, lr=lr)
+                for group, updates, epochs, lr in (             # from the bundled policy's jumps
+                    (8, 20, 1, 3e-5), (8, 20, 1, 1e-5), (8, 20, 4, 1e-5), (2, 80, 1, 1e-5))],
     "own": [dict(OWN_LR=lr) for lr in (0.01, 0.03, 0.1, 0.2)],
     "search": [dict(SEARCH_STD=std) for std in (
         (0.15, 0.03), (0.07, 0.01), (0.3, 0.03), (0.15, 0.01))],
@@ -43,6 +46,8 @@ def attempt(method, settings, world):
     vars(args).update(flags)
     net, train_set = copy.deepcopy(world.teacher), world.noises(0, args.noises)
     _, solver = world.start("teacher", net, world.reward, args, STEPS)
+    if method == "landing":
+        _, solver, _ = rl_distill.load_policy("checkpoints/policy.pt", world.device)
     policy = rl_distill.JumpPolicy(solver).to(world.device)
     constants = {k: value for k, value in settings.items() if k not in flags}
     with mock.patch.dict(vars(arms), constants):
