@@ -204,7 +204,7 @@ class Ipndm(NamedTuple):
     """iPNDM (Zhang & Chen 2022, arXiv 2204.13902, after PNDM, Liu et al. 2022): Adams-Bashforth on
     eps, in the first jumps of the order that the past allows. No Solver: it remembers eps."""
     grid: list
-    order: int                          # 2..4
+    order: int                          # 1..4
 
     @torch.no_grad()
     def __call__(self, net, z, alpha_bar):
@@ -299,7 +299,6 @@ INIT = {"teacher": (), "student": ("--init", "student"),
 COUNTS = 3, 4, 6, 8                     # where the policy gradient is compared
 HAND_STEPS = {"teacher": (1, 2, 3, 4, 6, 8, 10, 20, 50), "copy": (1, 2, 3, 4, 6, 8),
               "student": (1, 2, 4, 8), "earlier": (4,)}
-ORDERS = 2, 3, 4                        # of iPNDM
 JUDGED = "jump", "student"              # groups whose Fréchet distances are of more images
 
 
@@ -319,7 +318,7 @@ def hand_kinds(init, steps):
     """Names of the hand solvers that are compared at this number of evaluations."""
     if init in ("student", "copy") or steps == 1 or steps >= 10:
         return ["DDIM"]
-    return [*SOLVERS, "DPM++ to t = 1", *(f"iPNDM-{order}" for order in ORDERS if order <= steps)]
+    return [*SOLVERS, "DPM++ to t = 1", *(f"iPNDM-{order}" for order in (3, 4) if order <= steps)]
 
 
 def arms():

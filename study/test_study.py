@@ -224,7 +224,7 @@ class Variants(unittest.TestCase):
 class Readme(unittest.TestCase):
     LABELS = {                                  # {first words of a line: (init, group, names)}
         "DDIM": ("teacher", "hand", "DDIM"), "DPM-Solver++(2M)": ("teacher", "hand", "DPM++"),
-        "iPNDM": ("teacher", "hand", "iPNDM-2", "iPNDM-3", "iPNDM-4"),
+        "iPNDM": ("teacher", "hand", "iPNDM-3", "iPNDM-4"),
         "AB2": ("teacher", "hand", "AB2"), "two numbers": ("teacher", "two", "two numbers"),
         "random search": ("teacher", "search", "random search"),
         "cross-entropy": ("teacher", "cem", "cross-entropy method"),
