@@ -8,7 +8,7 @@ Few-step sampling as a Markov decision process (ReDiF, arXiv 2512.22802), writte
     reward  at the end only: likeness to the teacher's image of the same noise
 
     python rl_distill.py                            # bundled weights, no data, no internet
-    python rl_distill.py --channel pixels --eta 0.3 # as ReDiF: weights learn, every jump explores
+    python rl_distill.py --channel pixels --eta 0.3 --lr 3e-5   # as ReDiF: the weights learn
     python rl_distill.py --smoke                    # seconds, numbers mean nothing
 
 Reads --teacher, --encoders and, with --init student, --student; writes to --out: policy.pt,
@@ -31,16 +31,17 @@ from teacher import HELD_OUT, TARGET, draw, load_teacher, noise_and_targets
 from student import JumpUNet, load_student
 from reward import TERMS, Reward, load_encoder, print_comparison, rewards
 from harness.checkpoints import (frozen_network, half_weights, load_checkpoint, load_state,
-                                 provenance, rebuilding, save_checkpoint, save_state, write_whole)
+                                 provenance, rebuilding, save_checkpoint, save_state)
 from harness.figures import plot_panels, plot_strips
 from harness.runs import (BadInput, checksum, claim_run, device_name, log_line, number,
-                          parser_for, pick_device, read_log, run_flags, run_main, settings)
+                          parser_for, pick_device, read_log, run_flags, run_main, settings,
+                          write_whole)
 
-STD = 0.07, 0.01            # of u, at the first and towards the last update; 0.05..0.2, a seventh
+STD = 0.07, 0.01            # of u, at the first update, 0.05..0.2, and towards the last
 CLIP_JUMP = 0.2             # PPO's clip range, 0.1..0.3
 CLIP_PIXELS = 1e-4          # the same for a density that is a mean over dimensions, 1e-5..1e-3
 SIGMA_FLOOR = 0.02          # noise on the jump to t = 0 (DDIM sigma 0); in training, not deployment
-PIXELS = dict(updates=20, group=8, epochs=1, lr=1e-5)       # other defaults of channel 'pixels'
+PIXELS = dict(updates=20, group=8, epochs=1, lr=1e-5)       # --channel pixels; one pass, no clip
 NOISES_PER_UPDATE = 16      # M, 8..64
 HAND_NOISES = 64            # training noises on which the hand solvers are chosen
 LOG_EVERY = 4               # updates from one printed line to the next
@@ -305,13 +306,12 @@ def train(net, policy, train_set, monitor_set, reward, args, out, device):
         adv = advantages(score, args.group)
         # TRAINING
         if args.channel == "jump":
-            diagnostics = policy_update(lambda: jump_losses(policy, jumps, adv, std),
-                                        len(adv) * len(jumps), optimizer, CLIP_JUMP, args.epochs)
+            clip, losses = CLIP_JUMP, lambda: jump_losses(policy, jumps, adv, std)
         else:
             jumps = [j for j in jumps if j.logp_pixels is not None]
-            diagnostics = policy_update(
-                lambda: pixel_losses(net, net_ref, jumps, adv, args.eta, args.kl, alpha_bar),
-                len(adv) * len(jumps), optimizer, CLIP_PIXELS, args.epochs)
+            clip, losses = CLIP_PIXELS, lambda: pixel_losses(net, net_ref, jumps, adv, args.eta,
+                                                             args.kl, alpha_bar)
+        diagnostics = policy_update(losses, len(adv) * len(jumps), optimizer, clip, args.epochs)
 
         if (update + 1) % LOG_EVERY and update + 1 < args.updates:
             continue
@@ -363,7 +363,7 @@ def plot_alignment(rows, K, path):
 
 def plot_grid(result, folder, path):
     """Reward over training; learned times and leans beside those of the hand solvers."""
-    log, K, own = read_log(folder / "log.jsonl"), result["steps"], dpm_leans(result["times"])
+    log, K, dpm = read_log(folder / "log.jsonl"), result["steps"], dpm_leans(result["times"])
     updates, jumps, ends = [row["update"] for row in log], range(1, K + 1), range(K + 1)
     plot_panels([
         ("update", "reward", [("exploring", updates, [row["reward"] for row in log], "-"),
@@ -372,7 +372,7 @@ def plot_grid(result, folder, path):
             (f"{name} grid", ends, make_grid(name, K), style)
             for name, style in zip(GRIDS, ("--", ":", "-.")))]),
         ("jump", "lean", [("learned", jumps, result["leans"], "o-"),
-                          ("DPM-Solver++(2M) on these times", jumps, own, "--"),
+                          ("DPM-Solver++(2M) on these times", jumps, dpm, "--"),
                           ("AB2", jumps[1:], [0.5] * (K - 1), "-."),
                           ("DDIM", jumps, [0] * K, ":")])], path)
 
@@ -390,16 +390,16 @@ def parse_args(argv=None):
     a("--init", choices=["teacher", "student"], default="teacher",
       help="who jumps: a copy of the teacher, or the cloned student")
     a("--channel", choices=["jump", "pixels"], default="jump",
-      help="action that explores and learns: u, or x_next by the network's weights")
+      help=f"action that explores and learns: u, or x_next by the network's weights; then {PIXELS}")
     a("--steps", type=number(int, 1, 64), default=4, help="K, evaluations per image, 1..16")
     a("--reward", default="feature+perceptual", help=f"sum of {', '.join(TERMS)}; term:weight")
     a = p.add_argument_group("how").add_argument
-    a("--updates", type=number(int, 1), default=80, help="policy updates, 20..500; pixels: 20")
+    a("--updates", type=number(int, 1), default=80, help="policy updates, 20..500")
     a("--noises", type=number(int, 4), default=128, help="training noises, each with one target")
-    a("--group", type=number(int, 2), default=2, help="G, rollouts of each noise, even; pixels: 8")
-    a("--epochs", type=number(int, 1), default=4, help="PPO's passes; 1: REINFORCE; pixels: 1")
+    a("--group", type=number(int, 2), default=2, help="G, rollouts of each noise, even, 2..16")
+    a("--epochs", type=number(int, 1), default=4, help="PPO's passes, 1..8; 1: REINFORCE")
     a("--lr", type=number(float, 1e-9, 1), default=0.05, help="Adam's first rate, falls to 0: of u "
-      "0.01..0.1, of the network 3e-6..3e-5; pixels: 1e-5")
+      "0.01..0.1, of the network 3e-6..3e-5")
     a("--eta", type=number(float, 0, 1), default=0.0, help="exploration of the pixels before the "
       "last jump, Eq. 16 DDIM; 0: only the last jump explores, 0..0.3")
     a("--kl", type=number(float, 0, 1e6), default=0.0, help="weight of the KL to the start, 0..1")
@@ -411,7 +411,7 @@ def parse_args(argv=None):
         args = p.parse_args(argv)
     if args.smoke:
         args.updates, args.noises, args.held_out = 8, 4, 8
-    args.student = args.student if args.init == "student" else None     # a run is what it read
+    args.student = args.student if args.init == "student" else None
     if args.group % 2:
         p.error("--group must be even: exploration comes in antithetic pairs")
     if args.steps == 1 and args.channel == "jump":
@@ -445,7 +445,8 @@ def main(argv=None):
           f"parameters | {args.steps} evaluations per image, {args.updates} updates")
     train_set = noise_and_targets(teacher, 0, args.noises, device)
     held_set = noise_and_targets(teacher, HELD_OUT, args.held_out, device)
-    monitor_set = noise_and_targets(teacher, HELD_OUT + 10 ** 6, MONITOR, device)
+    watched = min(MONITOR, args.held_out)
+    monitor_set = noise_and_targets(teacher, HELD_OUT + 10 ** 6, watched, device)
     rows = dict(target=dict(images=held_set[1], reward=torch.zeros(args.held_out, device=device)))
     some = [x[:HAND_NOISES] for x in train_set]
     jumpers = [("", net)] if args.init == "teacher" else [("teacher, ", teacher), ("", net)]
@@ -476,4 +477,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, "--group or --noises")
+    run_main(main, "--group")

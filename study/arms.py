@@ -5,7 +5,7 @@ random search, the cross-entropy method, the reward's own gradient, and two numb
 All see the same training noises and the same reward, and spend no more network evaluations than the
 policy gradient spends on its rollouts; but for the last they start at the same hand solver.
 Variants of the policy gradient are its flags, CHANGES or classes below. The settings of the methods
-were chosen by tune.py, four a method. Next file: run.py, which plays the arms and keeps the books.
+were chosen by tune.py. Next file: run.py, which plays the arms and keeps the books.
 """
 import copy
 import itertools
@@ -36,25 +36,18 @@ BACKWARD = 2                                    # a backward pass costs two eval
 # ==== BUDGET ==================================================================================
 
 
-def rollouts(args):
-    """Rollouts that channel 'jump' of rl_distill.py explores with: updates x noises x group."""
-    return args.updates * min(NOISES_PER_UPDATE, args.noises) * args.group
-
-
 def evaluations(args):
-    """Network evaluations that rl_distill.py learns from: rollouts, and for pixels also the passes
-    of the U-Net's own update. Not counted, here and for all competitors: the choice of the hand
-    solver and what is merely printed."""
-    M, G, K = min(NOISES_PER_UPDATE, args.noises), args.group, args.steps
-    if args.channel == "jump":
-        return args.updates * M * G * K
-    explored = K if args.eta > 0 else 1                             # jumps of each rollout
-    return args.updates * M * G * (K + args.epochs * explored * (1 + BACKWARD + (args.kl > 0)))
+    """Network evaluations that rl_distill.py learns from: K a rollout, and for pixels also the
+    passes of the U-Net's own update. Not counted, here and for all competitors: the choice of the
+    hand solver, the jumps that an arm starts from, and what is merely printed."""
+    rollouts = args.updates * min(NOISES_PER_UPDATE, args.noises) * args.group
+    again = args.epochs * (1 + BACKWARD + (args.kl > 0)) * (args.steps if args.eta > 0 else 1)
+    return rollouts * (args.steps + again * (args.channel == "pixels"))
 
 
 # ==== COMPETITORS =============================================================================
 # (net, policy at the hand solver, (z (N, 3, H, W), targets of z), reward, rollouts, alpha_bar
-# (T + 1,), seed) -> (policy, network evaluations that were spent)
+# (T + 1,), seed) -> (policy, network evaluations that were spent). own_weights changes net itself.
 
 
 def mask(policy):
@@ -225,8 +218,7 @@ class Ipndm(NamedTuple):
 def exploring(*entries):
     """antithetic() of the entries of u that are 1 in `entries` alone: only they are learned."""
     def noise(shape, generator, device):
-        drawn = antithetic(shape, generator, device)
-        return drawn * torch.tensor(entries, device=device) if len(shape) == 2 else drawn
+        return antithetic(shape, generator, device) * torch.tensor(entries, device=device)
     return noise
 
 
@@ -338,9 +330,9 @@ def arms():
         Arm("half", "rho alone", "teacher", 4, change="rho"),
         Arm("half", "lean alone", "teacher", 4, change="lean"),
         Arm("pixels", "as published", "teacher", 4, (*pixels, "--eta", "0.3", "--lr", "3e-5")),
-        Arm("pixels", "last landing, from the learned jumps", "teacher", 4, pixels, "", True),
+        Arm("pixels", "last landing, from the learned jumps", "teacher", 4, pixels, learned=True),
         Arm("pixels", "last landing", "copy", 1, pixels),
-        Arm("control", "own gradient of the weights", "teacher", 4, pixels, "", True),
+        Arm("control", "own gradient of the weights", "teacher", 4, pixels, learned=True),
         Arm("reward", "feature alone", "teacher", 4, ("--reward", "feature")),
         Arm("reward", "perceptual alone", "teacher", 4, ("--reward", "perceptual")),
         Arm("reward", "MSE alone", "teacher", 4, ("--reward", "mse")),

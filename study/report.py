@@ -18,7 +18,7 @@ DRAWN = [("DDIM", "teacher"), ("DPM++", "teacher"), ("AB2", "teacher"),
          ("policy gradient", "copy")]
 STYLES = ":", "--", "-."
 FIGURE = ROOT / "figures" / "study.png"
-MARKERS = "<!-- second version: begin -->", "<!-- second version: end -->"
+MARKERS = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 # ==== TABLES ==================================================================================
 
@@ -68,9 +68,9 @@ def frechet(same):
 
 def closed(same):
     """Per cent closed ± spread over seeds (standard error over noises)."""
-    return mean_std([100 * row["closed"] for row in same], ".0f") + " ({:.1f})".format(
-        statistics.fmean(abs(100 * row["closed"] * row["gain_error"] / (row["gain"] or 1))
-                         for row in same))
+    errors = [100 * row["gain_error"] / (row["gain"] - row["reward"]) for row in same]
+    return (mean_std([100 * row["closed"] for row in same], ".0f")
+            + f" ({statistics.fmean(errors):.1f})")
 
 
 def cost(same):
@@ -117,16 +117,19 @@ def tables(rows, missing):
 
 
 def picture(rows, path):
-    """Reward and Fréchet distance against evaluations, of the samplers that have a line in both.
-    The target's own reward, 0, has no place on an axis of logarithms."""
+    """Reward and Fréchet distance against evaluations, of DRAWN."""
     lines = {arm: mine for arm, mine in lines_of(rows).items() if arm[1:] in DRAWN}
+
+    def curve(arm, style, column, sign):
+        group, name, init = arm
+        at = {k: sign * statistics.fmean(row[column] for row in lines[arm] if row["steps"] == k)
+              for k in sorted({row["steps"] for row in lines[arm]})}
+        at = {k: y for k, y in at.items() if y > 1e-4}          # no place for 0 on a log axis
+        return (f"{init}, {name}", [*at], [*at.values()],
+                style if (group, init) == ("hand", "teacher") else "o-")
     if lines:
         plot_panels([("network evaluations", label, [
-            (f"{init}, {name}", counts := sorted({row["steps"] for row in mine
-                                                  if sign > 0 or row["reward"] < -1e-4}),
-             [sign * statistics.fmean(row[column] for row in mine if row["steps"] == k)
-              for k in counts], style if (group, init) == ("hand", "teacher") else "o-")
-            for ((group, name, init), mine), style in zip(lines.items(), itertools.cycle(STYLES))])
+            curve(arm, style, column, sign) for arm, style in zip(lines, itertools.cycle(STYLES))])
             for label, column, sign in (("distance to the target, -reward", "reward", -1),
                                         ("Fréchet distance, judge", "frechet", 1))],
             path, xscale="log", yscale="log")

@@ -27,9 +27,9 @@ import report
 # From the repository:
 import rl_distill
 from ddpm import SOLVERS, Solver, linear_alpha_bar, seeded_noise
-from harness.checkpoints import load_checkpoint, provenance, save_checkpoint, write_whole
+from harness.checkpoints import load_checkpoint, provenance, save_checkpoint
 from harness.runs import (ROOT, checksum, claim_run, device_name, log_line, number, pick_device,
-                          read_log, run_main)
+                          read_log, run_main, write_whole)
 from reward import encode, judged_frechet, rewards, standard_error
 from rl_distill import (HAND_NOISES, JumpPolicy, best_by_hand, load_inputs, load_policy,
                         save_policy, train)
@@ -81,13 +81,14 @@ def alive(pid):
 def claim(path):
     """True for one process alone, until that one is dead. It wrote its name to the first of path.0,
     path.1, ... that there was not; all before hold names of the dead."""
+    me = alive(os.getpid())
     for n in range(10 ** 6):
         holder = Path(f"{path}.{n}")
         with contextlib.suppress(FileExistsError):
-            write_whole(holder, alive(os.getpid()).encode(), new=True)
-            return True
-        if alive(holder.read_text().split()[0]) == holder.read_text():
-            return False
+            write_whole(holder, me.encode(), new=True)
+        name = holder.read_text()
+        if name and alive(name.split()[0]) == name:
+            return name == me
 
 
 # ==== WHAT ALL ARMS SHARE =====================================================================
@@ -191,9 +192,8 @@ class World:
         """Reward (n,) of the hand solver that is best on these very noises: on the teacher, and on
         the networks an arm starts from."""
         starts = {init} if init == "earlier" else {"teacher", init}
-        rewards = [self.hand(arms.Arm("hand", kind, who, steps))["reward"]
-                   for who in starts for kind in arms.hand_kinds(who, steps)]
-        return max(rewards, key=torch.mean)
+        return max((self.hand(arms.Arm("hand", kind, who, steps))["reward"]
+                    for who in starts for kind in arms.hand_kinds(who, steps)), key=torch.mean)
 
     def start(self, init, net, reward, args, K):
         """(name, Solver) of the hand solver at which rl_distill.py starts with K evaluations."""
@@ -215,16 +215,23 @@ def place(arm, seed, world):
     return world.folder(arm.init) / "".join(c if c.isalnum() else "-" for c in words)
 
 
+def claim_of(arm, seed, world):
+    """What is claimed by the process that plays an arm."""
+    path = place(arm, seed, world)
+    return path.with_name(path.name + ".claim")
+
+
 def learned(arm, seed, world):
     """(net, Solver, minutes) of a run of rl_distill.py with the flags of an arm: the one that is
     there, or one that is played now, from its last checkpoint."""
     out = place(arm, seed, world)
     args = rl_distill.parse_args([*command(arm, seed), "--out", str(out), *world.smoke])
+    while not (out / "policy.pt").exists() and not claim(claim_of(arm, seed, world)):
+        time.sleep(1)                           # another process plays it, for an arm of its own
     if not (out / "policy.pt").exists():
         _, net, reward, _ = load_inputs(args, world.device)
-        start, solver = world.start(arm.init, net, reward, args, arm.steps)
-        if arm.learned:
-            start, solver = "learned jumps", learned(jump_arm(arm), seed, world)[1]
+        start, solver = (("learned jumps", learned(jump_arm(arm), seed, world)[1]) if arm.learned
+                         else world.start(arm.init, net, reward, args, arm.steps))
         policy = JumpPolicy(solver).to(world.device)
         args.resume = (out / "config.json").exists()
         claim_run(args, "study")
@@ -260,15 +267,15 @@ def play(arm, seed, world):
         def make():
             hand = {K: world.start("teacher", teacher, reward, args, K)[1] for K in arms.COUNTS}
             solvers = arms.learn_shared(teacher, hand, train_set, reward, args, world.alpha_bar)
-            return {str(K): [*map(list, solver)] for K, solver in solvers.items()}
-        solver = Solver(*world.kept("teacher", f"all {seed} {world.code}", make)[str(arm.steps)])
-        minutes = (time.time() - began) / 60
+            return dict({str(K): [*map(list, solver)] for K, solver in solvers.items()},
+                        minutes=(time.time() - began) / 60 / len(solvers))
+        kept = world.kept("teacher", f"all {seed} {world.code}", make)
+        solver, minutes = Solver(*kept[str(arm.steps)]), kept["minutes"]
     elif arm.group in arms.COMPETITORS:
-        budget = spent // args.steps if arm.group == "control" else arms.rollouts(args)
         solver = (learned(jump_arm(arm), seed, world) if arm.learned else
                   world.start(arm.init, net, reward, args, arm.steps))[1]
         policy, spent = arms.COMPETITORS[arm.group](
-            net, JumpPolicy(solver).to(world.device), train_set, reward, budget,
+            net, JumpPolicy(solver).to(world.device), train_set, reward, spent // args.steps,
             world.alpha_bar, seed)
         solver, minutes = policy.solver(), (time.time() - began) / 60
     else:
@@ -324,8 +331,7 @@ def work(args, world):
     """Play what has no row and no living player, until nothing is left."""
     version, everything = commit(), todo(args, world)
     for arm, seed in everything:
-        path = place(arm, seed, world)
-        if claim(path.with_name(path.name + ".claim")) and (arm, seed) in todo(args, world):
+        if claim(claim_of(arm, seed, world)) and (arm, seed) in todo(args, world):
             row = row_of(arm, seed, world, version)
             log_line(world.results, **row)
             closed = f"closed {100 * row['closed']:4.0f} %" if arm.group != "hand" else " " * 13
