@@ -987,7 +987,7 @@ class Results(Working):
         for one, other in itertools.combinations(drawn, 2):
             self.assertFalse(one & other)
         for z, n, trains in ((train[2][0], 4, True), (base[2], 4, True), (table[2], 8, False),
-                             (train[3][0], rl.MONITOR, False)):
+                             (train[3][0], 8, False)):
             seeds, = [s for s in drawn if torch.equal(seeded_noise(sorted(s), (3, 8, 8)), z)]
             self.assertEqual(len(seeds), n)
             self.assertTrue(max(seeds) < student.CLONE_SEEDS if trains else
