@@ -35,7 +35,7 @@ TARGET = hand_solver("DDIM", "quadratic", 50)   # of the DDIM grids the one with
 HELD_OUT = 10 ** 9          # seeds from here on are never trained on, in any file
 LOG_EVERY, SAVE_EVERY = 50, 500                 # updates
 
-# ==== PIECES: batches, times, averaged weights, learning rate =================================
+# ==== PIECES: batches, times, averaged weights, learning rate, images =========================
 
 
 def draw_batch(images, batch_size, generator):
@@ -71,7 +71,7 @@ def learning_rate(update, updates, peak):
 
 
 def draw(net, solver, z, alpha_bar, eta=0.0, seeds=None):
-    """Images (B, 3, H, W) in [-1, 1] of start noise z, in chunks; the arguments of sample()."""
+    """Images (B, 3, H, W) in [-1, 1] of start noise z, in chunks; eta, seeds: see sample()."""
     images, size = [], chunk_size(z.device)
     for i in tqdm(range(0, len(z), size), desc="drawing", delay=3, leave=False):
         x, some = z[i:i + size], seeds[i:i + size] if seeds else None

@@ -280,7 +280,7 @@ class Arm(NamedTuple):
     steps: int                          # K
     flags: tuple = ()                   # of rl_distill.py, besides --steps, --seed and INIT's
     change: str = ""                    # of CHANGES
-    learned: bool = False               # starts at the jumps that arm 'jump' learned
+    learned: bool = False               # starts at (transfer: is) what arm 'jump' learned
 
 
 COMPETITORS = {"two": two_numbers, "search": random_search, "own": own_gradient,
@@ -337,7 +337,8 @@ def arms():
         Arm("reward", "perceptual alone", "teacher", 4, ("--reward", "perceptual")),
         Arm("reward", "MSE alone", "teacher", 4, ("--reward", "mse")),
         Arm("reward", "histogram alone", "teacher", 4, ("--reward", "histogram")),
-        Arm("transfer", "learned on the other teacher", "earlier", 4),
+        Arm("transfer", "the teacher's jumps", "earlier", 4, learned=True),
+        Arm("transfer", "the teacher's jumps", "copy", 4, learned=True),
         Arm("transfer", "16 training noises", "teacher", 4, ("--noises", "16")),
         Arm("ablation", "REINFORCE (1 epoch)", "teacher", 4, ("--epochs", "1")),
         Arm("ablation", "one baseline for all", "teacher", 4, change="batch"),

@@ -261,7 +261,7 @@ def play(arm, seed, world):
     began, args = time.time(), rl_distill.parse_args([*command(arm, seed), *world.smoke])
     teacher, net, reward, _ = load_inputs(args, world.device)
     train_set, spent = world.noises(0, args.noises), arms.evaluations(args)
-    if arm.name == "learned on the other teacher":
+    if arm.group == "transfer" and arm.learned:
         solver, minutes, spent = learned(jump_arm(arm), seed, world)[1], 0.0, 0
     elif arm.group == "all":
         def make():
@@ -301,7 +301,7 @@ def row_of(arm, seed, world, version):
     best = reward if arm.group == "hand" else world.best_hand(arm.init, arm.steps)
     gain, left = reward - best, -best                   # the target has reward 0
     words = (["study/run.py", "--only", arm.group, "--seeds", str(seed)]
-             if arm.group not in RUNS or arm.change or arm.learned or arm.init == "earlier" else
+             if arm.group not in RUNS or arm.change or arm.learned else
              ["rl_distill.py", *command(arm, seed)])
     return dict(group=arm.group, name=arm.name, init=arm.init, steps=arm.steps, seed=seed,
                 n=world.n, reward=reward.mean().item(), reward_error=standard_error(reward),
