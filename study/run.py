@@ -91,6 +91,16 @@ def claim(path):
             return name == me
 
 
+def mine(path, claimed):
+    """Whether it is for this process to make a file, under a claim; else waits until it is there,
+    or until who is making it died."""
+    while not path.exists():
+        if claim(f"{claimed}.claim"):
+            return not path.exists()
+        time.sleep(1)
+    return False
+
+
 # ==== WHAT ALL ARMS SHARE =====================================================================
 
 def command(arm, seed):
@@ -125,9 +135,10 @@ class World:
         return self.home / weights(init)
 
     def kept(self, init, name, make):
-        """The dict that make() returns, from the disk where it was made before."""
+        """The dict that make() returns, from the disk where it was made before; of several
+        processes one makes it. Delete runs/study where ddpm.py's solvers changed."""
         path = self.folder(init) / f"{name}.pt"
-        if not path.exists():
+        if mine(path, path):
             save_checkpoint(path, "kept", **make())
         return load_checkpoint(path, "kept")
 
@@ -215,20 +226,12 @@ def place(arm, seed, world):
     return world.folder(arm.init) / "".join(c if c.isalnum() else "-" for c in words)
 
 
-def claim_of(arm, seed, world):
-    """What is claimed by the process that plays an arm."""
-    path = place(arm, seed, world)
-    return path.with_name(path.name + ".claim")
-
-
 def learned(arm, seed, world):
     """(net, Solver, minutes) of a run of rl_distill.py with the flags of an arm: the one that is
     there, or one that is played now, from its last checkpoint."""
     out = place(arm, seed, world)
     args = rl_distill.parse_args([*command(arm, seed), "--out", str(out), *world.smoke])
-    while not (out / "policy.pt").exists() and not claim(claim_of(arm, seed, world)):
-        time.sleep(1)                           # another process plays it, for an arm of its own
-    if not (out / "policy.pt").exists():
+    if mine(out / "policy.pt", out):
         _, net, reward, _ = load_inputs(args, world.device)
         start, solver = (("learned jumps", learned(jump_arm(arm), seed, world)[1]) if arm.learned
                          else world.start(arm.init, net, reward, args, arm.steps))
@@ -331,7 +334,7 @@ def work(args, world):
     """Play what has no row and no living player, until nothing is left."""
     version, everything = commit(), todo(args, world)
     for arm, seed in everything:
-        if claim(claim_of(arm, seed, world)) and (arm, seed) in todo(args, world):
+        if claim(f"{place(arm, seed, world)}.claim") and (arm, seed) in todo(args, world):
             row = row_of(arm, seed, world, version)
             log_line(world.results, **row)
             closed = f"closed {100 * row['closed']:4.0f} %" if arm.group != "hand" else " " * 13

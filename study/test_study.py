@@ -332,7 +332,11 @@ class Books(unittest.TestCase):
         with mock.patch.object(run, "claim", return_value=False) as spy, mock.patch.object(
                 run.time, "sleep", side_effect=play):
             self.assertEqual(run.learned(arm, 0, world)[1:], (solver, 7.0))
-        spy.assert_called_once_with(run.claim_of(arm, 0, world))
+        spy.assert_called_once_with(f"{out}.claim")
+        new = self.folder / "new"
+        self.assertTrue(run.mine(new, new) and run.mine(new, new))      # mine until it is there
+        new.touch()
+        self.assertFalse(run.mine(new, new))
 
     def test_tables_stand_between_the_markers_and_nothing_else_changes(self):
         path, (begin, end) = self.folder / "README.md", report.MARKERS
