@@ -292,6 +292,7 @@ COUNTS = 3, 4, 6, 8                     # where the policy gradient is compared
 HAND_STEPS = {"teacher": (1, 2, 3, 4, 6, 8, 10, 20, 50), "copy": (1, 2, 3, 4, 6, 8),
               "student": (1, 2, 4, 8), "earlier": (4,)}
 JUDGED = "jump", "student"              # groups whose Fréchet distances are of more images
+ONCE = "hand", "two"                    # played with seed 0 alone: nothing, or little, is drawn
 
 
 def hand_solvers(kind, steps):
@@ -310,6 +311,8 @@ def hand_kinds(init, steps):
     """Names of the hand solvers that are compared at this number of evaluations."""
     if init in ("student", "copy") or steps == 1 or steps >= 10:
         return ["DDIM"]
+    if init == "earlier":
+        return [*SOLVERS]
     return [*SOLVERS, "DPM++ to t = 1", *(f"iPNDM-{order}" for order in (3, 4) if order <= steps)]
 
 

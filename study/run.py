@@ -158,7 +158,7 @@ class World:
 
     def images(self, arm):
         """Of how many images the Fréchet distance of an arm is: more where it is worth it."""
-        judged = arm.name in SOLVERS or arm.group in arms.JUDGED
+        judged = arm.init != "earlier" and arm.name in SOLVERS or arm.group in arms.JUDGED
         return max(self.n, self.more) if judged else self.n
 
     def drawn(self, net, solver, z):
@@ -324,7 +324,7 @@ def todo(args, world):
     """[(arm, seed)] of everything that has no row yet, the most important first."""
     done = read_rows(world.results)
     chosen = [(arm, seed) for group in arms.GROUPS if group in (args.only or arms.GROUPS)
-              for seed in (args.seeds if group != "hand" else [0])
+              for seed in ([0] if group in arms.ONCE else args.seeds)
               for arm in arms.arms() if arm.group == group]
     return [(arm, seed) for arm, seed in chosen
             if (*arm[:4], seed, world.n, world.images(arm), weights(arm.init)) not in done]
