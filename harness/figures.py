@@ -49,7 +49,7 @@ def plot_panels(panels, path, **axes_settings):
             axis.set_xticks(ticks := sorted({at for _, x, _, _ in lines for at in x}), ticks)
             axis.minorticks_off()
         axis.grid(alpha=0.3)
-        if axis is axes[0, -1] or [*zip(*lines)][0] != [*zip(*panels[-1][2])][0]:
+        if axis is axes[0, -1] or [x[0] for x in lines] != [x[0] for x in panels[-1][2]]:
             axis.legend(fontsize=8)                            # once for panels of the same lines
     figure.savefig(path)
 

@@ -28,8 +28,8 @@ import report
 import rl_distill
 from ddpm import SOLVERS, Solver, linear_alpha_bar, seeded_noise
 from harness.checkpoints import load_checkpoint, provenance, save_checkpoint
-from harness.runs import (ROOT, checksum, claim_run, device_name, log_line, number, pick_device,
-                          read_log, run_main, write_whole)
+from harness.runs import (ROOT, checksum, chunk_size, claim_run, device_name, log_line, number,
+                          pick_device, read_log, run_main, write_whole)
 from reward import encode, judged_frechet, rewards, standard_error
 from rl_distill import (HAND_NOISES, JumpPolicy, best_by_hand, load_inputs, load_policy,
                         save_policy, train)
@@ -164,7 +164,8 @@ class World:
     def drawn(self, net, solver, z):
         """Images (B, 3, H, W) of start noise z by a Solver or an Ipndm."""
         if isinstance(solver, arms.Ipndm):
-            return torch.cat([solver(net, x, self.alpha_bar) for x in z.split(64)])
+            return torch.cat([solver(net, x, self.alpha_bar) for x in
+                              z.split(chunk_size(self.device))])
         return draw(net, solver, z, self.alpha_bar)
 
     def measured(self, net, solver, arm, images=None):
