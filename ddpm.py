@@ -1,4 +1,4 @@
-"""Denoising diffusion: noise schedule, loss, U-Net, the jump, hand solvers, known answers.
+"""Denoising diffusion: noise schedule, loss, the jump, solvers, U-Net, known answers.
 
 The ground everything else stands on: Ho et al. 2020 (DDPM, arXiv 2006.11239), Song et al. 2020
 (DDIM, arXiv 2010.02502) and Lu et al. 2022 (DPM-Solver++, arXiv 2211.01095). ReDiF distils exactly
@@ -7,9 +7,11 @@ this kind of model.
     python ddpm.py            # no data and no network needed, under a minute on two CPU cores
 
 Run alone it replaces the U-Net by the *optimal* prediction for a Gaussian and for a Gaussian
-mixture, which is known in closed form, so that every solver can be checked against the right
-answer. Writes ddpm.png and log.jsonl to a new folder under runs/. Next file: teacher.py.
+mixture, known in closed form: every solver is checked against the right answer, and a policy
+gradient learns a better one in a second, the idea of rl_distill.py in twenty lines. Writes ddpm.png
+and log.jsonl to a new folder under runs/. Next file: teacher.py.
 """
+import itertools
 import math
 from typing import NamedTuple
 
@@ -19,23 +21,26 @@ from torch import nn
 
 # For the demonstration and main alone:
 from harness.figures import new_figure
-from harness.runs import claim_run, log_line, parser_for, pick_device, run_flags, run_main
+from harness.runs import claim_run, log_line, parser_for, run_flags, run_main
 
 # ==============================================================================================
 # CONVENTIONS, used in every file
 #   images   float in [-1, 1], shape (B, 3, H, W)
 #   t        integer in 0..T. t = 0 is clean data; t = T is where sampling starts (trained!)
-#   ab       alpha_bar[t], the share of signal in x_t; ab' that of t_next
+#   ab, ab'  alpha_bar[t] and alpha_bar[t_next], the share of signal in the variance of x_t, x_next
 #   v        what a network predicts: x_t = sqrt(ab) x0 + sqrt(1 - ab) eps, and
 #            v = sqrt(ab) eps - sqrt(1 - ab) x0 (Salimans & Ho 2022, appendix D)
 #   jump     one move t -> t_next, one network evaluation; K jumps make an image, NFE = K
-#   grid     decreasing list of K + 1 times from T to 0
+#   grid     K + 1 decreasing times from T to 0; rho = t_next / t
+#   lean     extrapolation weight: how far a jump follows the trend of the last two estimates
+#   gain     of a residual block: it adds (1 + gain) times its branch; 0 changes nothing
 # ==============================================================================================
 
 T = 1000                                  # number of noise levels, Ho et al. section 4
 BETA_FIRST, BETA_LAST = 1e-4, 0.02        # linear schedule, Ho et al. section 4
-GRIDS = ("uniform", "quadratic", "logsnr")      # hand grids, see make_grid
-SOLVERS = ("DDIM", "DPM++", "AB2")        # hand solvers, see hand_solver
+GRIDS = ("uniform", "quadratic", "logsnr")      # see make_grid
+SOLVERS = ("DDIM", "DPM++", "AB2")        # baseline solvers, see baseline_solver
+NOISE_STREAMS = 1009                      # per seed: the start and up to T jumps; odd
 POINTS = 1000                             # in the plane, of the closed-form demonstration
 
 # ==== NOISE SCHEDULE AND FORWARD PROCESS ======================================================
@@ -48,32 +53,31 @@ def linear_alpha_bar(device="cpu"):
     return alpha_bar.float().to(device)
 
 
-def spread(values, like):
-    """(B,) -> (B, 1, 1, 1): trailing 1s, so that one value per image broadcasts over `like`."""
+def expand_like(values, like):
+    """(B,) -> (B, 1, ..): trailing 1s, so that one value per image broadcasts over `like`."""
     return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def q_sample(x0, t, eps, alpha_bar) -> torch.Tensor:
     """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps. Eq. 4, Ho et al. 2020.
 
-    x0, eps: (B, ...); t: (B,) integers in 0..T.
-    """
-    ab = spread(alpha_bar[t], x0)
+    x0, eps: (B, ...); t: (B,) integers in 0..T."""
+    ab = expand_like(alpha_bar[t], x0)
     return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
 
 
 def x0_and_eps(x_t, t, v, alpha_bar) -> tuple[torch.Tensor, torch.Tensor]:
     """x0_hat = sqrt(ab) x_t - sqrt(1 - ab) v, eps_hat = sqrt(1 - ab) x_t + sqrt(ab) v. Appendix D,
-    Salimans & Ho 2022. x_t, v: (B, ...); t: (B,). The pair explains x_t, whatever v."""
-    ab = spread(alpha_bar[t], x_t)
+    Salimans & Ho 2022. x_t, v: (B, ...); t: (B,). For any v at all, noising x0_hat by eps_hat
+    gives x_t again."""
+    ab = expand_like(alpha_bar[t], x_t)
     return ab.sqrt() * x_t - (1 - ab).sqrt() * v, (1 - ab).sqrt() * x_t + ab.sqrt() * v
 
 
 def simple_loss(net, x0, t, eps, alpha_bar) -> torch.Tensor:
     """L_simple = mean |eps - eps_hat(x_t, t)|^2. Eq. 14 and Algorithm 1, Ho et al. 2020.
 
-    net(x_t, t) -> v, which becomes eps_hat by x0_and_eps. Returns a scalar.
-    """
+    net(x_t, t) -> v, which becomes eps_hat by x0_and_eps. Returns a scalar."""
     x_t = q_sample(x0, t, eps, alpha_bar)
     _, eps_hat = x0_and_eps(x_t, t, net(x_t, t).float(), alpha_bar)
     return F.mse_loss(eps_hat, eps)
@@ -84,8 +88,7 @@ def simple_loss(net, x0, t, eps, alpha_bar) -> torch.Tensor:
 def ddim_sigma(t, t_next, eta, alpha_bar) -> torch.Tensor:
     """sigma = eta sqrt((1 - ab') / (1 - ab)) sqrt(1 - ab / ab'). Eq. 16, Song et al. 2020.
 
-    t, t_next: (B,) integers with t > t_next. Returns (B,); 0 where t_next = 0.
-    """
+    t, t_next: (B,) integers with t > t_next. Returns (B,); 0 where t_next = 0."""
     ab, ab_next = alpha_bar[t], alpha_bar[t_next]
     return eta * ((1 - ab_next) / (1 - ab)).sqrt() * (1 - ab / ab_next).sqrt()
 
@@ -99,13 +102,12 @@ def jump(x_t, x0_hat, t, t_next, alpha_bar, lean=None, x0_last=None, eta=0.0):
 
     Without lean it is DDIM (eta = 0) or DDPM (eta = 1 and t_next = t - 1: the posterior, Eqs. 6-7,
     Ho et al.); lean = dpm_lean(...) makes it DPM-Solver++(2M). x_t, x0_hat, x0_last: (B, ...);
-    x0_last is the estimate of the evaluation before; lean, t, t_next: (B,), t > t_next.
-    """
-    D = x0_hat if lean is None else x0_hat + spread(lean, x_t) * (x0_hat - x0_last)
-    ab, ab_next = spread(alpha_bar[t], x_t), spread(alpha_bar[t_next], x_t)
+    x0_last is the estimate of the evaluation before; lean, t, t_next: (B,), t > t_next."""
+    D = x0_hat if lean is None else x0_hat + expand_like(lean, x_t) * (x0_hat - x0_last)
+    ab, ab_next = expand_like(alpha_bar[t], x_t), expand_like(alpha_bar[t_next], x_t)
     sigma = ddim_sigma(t, t_next, eta, alpha_bar)
     eps = (x_t - ab.sqrt() * D) / (1 - ab).sqrt()
-    direction = (1 - ab_next - spread(sigma, x_t) ** 2).clamp(min=0).sqrt()
+    direction = (1 - ab_next - expand_like(sigma, x_t) ** 2).clamp(min=0).sqrt()
     return ab_next.sqrt() * D + direction * eps, sigma
 
 
@@ -124,32 +126,41 @@ def dpm_lean(t, t_next, t_last, alpha_bar) -> torch.Tensor:
     return torch.where((t_last > t) & (t_next > 0), (then - now) / (2 * (now - last)), 0.0)
 
 
-# ==== HAND SOLVERS: K evaluations are K + 1 times and K leans =================================
+# ==== SOLVERS: how to make an image in K evaluations ==========================================
 
 class Solver(NamedTuple):
-    """How an image is made in K evaluations, the same way for every noise."""
-    grid: list                      # K + 1 integers, decreasing from T to 0
-    leans: list                     # K floats, one per jump
+    """Lists that serve every image, or tensors with one row per image: times (B, K + 1), leans
+    (B, K), gains (B, K, n). A rollout has drawn rows; what is deployed and saved is lists."""
+    times: list                     # K + 1 integers, decreasing from T to 0
+    leans: list                     # K floats; the first has nothing to lean on
+    gains: list = None              # K lists of one float per residual block; None: no gains
 
 
-def power_grid(steps, power):
-    """T (1 - k / steps)^power for k = 0..steps, as strictly decreasing integers."""
-    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** power
-    return strictly_decreasing([round(v) for v in (T * u).tolist()])
+def per_image(solver, n, device):
+    """The times, leans and gains of a Solver as tensors of n rows (gains None: 0 columns).
+    ValueError: the times do not decrease from T to 0, or the lengths do not fit."""
+    K = len(solver.leans[0] if torch.is_tensor(solver.leans) else solver.leans)
+    gains = [[]] * K if solver.gains is None else solver.gains
+    times, leans, gains = (
+        (x if torch.is_tensor(x) else torch.tensor(x)[None]).to(device).expand(n, *[-1] * dims)
+        for x, dims in ((solver.times, 1), (solver.leans, 1), (gains, 2)))
+    if ((times[:, 0] != T).any() or (times[:, -1] != 0).any() or (times.diff(dim=1) >= 0).any()
+            or times.shape[1] != K + 1 or gains.shape[1] != K):
+        raise ValueError(f"times must decrease from {T} to 0, with a lean a jump, not {solver}")
+    return times, leans, gains
 
 
 def make_grid(name, steps):
-    """Decreasing list of steps + 1 integers from T to 0, a hand grid.
+    """Decreasing list of steps + 1 integers from T to 0.
 
     'uniform' and 'quadratic' in t (appendix D.2, Song et al. 2020); 'logsnr': uniform in lambda
-    (Lu et al. 2022), its last point, t = 1, moved on to 0. ValueError for what cannot be.
-    """
+    (Lu et al. 2022), its last point, t = 1, moved on to 0. ValueError for what cannot be."""
     if not 1 <= steps <= T or name not in GRIDS:
         raise ValueError(f"no '{name}' grid of {steps} steps; take one of {GRIDS} and 1..{T} steps")
-    if name != "logsnr":
-        return power_grid(steps, 1 if name == "uniform" else 2)
-    levels = half_log_snr(linear_alpha_bar()[1:])                              # of t = 1 .. T
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    if name != "logsnr":
+        return strictly_decreasing((T * u ** (1 if name == "uniform" else 2)).round().int().tolist())
+    levels = half_log_snr(linear_alpha_bar()[1:])                              # of t = 1 .. T
     wanted = levels[0] + u * (levels[-1] - levels[0])
     nearest = (levels - wanted[:, None]).abs().argmin(1) + 1
     return strictly_decreasing([*nearest.tolist()[:-1], 0])
@@ -162,33 +173,61 @@ def strictly_decreasing(grid):
     return [min(t, T - k) for k, t in enumerate(grid)]
 
 
-def dpm_leans(grid):
-    """dpm_lean() of every jump of a grid, a list of K floats."""
-    times = torch.tensor(grid)
-    return dpm_lean(times[:-1], times[1:], torch.cat([times[:1], times[:-2]]),
-                    linear_alpha_bar()).tolist()
+def baseline_solver(kind, grid_name, steps):
+    """Solver of a kind on a grid. 'DDIM' never leans, 'DPM++' is DPM-Solver++(2M), 'AB2' leans by
+    1/2 at every jump after the first, the last one too: the rule of Adams and Bashforth for equal
+    steps, which PNDM (Liu et al. 2022, arXiv 2202.09778) has for eps, here for x0_hat."""
+    times = torch.tensor(make_grid(grid_name, steps))
+    t, t_next, t_last = times[:-1], times[1:], torch.cat([times[:1], times[:-2]])
+    leans = (dpm_lean(t, t_next, t_last, linear_alpha_bar()) if kind == "DPM++" else
+             torch.where(t_last > t, 0.5 if kind == "AB2" else 0.0, 0.0))
+    return Solver(times.tolist(), leans.tolist())
 
 
-def hand_solver(kind, grid_name, steps):
-    """Solver of a kind on a hand grid. 'DDIM' never leans, 'DPM++' is DPM-Solver++(2M), 'AB2' leans
-    by 1/2 at every jump after the first, the last one too: the rule of Adams and Bashforth for
-    equal steps, which PNDM (Liu et al. 2022, arXiv 2202.09778) has for eps, here for x0_hat."""
-    grid = make_grid(grid_name, steps)
-    if kind == "DPM++":
-        return Solver(grid, dpm_leans(grid))
-    return Solver(grid, [0.0] + [0.5 if kind == "AB2" else 0.0] * (steps - 1))
+def baseline_kinds(net, steps):
+    """The baseline solvers that differ: with one evaluation all are DDIM; and where x0_hat is no
+    estimate of the image (net.clip is False) there is no formula for leans, only for learned ones.
+    """
+    return SOLVERS if net.clip and steps > 1 else SOLVERS[:1]
+
+
+def solver_of(u):
+    """The Solver, one row per image, of u (B, K, 2 + n): of every jump logit rho, lean, n gains.
+
+    t_next = round(rho t), but at most t - 1, and high enough for the jumps to come to still fall.
+    The last jump lands at 0 and the first has no lean, whatever u says."""
+    K, times = u.shape[1], [torch.full_like(u[:, 0, 0], T).long()]
+    for k in range(K - 1):
+        t_next = (torch.sigmoid(u[:, k, 0]) * times[-1]).round().long().clamp(min=K - 1 - k)
+        times.append(torch.minimum(t_next, times[-1] - 1))
+    times.append(torch.zeros_like(times[0]))
+    leans = torch.cat([torch.zeros_like(u[:, :1, 1]), u[:, 1:, 1]], 1)
+    return Solver(torch.stack(times, 1), leans, u[:, :, 2:])
+
+
+def numbers_of(solver, n_gains):
+    """u (K, 2 + n_gains) of a Solver of lists, the inverse of solver_of(); no gains are gains 0."""
+    times = torch.tensor(solver.times, dtype=torch.float64)
+    logit_rho = torch.logit(times[1:] / times[:-1], eps=1e-6).float()
+    gains = torch.tensor(solver.gains or [[0.0] * n_gains] * len(logit_rho))
+    return torch.cat([torch.stack([logit_rho, torch.tensor(solver.leans)], 1), gains], 1)
+
+
+def action_mask(steps, n_gains):
+    """Which entries of u act, (K, 2 + n_gains) of bool: the last rho and the first lean do not."""
+    mask = torch.ones(steps, 2 + n_gains, dtype=torch.bool)
+    mask[-1, 0] = mask[0, 1] = False
+    return mask
 
 
 def seeded_noise(seeds, shape, stream=0, device="cpu"):
     """Standard normal noise, one seed per image: the same seed is the same image in any batch.
 
     seeds: iterable of int; shape: of one image; stream: 0 for the start noise, k for jump k.
-    Drawn on the CPU so that all devices agree; its generator uses 32 bits of a seed, so seeds must
-    lie below 4e9. Returns (len(seeds), *shape).
-    """
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(int(s) * 1009 + stream))
-             for s in seeds]
-    return torch.stack(noise).to(device)
+    Drawn on the CPU, whose generator uses 32 bits of a seed: an odd factor keeps those below 4e9
+    apart. Returns (len(seeds), *shape)."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(
+        int(seed) * NOISE_STREAMS + stream)) for seed in seeds]).to(device)
 
 
 def estimate(net, x_t, t, v, alpha_bar):
@@ -199,30 +238,25 @@ def estimate(net, x_t, t, v, alpha_bar):
 
 
 @torch.no_grad()
-def sample(net, x_T, solver, alpha_bar, eta=0.0, seeds=None, keep=None):
+def sample(net, x_T, solver, alpha_bar, eta=0.0, seeds=None, path=False):
     """Run the reverse process. Algorithm 2, Ho et al. (eta = 1), DDIM or DPM-Solver++ (eta = 0).
 
-    net(x, t, t_next) -> v; x_T: (B, ...) standard normal; seeds: one per image, where eta > 0.
-    Returns x_0 (B, ...); with keep, the list of the states after keep's numbers of jumps (0: x_T).
-    Nothing adds noise on the jump into t = 0: its sigma is 0. ValueError for an impossible grid.
-    """
-    grid, leans = solver
-    if (grid[0] != T or grid[-1] != 0 or any(a <= b for a, b in zip(grid, grid[1:]))
-            or len(leans) != len(grid) - 1):
-        raise ValueError(f"a grid must decrease from {T} to 0, with a lean a jump, not {solver}")
-    x, x0_last, kept = x_T, x_T, {0: x_T}
-    for k, (now, then, lean) in enumerate(zip(grid, grid[1:], leans), start=1):
-        t = torch.full((len(x),), now, device=x.device)
-        t_next = torch.full_like(t, then)
-        x0_hat = estimate(net, x, t, net(x, t, t_next), alpha_bar)
-        lean = torch.full((len(x),), lean if k > 1 else 0.0, device=x.device)
+    net(x, t, t_next, gains) -> v; x_T: (B, ...) standard normal; seeds: one per image, where
+    eta > 0. Returns x_0 (B, ...), with path the list of all K + 1 states, from x_T on. Nothing adds
+    noise on the jump into t = 0: its sigma is 0. ValueError: no seeds, or an impossible solver."""
+    if eta > 0 and seeds is None:
+        raise ValueError("eta above 0 adds noise: give one seed per image")
+    times, leans, gains = per_image(solver, len(x_T), x_T.device)
+    x, x0_last, states = x_T, x_T, [x_T]
+    for k in range(leans.shape[1]):
+        t, t_next, lean = times[:, k], times[:, k + 1], leans[:, k] * (k > 0)
+        x0_hat = estimate(net, x, t, net(x, t, t_next, gains[:, k]), alpha_bar)
         x, sigma = jump(x, x0_hat, t, t_next, alpha_bar, lean, x0_last, eta)
-        if eta > 0 and then > 0:
-            x = x + spread(sigma, x) * seeded_noise(seeds, x.shape[1:], k, x.device)
+        if eta > 0 and sigma.any():
+            x = x + expand_like(sigma, x) * seeded_noise(seeds, x.shape[1:], k + 1, x.device)
         x0_last = x0_hat
-        if keep is not None and k in keep:
-            kept[k] = x
-    return x if keep is None else [kept[k] for k in keep]
+        states += [x] * path
+    return states if path else x
 
 
 # ==== U-NET, Ho et al. 2020, appendix B =======================================================
@@ -251,7 +285,9 @@ def zeroed(module):
 
 
 class ResBlock(nn.Module):
-    """norm SiLU conv, + time, norm SiLU dropout conv, + shortcut. (B, C, H, W) -> (B, C', H, W)."""
+    """norm SiLU conv, + time, norm SiLU dropout conv: the branch. (B, C, H, W) -> (B, C', H, W).
+
+    Returns shortcut(x) + (1 + gain) branch(x); gain: (B, 1), or (B, C') of every channel."""
 
     def __init__(self, c_in, c_out, c_time, dropout):
         super().__init__()
@@ -261,9 +297,11 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, emb):
+    def forward(self, x, emb, gain=None):
         h = self.conv1(F.silu(self.norm1(x))) + self.time(emb)[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        if gain is not None:
+            h = (1 + gain)[:, :, None, None] * h
         return self.shortcut(x) + h
 
 
@@ -294,22 +332,20 @@ class Upsample(nn.Conv2d):
 class UNet(nn.Module):
     """The teacher's network: (x_t (B, 3, H, W), t (B,)) -> v (B, 3, H, W).
 
+    forward's gains: (B, blocks), one of every residual block in the order of evaluation; or
+    (B, channels) of every channel of their branches; None or 0 columns: the plain network. (Gains
+    set by hand, on other branches: FreeU, Si et al. 2023, arXiv 2309.11497.)
     DEVIATES: in Ho et al. it predicts eps. That network spends its first epochs learning to copy
     x_t at high noise, and what is left of its error is magnified by 1 / sqrt(ab), up to 157 times,
     in x0_hat. Predicting v, an untrained network's eps_hat is right at t = T. The loss is theirs:
     of eps, ab |v - v_hat|^2.
     width: channels at full resolution; mults: channel multiple per level, each level halves the
     image; blocks: residual blocks per level; attention: resolutions that get self-attention.
-    `config` rebuilds the network, and is what a checkpoint stores. ValueError for absurd sizes.
-    """
+    `config` rebuilds the network, and is what a checkpoint stores."""
     clip = True                     # x0_hat is an estimate of the image, so it lies in [-1, 1]
 
     def __init__(self, width, mults, blocks, attention, dropout=0.0, image_size=32):
         super().__init__()
-        sizes = (width, *mults, blocks, image_size)
-        if (not all(isinstance(n, int) and n >= 1 for n in sizes) or width * max(mults) > 4096
-                or len(mults) > 6 or blocks > 16 or image_size > 1024):
-            raise ValueError(f"a U-Net cannot have the sizes {sizes}")
         self.config = dict(width=width, mults=list(mults), blocks=blocks, attention=list(attention),
                            dropout=dropout, image_size=image_size)
         c_time = 4 * width
@@ -322,7 +358,7 @@ class UNet(nn.Module):
             last = Attention(c_out) if size in attention else nn.Identity()
             return nn.ModuleList([ResBlock(c_in, c_out, c_time, dropout), last])
 
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.down = nn.ModuleList()
         c, size, skips = width, image_size, [width]
         for level, mult in enumerate(mults):
             for _ in range(blocks):
@@ -335,6 +371,7 @@ class UNet(nn.Module):
                 size //= 2
         self.mid1, self.mid_attention, self.mid2 = (
             ResBlock(c, c, c_time, dropout), Attention(c), ResBlock(c, c, c_time, dropout))
+        self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(mults))):
             for _ in range(blocks + 1):
                 self.up.append(stage(c + skips.pop(), width * mult, size))
@@ -343,23 +380,29 @@ class UNet(nn.Module):
                 self.up.append(Upsample(c, c, 3, padding=1))
                 size *= 2
         self.norm_out, self.conv_out = group_norm(c), zeroed(nn.Conv2d(c, 3, 3, padding=1))
+        self.branches = [m.conv2.out_channels for m in self.modules() if isinstance(m, ResBlock)]
         self.to(memory_format=torch.channels_last)      # about twice as fast on a CPU, measured
 
     def embed(self, t, t_next):
         """(B,) -> (B, 4 width), what every residual block is told. A teacher needs no t_next."""
         return F.silu(self.time_mlp(time_embedding(t, self.config["width"])))
 
-    def forward(self, x, t, t_next=None):
+    def forward(self, x, t, t_next=None, gains=None):
         emb = self.embed(t, t_next)
+        gain = itertools.repeat(None)
+        if gains is not None and gains.shape[1]:
+            each = gains.shape[1] == len(self.branches)
+            gain = iter(gains.split([1] * len(self.branches) if each else self.branches, dim=1))
         h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for layer in self.down:
-            h = layer(h) if isinstance(layer, nn.Conv2d) else layer[1](layer[0](h, emb))
+            h = (layer(h) if isinstance(layer, nn.Conv2d) else
+                 layer[1](layer[0](h, emb, next(gain))))
             skips.append(h)
-        h = self.mid2(self.mid_attention(self.mid1(h, emb)), emb)
+        h = self.mid2(self.mid_attention(self.mid1(h, emb, next(gain))), emb, next(gain))
         for layer in self.up:
-            h = (layer(h) if isinstance(layer, Upsample)
-                 else layer[1](layer[0](torch.cat([h, skips.pop()], dim=1), emb)))
+            h = (layer(h) if isinstance(layer, Upsample) else
+                 layer[1](layer[0](torch.cat([h, skips.pop()], dim=1), emb, next(gain))))
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -374,67 +417,75 @@ class MixtureNet:
     """A perfect network for data from an equal mixture of N(mean_i, std^2 I); one mean: Gaussian.
 
     x_t given i is N(sqrt(ab) mean_i, ab std^2 + 1 - ab), so that
-    E[x0 | x_t] = sum_i p(i | x_t) (mean_i + ab^(1/2) std^2 (x_t - sqrt(ab) mean_i) / variance).
-    """
-    clip = False
+    E[x0 | x_t] = sum_i p(i | x_t) (mean_i + ab^(1/2) std^2 (x_t - sqrt(ab) mean_i) / variance)."""
+    clip, branches = False, []
 
     def __init__(self, means, std, alpha_bar):
         self.means, self.std, self.alpha_bar = means, std, alpha_bar           # means: (M, D)
 
     def x0(self, x, t):
         """E[x0 | x_t = x]: (B, D), (B,) -> (B, D)."""
-        ab = spread(self.alpha_bar[t], x)                                      # (B, 1)
+        ab = expand_like(self.alpha_bar[t], x)                                      # (B, 1)
         offset = x[:, None] - ab[..., None].sqrt() * self.means                # (B, M, D)
         variance = ab * self.std ** 2 + 1 - ab                                 # (B, 1)
         share = torch.softmax(-offset.square().sum(-1) / (2 * variance), 1)[..., None]
         shrink = ab.sqrt() * self.std ** 2 / variance
         return (share * (self.means + shrink[..., None] * offset)).sum(1)
 
-    def __call__(self, x, t, t_next=None):
-        ab = spread(self.alpha_bar[t], x)
+    def __call__(self, x, t, t_next=None, gains=None):
+        ab = expand_like(self.alpha_bar[t], x)
         return (ab.sqrt() * x - self.x0(x, t)) / (1 - ab).sqrt()
 
 
-def gaussian_flow(x_T, mean, std, alpha_bar):
-    """Where infinitely many DDIM steps take x_T if the data are N(mean, std^2 I): same quantile."""
-    ab = alpha_bar[T]
-    return mean + std * (x_T - ab.sqrt() * mean) / (ab * std ** 2 + 1 - ab).sqrt()
+def policy_gradient(net, x_T, target, start, alpha_bar, generator, updates=200, std=0.1, rate=0.3):
+    """The main job of rl_distill.py for points in the plane: learn times and leans from a reward,
+    from the Solver `start` on. x_T: (N, 2), target: (N, 2), the ends to reach. Returns a Solver."""
+    mean = numbers_of(start, 0)                                     # (K, 2): logit rho, lean
+    for _ in range(updates):
+        pick = torch.randint(len(x_T), (64,), generator=generator).repeat_interleave(2)
+        noise = torch.randn(64, *mean.shape, generator=generator) * action_mask(len(mean), 0)
+        noise = torch.stack([noise, -noise], 1).flatten(0, 1)       # antithetic pairs, (128, K, 2)
+        x_0 = sample(net, x_T[pick], solver_of(mean + std * noise), alpha_bar)
+        R = -(x_0 - target[pick]).square().sum(1)                   # reward
+        A = R - R.reshape(-1, 2).mean(1).repeat_interleave(2)       # advantage: better than its pair
+        A = A / A.square().mean().sqrt()
+        mean = mean + rate * std * (A[:, None, None] * noise).mean(0)       # A times the score
+    return Solver(*(rows[0].tolist() for rows in solver_of(mean[None])))
 
 
-def demo(out, seed, device):
-    """Run the solvers on a Gaussian and a mixture in the plane; print errors, draw ddpm.png."""
-    alpha_bar, generator, n = linear_alpha_bar(device), torch.Generator().manual_seed(seed), POINTS
-    x_T, noise, more = torch.randn(3, n, 2, generator=generator).to(device)
-    circle = torch.arange(6, device=device) * math.pi / 3
-    gaussian = MixtureNet(torch.tensor([[0.5, -0.3]], device=device), 0.2, alpha_bar)
-    six = MixtureNet(0.7 * torch.stack([circle.cos(), circle.sin()], 1), 0.07, alpha_bar)
-    exact = six.means.repeat(n // 6 + 1, 1)[:n] + six.std * noise
-    exact_end, rows = gaussian_flow(x_T, gaussian.means, gaussian.std, alpha_bar), []
-    counts, seeds = (2, 3, 4, 6, 8, 20, 50, 1000), range(seed, seed + n)
+def demo(out, seed):
+    """Solvers on a mixture of six, and one that is learned, against 1000 jumps; table and ddpm.png.
+    """
+    alpha_bar, generator = linear_alpha_bar(), torch.Generator().manual_seed(seed)
+    angle, x_T = torch.arange(6) * math.pi / 3, torch.randn(2, POINTS, 2, generator=generator)
+    net = MixtureNet(0.7 * torch.stack([angle.cos(), angle.sin()], 1), 0.07, alpha_bar)
+    many = baseline_solver("DDIM", "uniform", T)
+    train_end, end = (sample(net, x, many, alpha_bar) for x in x_T)
+    panels = {"1000 jumps": (end, many)}
 
-    print("       one Gaussian: rms distance to the exact end, eta 0    std at eta 1\n  NFE  "
-          + "  ".join(f"{kind:>5s} quadratic" for kind in SOLVERS) + f"  exact: {gaussian.std:.3f}")
-    for steps in counts:
-        rms = [(sample(gaussian, x_T, hand_solver(kind, "quadratic", steps), alpha_bar)
-                - exact_end).square().mean().sqrt().item() for kind in SOLVERS]
-        ddim = hand_solver("DDIM", "uniform", steps)
-        std = sample(gaussian, x_T, ddim, alpha_bar, 1.0, seeds).std(0).mean().item()
-        rows.append(rms)
-        print(f"{steps:5d}  " + "  ".join(f"{value:15.5f}" for value in rms) + f"  {std:12.5f}")
-        log_line(out / "log.jsonl", nfe=steps, rms=rms, std=std)
-
-    figure, axes = new_figure(2, 5, (14, 5.8))
-    panels = [(f"forward, t = {t}", q_sample(exact, torch.full((n,), t), more, alpha_bar))
-              for t in (0, 50, 200, 500, 1000)]
-    panels += [(f"reverse, {steps} steps, eta {eta:.0f}", sample(
-        six, x_T, hand_solver("DDIM", "uniform", steps), alpha_bar, eta, seeds))
-        for steps, eta in ((4, 0.0), (20, 0.0), (1000, 0.0), (20, 1.0))]
-    for axis, (title, points) in zip(axes.flat, panels):
-        axis.scatter(*points.T.cpu(), s=1, color="C0" if "forward" in title else "C1")
-        axis.set(title=title, xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), aspect="equal")
-    axes[1, 4].loglog(counts, rows, "o-", markersize=3)
-    axes[1, 4].legend(SOLVERS, fontsize=8)
-    axes[1, 4].set(title="rms error, one Gaussian", xlabel="network evaluations")
+    def error(solver):
+        return (sample(net, x_T[1], solver, alpha_bar) - end).square().sum(1).mean().sqrt().item()
+    print("rms distance to where 1000 jumps end, best of three grids\n  NFE"
+          + "".join(f"{kind:>10s}" for kind in SOLVERS) + "   learned   times | leans")
+    for steps in (2, 3, 4, 6, 8, 20):
+        best = [min((baseline_solver(kind, grid, steps) for grid in GRIDS), key=error)
+                for kind in SOLVERS]
+        rms, text = [error(solver) for solver in best], ""
+        if steps == 3:
+            learned = policy_gradient(net, x_T[0], train_end, best[0], alpha_bar, generator)
+            rms, text = [*rms, error(learned)], f"   {learned.times} | {learned.leans}"
+            panels.update({f"3 jumps, {name}": (sample(net, x_T[1], solver, alpha_bar), solver)
+                           for name, solver in zip((*SOLVERS, "learned"), (*best, learned))})
+        print(f"{steps:5d}" + "".join(f"{value:10.4f}" for value in rms) + text)
+        log_line(out / "log.jsonl", nfe=steps, rms=rms)
+    figure, axes = new_figure(1, 5, (14, 3))
+    for axis, name in zip(axes, ("3 jumps, DDIM", "3 jumps, AB2", "3 jumps, learned", *panels)):
+        axis.scatter(*panels[name][0].T, s=1)
+        axis.set(title=name, xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal")
+        if name in ("3 jumps, DDIM", "3 jumps, learned"):
+            axes[4].plot(range(4), panels[name][1].times, "o-", label=name)
+    axes[4].set(title="times", xlabel="jumps made", ylabel="t")
+    axes[4].legend(fontsize=8)
     figure.savefig(out / "ddpm.png")
 
 
@@ -449,9 +500,9 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device, out = pick_device(args.device), claim_run(args, "ddpm")
+    out = claim_run(args, "ddpm")
     print("config:", vars(args))
-    demo(out, args.seed, device)
+    demo(out, args.seed)                                   # on the CPU: it is points, no images
     print(f"wrote {out}/ddpm.png, log.jsonl")
 
 

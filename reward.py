@@ -11,21 +11,21 @@ Reads --encoders (trained by checkpoints/train_encoders.py) and --teacher; write
 log.jsonl to --out. Next file: rl_distill.py.
 """
 from argparse import ArgumentTypeError
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 # From earlier files:
-from teacher import load_teacher, noise_and_targets
+from ddpm import GRIDS, baseline_kinds, baseline_solver
+from teacher import draw, load_teacher, noise_and_targets
 from harness.checkpoints import frozen_network, load_checkpoint, rebuilding
 from harness.figures import new_figure
 from harness.images import to_unit
 from harness.runs import (BadInput, claim_run, log_line, number, parser_for, pick_device, run_flags,
                           run_main)
 
-NEIGHBOURS = 5              # k of precision/recall/density/coverage, Naeem et al. 2020
 BINS = 32                   # of the intensity histogram, per colour channel
 
 # ==== ENCODERS: images (B, 3, 32, 32) in [-1, 1] -> (list of feature maps, features (B, C), logits)
@@ -90,8 +90,6 @@ def load_encoder(path, role, device="cpu"):
     content = load_checkpoint(path, role)
     with rebuilding(path, role):
         net = frozen_network(ENCODERS[role](**content["config"]), content["weights"], path, device)
-        for name in ("scales",) if role == "coach" else ("mean", "covariance", "features"):
-            content[name]                                           # KeyError: there is none
     return net.to(memory_format=torch.channels_last), content
 
 
@@ -100,6 +98,10 @@ class View(NamedTuple):
     images: torch.Tensor            # (B, 3, H, W) in [-1, 1]
     maps: list                      # of (B, C, h, w), one per layer
     features: torch.Tensor          # (B, C), pooled
+
+    def rows(self, index):
+        """The View of some of the images; index: as of a tensor."""
+        return View(self.images[index], [m[index] for m in self.maps], self.features[index])
 
 
 def look(encoder, images):
@@ -115,14 +117,14 @@ def encode(net, images, batch=500):
 
 
 # ==============================================================================================
-# REWARD TERMS: (View of the images, View of the targets) -> (B,), larger is better, `best` where
+# REWARD TERMS: (View of the images, View of the targets) -> (B,), at most 0, which is reached where
 # they are equal. Each looks at its own pair alone, so no reward depends on the batch.
 # DEVIATES: small encoders trained here stand in for ReDiF's CLIP, DINO and LPIPS.
 # ==============================================================================================
 
 def feature_reward(seen, target):
-    """Cosine of the coach's pooled features, in the place of ReDiF's CLIP and DINO rewards."""
-    return F.cosine_similarity(seen.features, target.features, dim=1)
+    """Cosine of the coach's pooled features, less 1; in the place of ReDiF's CLIP and DINO."""
+    return F.cosine_similarity(seen.features, target.features, dim=1) - 1
 
 
 def perceptual_reward(seen, target):
@@ -151,42 +153,32 @@ def histogram_reward(seen, target):
     return -(p * (p / q).log()).sum(2).mean(1)
 
 
-class Term(NamedTuple):
-    """One entry of the registry."""
-    function: Callable              # (View, View) -> (B,)
-    best: float                     # its value where image and target are equal
-
-
-TERMS = {
-    "feature": Term(feature_reward, 1.0),
-    "perceptual": Term(perceptual_reward, 0.0),
-    "mse": Term(mse_reward, 0.0),
-    "histogram": Term(histogram_reward, 0.0),
-}
+TERMS = {"feature": feature_reward, "perceptual": perceptual_reward, "mse": mse_reward,
+         "histogram": histogram_reward}
 
 
 class Reward:
-    """Weighted sum of standardised terms: sum_i w_i (r_i - best_i) / scale_i, at most 0.
+    """Weighted sum of standardised terms, sum_i w_i r_i / scale_i: at most 0, the target's own.
 
     spec: 'feature+perceptual' or with weights 'feature:2+mse:0.5'. scale_i is the term's standard
     deviation over distorted real images (measured once, stored with the coach), so that weights of
-    different terms mean the same.
-    """
+    different terms mean the same."""
 
     def __init__(self, spec, coach, scales):
         self.coach, self.scales, self.weights = coach, scales, parse_reward(spec)
 
-    def __call__(self, images, targets):
-        """(B, 3, H, W) twice, in [-1, 1] -> (reward (B,), {term: raw value (B,)})."""
-        seen, target = look(self.coach, images), look(self.coach, targets)
-        raw = {name: TERMS[name].function(seen, target) for name in self.weights}
-        return sum(w * (raw[name] - TERMS[name].best) / self.scales[name]
-                   for name, w in self.weights.items()), raw
+    @torch.no_grad()
+    def view(self, targets, batch=500):
+        """View of targets (N, 3, H, W), which the coach sees once, however many images follow."""
+        views = [look(self.coach, x) for x in targets.split(batch)]
+        return View(targets, [torch.cat(m) for m in zip(*(v.maps for v in views))],
+                    torch.cat([v.features for v in views]))
 
-
-def rewards(reward, images, targets, batch=500):
-    """The reward (N,) of images (N, 3, H, W) and their targets, in batches."""
-    return torch.cat([reward(x, y)[0] for x, y in zip(images.split(batch), targets.split(batch))])
+    def __call__(self, images, target):
+        """Reward (B,) of images (B, 3, H, W) in [-1, 1]; target: the View of as many targets."""
+        seen = look(self.coach, images)
+        return sum(weight * TERMS[name](seen, target) / self.scales[name]
+                   for name, weight in self.weights.items())
 
 
 def parse_reward(spec):
@@ -218,8 +210,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). Heusel et al. 2017 (on Inception features).
 
     tr (C1 C2)^(1/2) is the sum of the square roots of the eigenvalues of S C2 S, S = C1^(1/2),
-    symmetric, positive semi-definite: rank-deficient covariances need no epsilon. A float.
-    """
+    symmetric, positive semi-definite: rank-deficient covariances need no epsilon. A float."""
     mean1, cov1, mean2, cov2 = (x.cpu().double() for x in (mean1, cov1, mean2, cov2))
     values, vectors = torch.linalg.eigh(cov1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -227,38 +218,11 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
 
 
-def judged(images, judge, judge_file):
-    """The judge on (N, 3, H, W) images in [-1, 1]: {frechet, precision, recall, density, coverage}.
-
-    Frechet distance to all training images, the others to some of them. Compare at equal N, more
-    than there are features: with fewer a covariance has no full rank.
-    """
-    features = encode(judge, images)
-    return dict(frechet=judged_frechet(features, judge_file),
-                **precision_recall(judge_file["features"].float(), features))
-
-
-def judged_frechet(features, judge_file):
-    """Frechet distance of the judge's features (N, C) of some images to all training images."""
-    return frechet_distance(*moments(features), judge_file["mean"], judge_file["covariance"])
-
-
-def precision_recall(real, fake, k=NEIGHBOURS):
-    """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
-
-    real (N, C), fake (M, C), N, M > k. A fake is precise where it lies in *any* real's ball, whose
-    radius is the distance to its k-th neighbour (not just in the nearest one's). Dict of floats;
-    recall and coverage depend on M, so compare at equal numbers only.
-    """
-    real, fake = real.float(), fake.float()
-    radius_real = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # k + 1: itself is first
-    radius_fake = torch.cdist(fake, fake).kthvalue(k + 1, dim=1).values
-    distance = torch.cdist(real, fake)                                        # (N, M)
-    in_real = distance <= radius_real[:, None]
-    return dict(precision=in_real.any(0).float().mean().item(),
-                recall=(distance <= radius_fake[None, :]).any(1).float().mean().item(),
-                density=(in_real.sum(0).float().mean() / k).item(),
-                coverage=(distance.min(1).values <= radius_real).float().mean().item())
+def judged(images, judge):
+    """Frechet distance of images (N, 3, H, W) in [-1, 1] to all training images; judge: (encoder,
+    its checkpoint). Compare at equal N, more than there are features (160)."""
+    encoder, file = judge
+    return frechet_distance(*moments(encode(encoder, images)), file["mean"], file["covariance"])
 
 
 def standard_error(x):
@@ -266,24 +230,62 @@ def standard_error(x):
     return (x.std() / len(x) ** 0.5).item()
 
 
-def print_comparison(rows, judge):
-    """Compare rows {name: dict of reward (B,), images (B, 3, H, W)} of the same noises, 'target'
-    first, with the last of them, paired. judge: (encoder, its checkpoint). Returns a table of
-    floats; closed: the share of a row's distance to the target that the last one makes good."""
-    table, names, target, (encoder, file) = {}, list(rows), rows["target"]["reward"], judge
-    width = max(map(len, names))
-    print(f"{'':{width}s}    reward ± error   Fréchet     gain ± error   closed")
-    for name in names:
-        reward, gain = rows[name]["reward"], rows[names[-1]]["reward"] - rows[name]["reward"]
-        values = dict(reward=reward.mean(), error=standard_error(reward),
-                      frechet=judged_frechet(encode(encoder, rows[name]["images"]), file))
-        text = "{:{width}s} {reward:8.4f} ± {error:6.4f} {frechet:9.3f}"
-        if name not in ("target", names[-1]):
-            values.update(gain=gain.mean(), gain_error=standard_error(gain),
-                          closed=gain.mean() / (target - reward).mean().clamp(min=1e-9))
-            text += " {gain:8.4f} ± {gain_error:6.4f} {closed:7.0%}"
-        print(text.format(name, width=width, **values))
-        table[name] = {key: float(value) for key, value in values.items()}
+def closed(reward, start):
+    """(share, standard error) of the way from `start` to the target that `reward` has gone; both
+    (B,), of the same noises; the target's reward is 0. The error is that of a ratio of means."""
+    gain, left = reward - start, -start
+    share = (gain.mean() / left.mean()).item()
+    return share, standard_error(gain - share * left) / left.mean().item()
+
+
+# ==== BASELINES AND THE TABLE =================================================================
+
+class Row(NamedTuple):
+    """One sampler in the table of results, all on the same noises."""
+    name: str
+    nfe: int                        # network evaluations per image
+    trained: int                    # network evaluations that it learned from
+    images: torch.Tensor            # (B, 3, H, W)
+    reward: torch.Tensor            # (B,)
+    start: "Row" = None             # of what was learned: the row it started from
+
+
+@torch.no_grad()
+def score(net, solver, z, target, reward, alpha_bar, batch=500):
+    """Images (B, 3, H, W) that a solver makes of z, and their reward (B,). target: a View."""
+    images = draw(net, solver, z, alpha_bar)
+    parts = [slice(i, i + batch) for i in range(0, len(z), batch)]
+    return images, torch.cat([reward(images[rows], target.rows(rows)) for rows in parts])
+
+
+def best_baselines(net, steps, z, target, reward, alpha_bar):
+    """{kind: (grid, Solver)}: of each kind of baseline solver the grid with the largest mean reward
+    on these noises; the best kind comes first."""
+    best = {}
+    for kind in baseline_kinds(net, steps):
+        for grid in GRIDS:
+            solver = baseline_solver(kind, grid, steps)
+            mean = score(net, solver, z, target, reward, alpha_bar)[1].mean().item()
+            best[kind] = max(best.get(kind, (-float("inf"),)), (mean, grid, solver))
+    return {kind: best[kind][1:] for kind in sorted(best, key=best.get, reverse=True)}
+
+
+def print_table(rows, judge):
+    """Print Rows and return them as {name: dict of floats}. closed: of the way from what a learned
+    row started at to the target, in per cent."""
+    width, table = max(len(row.name) for row in rows), {}
+    print(f"{'':{width}s}  NFE    trained   reward ± error    closed       Fréchet")
+    for row in rows:
+        values = dict(nfe=row.nfe, trained=row.trained, reward=row.reward.mean().item(),
+                      error=standard_error(row.reward), frechet=judged(row.images, judge))
+        text = " " * 12
+        if row.start:
+            share, error = closed(row.reward, row.start.reward)
+            values.update(closed=share, closed_error=error, start=row.start.name)
+            text = f"{share:6.0%} ± {error:3.0%}"
+        print("{:{width}s} {nfe:4d} {trained:10,d} {reward:8.3f} ± {error:.3f} {}{frechet:9.2f}"
+              .format(row.name, text, width=width, **values))
+        table[row.name] = values
     return table
 
 
@@ -293,8 +295,7 @@ def distort(images, kind, level, generator):
     """images (B, 3, H, W) -> distorted copy; level in 0..1 (0 changes nothing).
 
     'noise': Gaussian of std level / 2; 'blur': Gaussian of std 2 level pixels; 'shift': sideways by
-    level / 4 of the width; 'wrong': a level-share of blending with another image of the batch.
-    """
+    level / 4 of the width; 'wrong': a level-share of blending with another image of the batch."""
     if level == 0:
         return images.clone()
     if kind == "noise":
@@ -321,7 +322,7 @@ def term_scales(coach, images):
     generator, target = torch.Generator().manual_seed(0), look(coach, images)
     seen = [look(coach, distort(images, kind, level, generator))
             for kind in DISTORTIONS for level in (0.25, 0.5, 0.75, 1.0)]
-    return {name: torch.cat([term.function(view, target) for view in seen]).std().item()
+    return {name: torch.cat([term(view, target) for view in seen]).std().item()
             for name, term in TERMS.items()}
 
 
@@ -329,8 +330,7 @@ def term_scales(coach, images):
 def show_rewards(images, coach, scales, path):
     """Print and draw each term's mean standardised reward of distorted images (B, 3, H, W).
 
-    Returns {'distortion term': [reward at levels 0, 1/4, 1/2, 3/4, 1]}.
-    """
+    Returns {'distortion term': [reward at levels 0, 1/4, 1/2, 3/4, 1]}."""
     levels, target, table = (0.0, 0.25, 0.5, 0.75, 1.0), look(coach, images), {}
     figure, axes = new_figure(2, len(DISTORTIONS), (12, 4.6), height_ratios=[1, 2.4])
     print(f"standardised reward, {len(images)} images (0: like the teacher), of levels "
@@ -343,8 +343,7 @@ def show_rewards(images, coach, scales, path):
         axes[0, column].set_title(kind)
         axes[0, column].axis("off")
         for name, term in TERMS.items():
-            curve = [((term.function(view, target).mean() - term.best) / scales[name]).item()
-                     for view in seen]
+            curve = [(term(view, target).mean() / scales[name]).item() for view in seen]
             axes[1, column].plot(levels, curve, "o-", label=name, markersize=3)
             table[f"{kind} {name}"] = curve
             print(f"{kind:>6s} {name:>11s} " + " ".join(f"{value:8.3f}" for value in curve))

@@ -7,8 +7,7 @@
 
 Each image has its own seed (--seed, --seed + 1, ...): same seed, same start noise for every model,
 in any batch, on any device. --evaluate compares on the same noises: reward (likeness to the
-teacher's target), Frechet distance to training images, precision/recall/density/coverage in the
-judge's features, time. Writes samples.png, path.png or frontier.png, and log.jsonl, to --out.
+teacher's target), Frechet distance to training images in the judge's features, time. Writes samples.png, path.png or frontier.png, and log.jsonl, to --out.
 """
 import math
 import time
@@ -17,36 +16,24 @@ from pathlib import Path
 import torch
 
 # From earlier files:
-from ddpm import (GRIDS, SOLVERS, T, hand_solver, linear_alpha_bar, parameter_count, sample,
-                  seeded_noise)
+from ddpm import (GRIDS, SOLVERS, T, baseline_kinds, baseline_solver, linear_alpha_bar,
+                  parameter_count, sample, seeded_noise)
 from teacher import HELD_OUT, TARGET, draw, load_teacher, noise_and_targets
-from student import load_student
-from reward import Reward, judged, load_encoder, rewards, standard_error
-from rl_distill import hand_kinds, load_policy
-from harness.checkpoints import load_checkpoint, save_npz
+from reward import Reward, judged, load_encoder, score, standard_error
+from rl_distill import load_model
+from harness.checkpoints import save_npz
 from harness.figures import plot_panels, save_picture
 from harness.images import to_uint8
 from harness.runs import (BadInput, claim_run, device_name, log_line, number,
                           parser_for, pick_device, run_flags, run_main)
 
-# ==== MODELS: a policy says itself how it jumps, teacher and student are told by a hand solver
-
-
-def load_model(path, device):
-    """Any checkpoint that makes images. Returns (net, solver, content): of a policy its own Solver,
-    of a teacher or a student None."""
-    kind = load_checkpoint(path, ("teacher", "student", "policy"))["kind"]
-    if kind == "policy":
-        return load_policy(path, device)
-    net, content = (load_teacher if kind == "teacher" else load_student)(path, device)
-    return net, None, content
-
+# ==== PICTURES ================================================================================
 
 def draw_path(net, solver, z, alpha_bar, eta, seeds, most=11):
-    """At most `most` states from z to the image: (B, states, 3, H, W), nothing else is kept."""
-    K = len(solver.leans)
-    keep = torch.linspace(0, K, min(K + 1, most)).round().int().tolist()
-    return torch.stack(sample(net, z, solver, alpha_bar, eta, seeds, keep), 1)
+    """At most `most` states from z to the image, evenly chosen: (B, states, 3, H, W)."""
+    states = sample(net, z, solver, alpha_bar, eta, seeds, path=True)
+    keep = torch.linspace(0, len(states) - 1, min(len(states), most)).round().int().tolist()
+    return torch.stack([states[k] for k in keep], 1)
 
 
 # ==== EVALUATION ==============================================================================
@@ -59,9 +46,9 @@ def contenders(path, steps, device):
         yield f"{name}, learned", net, learned
         return
     for K in steps:
-        for kind in hand_kinds(net):
+        for kind in baseline_kinds(net, K):
             for grid in GRIDS:
-                yield f"{name}, {kind} {grid}", net, hand_solver(kind, grid, K)
+                yield f"{name}, {kind} {grid}", net, baseline_solver(kind, grid, K)
     if content["kind"] == "teacher":
         yield f"{name}, its target", net, TARGET
 
@@ -71,23 +58,20 @@ def evaluate(args, models, reward, judge, teacher, out, device):
     """The table and frontier.png; models: lists of contenders. Returns the rows."""
     alpha_bar, rows = linear_alpha_bar(device), []
     z, target = noise_and_targets(teacher, args.seed, args.n, device)
-    print(f"\n{args.n} noises; reward {args.reward}, 0: the target; by the judge: Frechet distance "
-          "to all training images, precision, recall, density, coverage (compare at equal --n)\n"
-          f"{'sampler':40s} {'NFE':>4s} {'reward':>17s} {'Frechet':>8s} {'prec':>6s} "
-          f"{'recall':>6s} {'dens':>6s} {'cover':>6s} {'ms':>7s}")
-    target.sum().item()                                    # a GPU is waited for before each clock
+    print(f"\n{args.n} noises; reward {args.reward}, 0: the target; Frechet distance to all training "
+          f"images by the judge (compare at equal --n)\n{'sampler':40s} {'NFE':>4s} "
+          f"{'reward':>17s} {'Frechet':>8s} {'ms':>7s}")
+    target = reward.view(target)
+    target.features.sum().item()                           # a GPU is waited for before each clock
     for name, net, solver in (contender for model in models for contender in model):
         start = time.time()
-        images = draw(net, solver, z, alpha_bar)
-        images.sum().item()
-        ms = 1000 * (time.time() - start) / len(z)
-        score = rewards(reward, images, target)
-        rows.append(dict(name=name, nfe=len(solver.leans), reward=score.mean().item(),
-                         error=standard_error(score), ms=ms, **judged(images, *judge)))
+        images, R = score(net, solver, z, target, reward, alpha_bar)
+        rows.append(dict(name=name, nfe=len(solver.leans), reward=R.mean().item(),
+                         error=standard_error(R), frechet=judged(images, judge),
+                         ms=1000 * (time.time() - start) / len(z)))
         log_line(out / "log.jsonl", **rows[-1])
-        print("{name:40s} {nfe:4d} {reward:8.4f} ± {error:6.4f} {frechet:8.4f} {precision:6.3f} "
-              "{recall:6.3f} {density:6.3f} {coverage:6.3f} {ms:7.2f}".format(**rows[-1]),
-              flush=True)
+        print("{name:40s} {nfe:4d} {reward:8.4f} ± {error:6.4f} {frechet:8.4f} {ms:7.2f}".format(
+            **rows[-1]), flush=True)
     plot_frontier(rows, out / "frontier.png")
     return rows
 
@@ -113,12 +97,12 @@ def parse_args(argv=None):
     a("--model", nargs="+", default=["checkpoints/policy.pt"], help="teacher, student or policy")
     a("--steps", type=number(int, 1, T), nargs="+",
       help="evaluations per image of a teacher or a student (default: 4); a policy has its own")
-    a("--solver", choices=SOLVERS, help="hand solver of a teacher or a student (default: DDIM)")
+    a("--solver", choices=SOLVERS, help="baseline solver of a teacher or a student (default: DDIM)")
     a("--grid", choices=GRIDS, help="its times (default: quadratic)")
     a("--eta", type=number(float, 0, 1), default=0.0, help="0 DDIM .. 1 DDPM")
     a("--n", type=number(int, 1), default=64, help="number of images")
     a("--npz", help="also write the images to this .npz")
-    a("--evaluate", action="store_true", help="the table over all hand solvers, no pictures")
+    a("--evaluate", action="store_true", help="the table over all baseline solvers, no pictures")
     a("--reward", default="feature+perceptual", help="with --evaluate, as in rl_distill.py")
     a("--teacher", default="checkpoints/teacher.pt", help="with --evaluate: who sets the target")
     a("--encoders", default="checkpoints", help="with --evaluate: folder of coach.pt and judge.pt")
@@ -155,10 +139,10 @@ def main(argv=None):
         raise BadInput("--steps, --solver, --grid, --eta need a teacher or a student: a policy has "
                        "learned its own jumps")
     kind, grid = args.solver or "DDIM", args.grid or "quadratic"
-    if not solver and kind not in hand_kinds(net):
+    if not solver and kind not in baseline_kinds(net, T):
         raise BadInput(f"a student's estimates are no images to lean on, as {kind} does; give DDIM")
     how = "its own jumps" if solver else f"{kind} on the {grid} grid"
-    solver = solver or hand_solver(kind, grid, (args.steps or [4])[0])
+    solver = solver or baseline_solver(kind, grid, (args.steps or [4])[0])
     out = claim_run(args, "sample")
     print("config:", vars(args))
     print(f"device {device_name(device)} | {content['kind']} {parameter_count(net) / 1e6:.2f} M "

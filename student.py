@@ -3,8 +3,8 @@
 Adds to teacher.py a network that sees *both* times of a jump, net(x_t, t, t_next), so that one
 evaluation may cover any distance, and data-free cloning: the teacher's paths from new noise are the
 only training data. DEVIATES: ReDiF's student starts as a copy of the teacher (--init teacher);
-cloning a smaller network from random weights is this project's choice. The main job of
-rl_distill.py does without a student: it leaves the teacher's network as it is.
+cloning a smaller network from random weights is this project's choice. rl_distill.py reinforces
+both: this student, and a copy of the teacher that was not cloned.
 
     python student.py                          # clones the bundled teacher from random weights
     python student.py --init teacher --lr 3e-4 # the paper's own start: a copy of the teacher
@@ -22,8 +22,8 @@ from torch import nn
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (T, UNet, hand_solver, linear_alpha_bar, parameter_count, sample, seeded_noise,
-                  spread, time_embedding, zeroed)
+from ddpm import (T, UNet, baseline_solver, linear_alpha_bar, parameter_count, sample, seeded_noise,
+                  expand_like, time_embedding, zeroed)
 from teacher import (GRAD_CLIP, HELD_OUT, LOG_EVERY, TARGET, compiled, draw, ema_update,
                      learning_rate, load_teacher, noise_and_targets)
 from harness.checkpoints import load_network, load_state, provenance, save_network, save_state
@@ -42,21 +42,21 @@ SAVE_EVERY = 400            # updates
 # ==============================================================================================
 # A JUMP IS A ROTATION. With sqrt(ab_t) = cos(phi_t), DDIM's update (Eq. 12, Song et al. 2020, at
 # sigma = 0) turns x_t by d = phi_t - phi_next:   x_next = cos(d) x_t - sin(d) v
-# The teacher's v is the tangent of its path; a *secant's* v makes one jump of any length exact.
+# The teacher's v is the velocity at x_t; the *average velocity* between two points of its path makes
+# one jump of any length exact (Frans et al. 2024, arXiv 2410.12557; MeanFlow, arXiv 2505.13447).
 # ==============================================================================================
 
 
 def angle(t, alpha_bar, like):
     """phi_t = arccos(sqrt(ab_t)), broadcastable over `like`; 0 at t = 0, almost pi / 2 at t = T."""
-    ab = spread(alpha_bar[t], like)
+    ab = expand_like(alpha_bar[t], like)
     return torch.atan2((1 - ab).sqrt(), ab.sqrt())
 
 
-def secant_velocity(x_t, x_next, t, t_next, alpha_bar) -> torch.Tensor:
+def average_velocity(x_t, x_next, t, t_next, alpha_bar) -> torch.Tensor:
     """The v whose one jump, x_next = cos(d) x_t - sin(d) v with d = phi_t - phi_next, lands exactly
     at x_next. x_t, x_next, v: (B, ...); t, t_next: (B,) integers, t > t_next;
-    phi_t = angle(t, alpha_bar, x_t).
-    """
+    phi_t = angle(t, alpha_bar, x_t)."""
     d = angle(t, alpha_bar, x_t) - angle(t_next, alpha_bar, x_t)
     return (d.cos() * x_t - x_next) / d.sin()
 
@@ -64,10 +64,9 @@ def secant_velocity(x_t, x_next, t, t_next, alpha_bar) -> torch.Tensor:
 # ==== NETWORK =================================================================================
 
 class JumpUNet(UNet):
-    """U-Net that is told where it comes from and where to land: (x_t, t, t_next) -> v, a secant's.
+    """U-Net that is told where it comes from and where to land: (x_t, t, t_next) -> average velocity v.
 
-    Its x0_hat is where this arc meets t = 0, the image only if t_next = 0: it is not clipped.
-    """
+    Its x0_hat is where its arc meets t = 0, the image only if t_next = 0: it is not clipped."""
     clip = False
 
     def __init__(self, **unet):
@@ -95,17 +94,16 @@ def student_from_teacher(teacher):
 
 @torch.no_grad()
 def teacher_paths(teacher, x_T, alpha_bar):
-    """All states of the teacher's target: (B, 3, H, W) -> (B, len(TARGET.grid), 3, H, W)."""
-    return torch.stack(sample(teacher, x_T, TARGET, alpha_bar, keep=range(len(TARGET.grid))), 1)
+    """All states of the teacher's target: (B, 3, H, W) -> (B, len(TARGET.times), 3, H, W)."""
+    return torch.stack(sample(teacher, x_T, TARGET, alpha_bar, path=True), 1)
 
 
 def state_at(paths, rows, t, alpha_bar):
     """State of paths[rows] at any integer t, on the teacher's grid or not: (B,) -> (B, 3, H, W).
 
     Between two grid points DDIM moves on a circle (x0_hat and eps_hat stay), so the state there is
-    x = (sin(phi - phi_b) x_a + sin(phi_a - phi) x_b) / sin(phi_a - phi_b), t_a >= t >= t_b.
-    """
-    grid = torch.tensor(TARGET.grid, device=t.device)
+    x = (sin(phi - phi_b) x_a + sin(phi_a - phi) x_b) / sin(phi_a - phi_b), t_a >= t >= t_b."""
+    grid = torch.tensor(TARGET.times, device=t.device)
     k = ((grid[None, :] >= t[:, None]).sum(1) - 1).clamp(max=len(grid) - 2)    # t lies in jump k
     x_a, x_b = paths[rows, k], paths[rows, k + 1]
     phi, phi_a, phi_b = (angle(s, alpha_bar, x_a) for s in (t, grid[k], grid[k + 1]))
@@ -123,11 +121,10 @@ def draw_jumps(n, generator):
 def clone_loss(net, paths, rows, t, t_next, alpha_bar):
     """Mean squared error of the velocity that lands on the teacher's own path, a scalar.
 
-    Measured at the landing point x_next it would be weighted by sin(d)^2: long jumps only.
-    """
+    Measured at the landing point x_next it would be weighted by sin(d)^2: long jumps only."""
     x_t, x_next = (state_at(paths, rows, s, alpha_bar) for s in (t, t_next))
     return F.mse_loss(net(x_t, t, t_next).float(),
-                      secant_velocity(x_t, x_next, t, t_next, alpha_bar))
+                      average_velocity(x_t, x_next, t, t_next, alpha_bar))
 
 
 class PathPool:
@@ -138,7 +135,7 @@ class PathPool:
         self.chunk = max(1, min(256, size // 4))       # on all devices alike
         self.size, self.made = size // self.chunk * self.chunk, 0
         side = teacher.config["image_size"]
-        self.paths = torch.zeros(self.size, len(TARGET.grid), 3, side, side, device=device)
+        self.paths = torch.zeros(self.size, len(TARGET.times), 3, side, side, device=device)
 
     def grow(self, wanted):
         """Run the teacher from new noise until `wanted` paths were made; the oldest make room."""
@@ -204,6 +201,13 @@ def clone(net, ema, teacher, args, out, device):
     return seconds_before + time.time() - start, pool.made
 
 
+def cloning_evaluations(origin):
+    """Network evaluations that a student's cloning took, of its provenance: the teacher's paths,
+    and a forward and a backward pass, which counts as two, for every jump."""
+    return (origin["teacher_paths"] * len(TARGET.leans)
+            + 3 * origin["updates"] * origin["settings"]["batch_size"])
+
+
 def load_student(path, device="cpu"):
     """The cloned student of a checkpoint, frozen, in eval mode. Returns (net, checkpoint)."""
     return load_network(path, "student", JumpUNet, device)
@@ -215,15 +219,14 @@ def load_student(path, device="cpu"):
 def evaluate(net, teacher, n, alpha_bar, device):
     """MSE to the teacher's target on n held-out noises, of student and teacher, by evaluations.
 
-    Returns (rows of the table, pictures: the target, then the student's 1, 2, 4, 8 steps).
-    """
+    Returns (rows of the table, pictures: the target, then the student's 1, 2, 4, 8 steps)."""
     z, target = noise_and_targets(teacher, HELD_OUT, n, device)
     rows, pictures = [], [target[:8]]
     for steps in (1, 2, 4, 8):
         row = dict(steps=steps)
         for grid in ("uniform", "quadratic"):
             for name, model in (("student", net), ("teacher", teacher)):
-                solver = hand_solver("DDIM", grid, steps)
+                solver = baseline_solver("DDIM", grid, steps)
                 images = draw(model, solver, z, alpha_bar)
                 row[f"{name} {grid}"] = F.mse_loss(images, target).item()
                 if name == "student" and grid == "quadratic":

@@ -20,18 +20,19 @@ import torch
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (PAPER_UNET, SMALL_UNET, T, UNet, hand_solver, linear_alpha_bar, parameter_count,
+from ddpm import (PAPER_UNET, SMALL_UNET, T, UNet, baseline_solver, linear_alpha_bar, parameter_count,
                   sample, seeded_noise, simple_loss)
-from harness.checkpoints import load_network, load_state, provenance, save_network, save_state
+from harness.checkpoints import (kept, load_network, load_state, provenance, save_network,
+                                 save_state)
 from harness.figures import plot_loss, save_picture
 from harness.images import load_images
 from harness.runs import (autocast, chunk_size, claim_run, device_name, log_line, number,
-                          parser_for, pick_device, run_flags, run_main)
+                          parser_for, pick_device, run_flags, run_main, weights_checksum)
 
 EMA_DECAY = 0.9995          # per update; Ho et al. use 0.9999 for 800,000 updates
 WARMUP = 200                # updates until the learning rate is full
 GRAD_CLIP = 1.0             # largest norm of the gradient, as in Ho et al.'s code
-TARGET = hand_solver("DDIM", "quadratic", 50)   # of the DDIM grids the one with the best images
+TARGET = baseline_solver("DDIM", "quadratic", 50)   # of the DDIM grids the one with the best images
 HELD_OUT = 10 ** 9          # seeds from here on are never trained on, in any file
 LOG_EVERY, SAVE_EVERY = 50, 500                 # updates
 
@@ -61,7 +62,6 @@ def ema_update(ema, net, update, decay=EMA_DECAY):
 
 def compiled(net, wanted):
     """net, or the same weights behind faster code, for which its first calls take a minute."""
-    torch.backends.cudnn.benchmark = wanted
     return torch.compile(net, mode="reduce-overhead") if wanted else net      # CUDA graphs
 
 
@@ -80,11 +80,13 @@ def draw(net, solver, z, alpha_bar, eta=0.0, seeds=None):
 
 
 def noise_and_targets(teacher, first_seed, n, device):
-    """Start noise z of seeds first_seed .. first_seed + n - 1, (n, 3, H, W), and of each the image
-    that the teacher makes of it, (n, 3, H, W) in [-1, 1]: the same always."""
+    """Start noise z of seeds first_seed .. first_seed + n - 1, (n, 3, H, W), and the targets: what
+    the teacher makes of each, (n, 3, H, W) in [-1, 1]. Targets are drawn once and kept in runs/."""
     side = teacher.config["image_size"]
     z = seeded_noise(range(first_seed, first_seed + n), (3, side, side), device=device)
-    return z, draw(teacher, TARGET, z, linear_alpha_bar(device))
+    key = dict(weights=weights_checksum(teacher), times=TARGET.times, first_seed=first_seed, n=n)
+    return z, kept("targets", key, lambda: draw(teacher, TARGET, z, linear_alpha_bar(device)),
+                   device)
 
 
 # ==== ALGORITHM 1, Ho et al. 2020 =============================================================

@@ -1,4 +1,6 @@
 """Checkpoints: tensors and plain values in one dict, written whole or not at all, read as data."""
+import contextlib
+import hashlib
 import io
 import os
 import zipfile
@@ -62,9 +64,11 @@ def half_weights(net):
     return {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
 
 
-def save_network(path, kind, net, origin):
-    """The small file that is handed on: net's config, fp16 weights and where they come from."""
-    save_checkpoint(path, kind, config=net.config, weights=half_weights(net), provenance=origin)
+def save_network(path, kind, net, origin, half=True, **more):
+    """The small file that is handed on: net's config, weights, fp16 or as they are, and where they
+    come from."""
+    save_checkpoint(path, kind, config=net.config, provenance=origin, **more,
+                    weights=half_weights(net) if half else net.state_dict())
 
 
 def load_network(path, kind, build, device="cpu"):
@@ -101,6 +105,23 @@ def load_state(path, parts):
         os.truncate(log, min(state["log_bytes"], log.stat().st_size))
         print(f"resumed at update {state['update']}")
         return state["update"], state["seconds"]
+
+
+def kept(folder, key, make, device):
+    """The tensor that make() returns, kept in runs/folder/ for the next run that asks for `key`, a
+    dict of plain values. A file there that is damaged or of another key is told and made anew."""
+    word = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    path = Path("runs", folder, f"{word}.pt")
+    try:
+        content = load_checkpoint(path, "kept") if path.exists() else dict(key=None)
+        if content["key"] == key:
+            return content["value"].to(device)
+    except BadInput as error:
+        print(f"{error}: made anew")
+    value = make()
+    with contextlib.suppress(OSError):                        # a folder that cannot be written
+        save_checkpoint(path, "kept", key=key, value=value.cpu())
+    return value
 
 
 def provenance(script, args, seconds, device, **more):

@@ -75,6 +75,12 @@ def checksum(names):
     return hashlib.sha256(b"".join(f.read_bytes() for f in files if f.is_file())).hexdigest()[:12]
 
 
+def weights_checksum(net):
+    """A short word that tells whether a network's weights changed."""
+    return hashlib.sha256(b"".join(w.detach().cpu().contiguous().numpy().tobytes()
+                                   for w in net.state_dict().values())).hexdigest()[:12]
+
+
 def write_whole(path, data, new=False):
     """Write bytes under a temporary name, to the disk, then rename: the old file or the new, never
     half a one, whenever the power fails. new: FileExistsError where there is a file already."""
