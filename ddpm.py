@@ -159,7 +159,8 @@ def make_grid(name, steps):
         raise ValueError(f"no '{name}' grid of {steps} steps; take one of {GRIDS} and 1..{T} steps")
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     if name != "logsnr":
-        return strictly_decreasing((T * u ** (1 if name == "uniform" else 2)).round().int().tolist())
+        power = 1 if name == "uniform" else 2
+        return strictly_decreasing((T * u ** power).round().int().tolist())
     levels = half_log_snr(linear_alpha_bar()[1:])                              # of t = 1 .. T
     wanted = levels[0] + u * (levels[-1] - levels[0])
     nearest = (levels - wanted[:, None]).abs().argmin(1) + 1
@@ -438,7 +439,7 @@ class MixtureNet:
 
 
 def policy_gradient(net, x_T, target, start, alpha_bar, generator, updates=200, std=0.1, rate=0.3):
-    """The main job of rl_distill.py for points in the plane: learn times and leans from a reward,
+    """The main job of rl_distill.py for points in the plane: times and leans from a reward alone,
     from the Solver `start` on. x_T: (N, 2), target: (N, 2), the ends to reach. Returns a Solver."""
     mean = numbers_of(start, 0)                                     # (K, 2): logit rho, lean
     for _ in range(updates):
@@ -447,7 +448,7 @@ def policy_gradient(net, x_T, target, start, alpha_bar, generator, updates=200, 
         noise = torch.stack([noise, -noise], 1).flatten(0, 1)       # antithetic pairs, (128, K, 2)
         x_0 = sample(net, x_T[pick], solver_of(mean + std * noise), alpha_bar)
         R = -(x_0 - target[pick]).square().sum(1)                   # reward
-        A = R - R.reshape(-1, 2).mean(1).repeat_interleave(2)       # advantage: better than its pair
+        A = R - R.reshape(-1, 2).mean(1).repeat_interleave(2)       # advantage over its pair
         A = A / A.square().mean().sqrt()
         mean = mean + rate * std * (A[:, None, None] * noise).mean(0)       # A times the score
     return Solver(*(rows[0].tolist() for rows in solver_of(mean[None])))

@@ -21,7 +21,7 @@ from torch import nn
 from ddpm import GRIDS, baseline_kinds, baseline_solver
 from teacher import draw, load_teacher, noise_and_targets
 from harness.checkpoints import frozen_network, load_checkpoint, rebuilding
-from harness.figures import new_figure
+from harness.figures import plot_panels
 from harness.images import to_unit
 from harness.runs import (BadInput, claim_run, log_line, number, parser_for, pick_device, run_flags,
                           run_main)
@@ -181,6 +181,20 @@ class Reward:
                    for name, weight in self.weights.items())
 
 
+def load_reward(spec, folder, device):
+    """(Reward, (judge, its checkpoint)) from coach.pt and judge.pt in a folder."""
+    coach, content = load_encoder(f"{folder}/coach.pt", "coach", device)
+    return (Reward(spec, coach, content["scales"]),
+            load_encoder(f"{folder}/judge.pt", "judge", device))
+
+
+@torch.no_grad()
+def rewards(reward, images, target, rows, batch=500):
+    """Rewards (N,) of images (N, 3, H, W), in batches; rows (N,): which target is each one's."""
+    return torch.cat([reward(x, target.rows(i))
+                      for x, i in zip(images.split(batch), rows.split(batch))])
+
+
 def parse_reward(spec):
     """'feature:2+mse' -> {'feature': 2.0, 'mse': 1.0}; BadInput for unknown terms or weights."""
     weights = {}
@@ -250,12 +264,10 @@ class Row(NamedTuple):
     start: "Row" = None             # of what was learned: the row it started from
 
 
-@torch.no_grad()
-def score(net, solver, z, target, reward, alpha_bar, batch=500):
+def score(net, solver, z, target, reward, alpha_bar):
     """Images (B, 3, H, W) that a solver makes of z, and their reward (B,). target: a View."""
     images = draw(net, solver, z, alpha_bar)
-    parts = [slice(i, i + batch) for i in range(0, len(z), batch)]
-    return images, torch.cat([reward(images[rows], target.rows(rows)) for rows in parts])
+    return images, rewards(reward, images, target, torch.arange(len(z), device=z.device))
 
 
 def best_baselines(net, steps, z, target, reward, alpha_bar):
@@ -329,29 +341,20 @@ def term_scales(coach, images):
 @torch.no_grad()
 def show_rewards(images, coach, scales, path):
     """Print and draw each term's mean standardised reward of distorted images (B, 3, H, W).
-
     Returns {'distortion term': [reward at levels 0, 1/4, 1/2, 3/4, 1]}."""
-    levels, target, table = (0.0, 0.25, 0.5, 0.75, 1.0), look(coach, images), {}
-    figure, axes = new_figure(2, len(DISTORTIONS), (12, 4.6), height_ratios=[1, 2.4])
-    print(f"standardised reward, {len(images)} images (0: like the teacher), of levels "
-          + ", ".join(map(str, levels)))
-    for column, kind in enumerate(DISTORTIONS):
+    levels, target, table, panels = (0.0, 0.25, 0.5, 0.75, 1.0), look(coach, images), {}, []
+    print(f"standardised reward of {len(images)} images (0: like the teacher's), of levels", *levels)
+    for kind in DISTORTIONS:
         generator = torch.Generator().manual_seed(0)
         seen = [look(coach, distort(images, kind, level, generator)) for level in levels]
-        strip = torch.cat([to_unit(view.images[0]) for view in seen], dim=2)
-        axes[0, column].imshow(strip.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-        axes[0, column].set_title(kind)
-        axes[0, column].axis("off")
-        for name, term in TERMS.items():
-            curve = [(term(view, target).mean() / scales[name]).item() for view in seen]
-            axes[1, column].plot(levels, curve, "o-", label=name, markersize=3)
+        curves = {name: [(term(view, target).mean() / scales[name]).item() for view in seen]
+                  for name, term in TERMS.items()}
+        for name, curve in curves.items():
             table[f"{kind} {name}"] = curve
             print(f"{kind:>6s} {name:>11s} " + " ".join(f"{value:8.3f}" for value in curve))
-        axes[1, column].set_xlabel("level of the distortion")
-        axes[1, column].grid(alpha=0.3)
-    axes[1, 0].set_ylabel("standardised reward")
-    axes[1, 0].legend(fontsize=8)
-    figure.savefig(path)
+        panels.append((f"level of '{kind}'", "standardised reward", [
+            (name, levels, curve, "o-") for name, curve in curves.items()]))
+    plot_panels(panels, path)
     return table
 
 

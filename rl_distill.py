@@ -1,19 +1,17 @@
-"""Reinforced distillation: a student learns from a reward to make in 3 jumps what took 50.
+"""Reinforced distillation: a student learns from a reward alone to make in 3 jumps what took 50.
 
-ReDiF (arXiv 2512.22802) in one file: roll out, reward, compare, and make what was better likelier.
-    state   noise z, then (x_t, t)
-    action  --learn jumps: u of every jump = (logit rho, lean, a gain for every residual block);
-            --learn weights, as ReDiF: x_next itself, drawn around the mean that the network gives
-    policy  Normal(u; mean, std^2), of which the mean learns; or N(x_next; mean, sigma^2 I), of which
-            the network's weights learn
-    reward  at the end only: likeness to the teacher's image of the same noise
+ReDiF (arXiv 2512.22802) written out. Reward: likeness to the teacher's image of the same noise.
+    --learn jumps    action u = (logit rho, lean, a gain for every residual block) of every jump,
+                     policy Normal(u; mean, std^2), of which the mean learns
+    --learn weights  as ReDiF: action x_next, policy N(x_next; mean, sigma^2 I), whose mean is the
+                     network's; its weights learn
 
     python rl_distill.py                    # bundled weights, no data, no internet, minutes
     python rl_distill.py --learn weights    # goes on from what the first command learned
-    python rl_distill.py --paper            # as ReDiF's code: from a copy of the teacher, by DDIM
+    python rl_distill.py --paper            # as ReDiF's code: a copy of the teacher, by DDIM
 
-Reads --teacher, --encoders, --init; writes to --out: policy.pt, state.pt (for --resume), images.png,
-learned.png, result.json, log.jsonl. Next file: sample.py.
+Reads --teacher, --encoders, --init; writes to --out: policy.pt, state.pt (for --resume), log.jsonl,
+images.png, learned.png, result.json. Next file: sample.py.
 """
 import copy
 import json
@@ -29,28 +27,28 @@ from ddpm import (T, Solver, UNet, action_mask, estimate, expand_like, jump, lin
                   numbers_of, parameter_count, per_image, sample, solver_of)
 from teacher import HELD_OUT, TARGET, load_teacher, noise_and_targets
 from student import JumpUNet, cloning_evaluations, load_student
-from reward import TERMS, Reward, Row, best_baselines, load_encoder, print_table, score
+from reward import TERMS, Row, best_baselines, load_reward, print_table, rewards, score
 from harness.checkpoints import (load_checkpoint, load_network, load_state, provenance, rebuilding,
                                  save_network, save_state)
 from harness.figures import plot_learned, plot_strips
 from harness.runs import (BadInput, autocast, checksum, claim_run, device_name, log_line, number,
                           parser_for, pick_device, run_flags, run_main, settings, write_whole)
 
-NOISES, NOISES_PER_UPDATE = 128, 32     # training noises, each with a target; drawn in an update
+NOISES, BASELINE_NOISES = 128, 64       # training noises; those that choose the baseline solver
 HELD, MONITOR = 256, 64                 # held-out noises of the table; others, of the log
-BASELINE_NOISES = 64                    # training noises on which the baseline solver is chosen
 STD = dict(jump=0.05, block=0.08, channel=0.15)     # of u at first, 0.02..0.2; falls to a fifth
 JUMPS_FASTER = 3                        # rate of (logit rho, lean), in that of the gains
+USUAL_STEPS, CLONED = 3, 0.4            # see exploration_scale
 CLIP_JUMPS, CLIP_LANDING = 0.2, 1e-4    # PPO's clip range; of a density per dimension, see there
 SIGMA_FLOOR = 0.02                      # of the last landing in training, where DDIM's sigma is 0
 GRAD_CLIP = 1.0                         # largest norm of the gradient of the weights
-LOG_EVERY = 4                           # updates from one printed line to the next
-PRESETS = {                             # what --learn, or --paper, sets unless a flag says otherwise
-    "jumps": dict(init=["teacher", "checkpoints/student.pt"], updates=80, group=2, epochs=1,
-                  lr=0.01, eta=0.0),
-    "weights": dict(init=["checkpoints/policy.pt"], updates=20, group=128, epochs=1, lr=1e-5,
-                    eta=0.0),
-    "paper": dict(init=["teacher"], updates=200, group=8, epochs=1, lr=3e-5, eta=0.3)}
+LOG_EVERY = 8                           # updates from one printed line to the next
+PRESETS = {                             # what --learn or --paper sets, unless a flag is given
+    "jumps": dict(init=["teacher", "checkpoints/student.pt"], updates=240, noises=16, group=2,
+                  epochs=1, lr=0.01, eta=0.0),
+    "weights": dict(init=["checkpoints/policy.pt"], updates=20, noises=32, group=128, epochs=1,
+                    lr=1e-5, eta=0.0),
+    "paper": dict(init=["teacher"], updates=200, noises=8, group=8, epochs=1, lr=3e-5, eta=0.3)}
 
 # ==== POLICY OF THE JUMPS =====================================================================
 
@@ -122,9 +120,9 @@ def rollout(net, solver, z, group, eta, alpha_bar, generator):
     """Land `group` times from each noise of z (M, 3, H, W): images (M * group, 3, H, W) in [-1, 1]
     and the Landings. What copies have in common is evaluated once: all of it, with eta 0.
 
-    DEVIATES: with eta 0 only the last landing explores; earlier jumps share its weights. Copies draw
-    independently, so that their mean is an unbiased baseline for every landing; of antithetic pairs
-    it would be one for the first alone."""
+    DEVIATES: with eta 0 only the last landing explores; earlier jumps share its weights.
+    Copies draw independently, so that their mean is an unbiased baseline for every landing; for
+    antithetic pairs it would be biased after the first."""
     times, leans, gains = per_image(solver, len(z), z.device)
     x, x0_last, landings, K = z, z, [], leans.shape[1]
     for k in range(K):
@@ -167,8 +165,9 @@ def clipped_surrogate(logp, logp_old, adv, clip_range):
     return -torch.minimum(ratio * adv, clipped * adv), ratio.detach()
 
 
-# ==== ONE UPDATE: sampling, advantages, training. z: (M, 3, H, W), target: the View of their targets.
-# Returns rewards (M * G,) and the ratios (A,) of all actions before and after it.
+# ==== ONE UPDATE: sampling, advantages, training ==============================================
+# z: (M, 3, H, W), target: the View of the training targets of these noises. Returns the rewards
+# (M * G,) and the ratios of all actions before and after it.
 
 def update_jumps(net, policy, z, target, reward, optimizer, args, std, alpha_bar, generator):
     """Draw u in pairs, make images, move the mean of u towards the better one of each pair."""
@@ -179,7 +178,7 @@ def update_jumps(net, policy, z, target, reward, optimizer, args, std, alpha_bar
     with autocast(z.device):
         images = sample(net, z[rows], solver_of(u), alpha_bar).clamp(-1, 1)
     # ADVANTAGES
-    R = reward(images, target.rows(rows))
+    R = rewards(reward, images, target, rows)
     adv = advantages(R, args.group)
     # TRAINING: no network in it
     ratios = []
@@ -202,9 +201,7 @@ def update_weights(net, solver, z, target, reward, optimizer, args, alpha_bar, g
     rows = torch.arange(len(z), device=z.device).repeat_interleave(args.group)
     images, landings = rollout(net, solver, z, args.group, args.eta, alpha_bar, generator)
     # ADVANTAGES
-    with torch.no_grad():
-        R = torch.cat([reward(x, target.rows(i)) for x, i in zip(images.split(500),
-                                                                 rows.split(500))])
+    R = rewards(reward, images, target, rows)
     adv = advantages(R, args.group)
     # TRAINING: one backward pass for all copies of a state
     mean_sigma = torch.stack([landing.sigma.mean() for landing in landings]).mean()
@@ -230,15 +227,19 @@ def update_weights(net, solver, z, target, reward, optimizer, args, alpha_bar, g
 
 # ==== LOOP ====================================================================================
 
+def exploration_scale(net, steps):
+    """Factor of STD and of the rates of u: the more jumps, and the nearer to the target the network
+    is by cloning, the smaller."""
+    return (CLONED if isinstance(net, JumpUNet) else 1) * USUAL_STEPS / max(2, steps)
+
+
 def training_evaluations(args, M):
     """Network evaluations of all updates of M noises; a backward pass counts as two."""
-    states = M * args.group * args.steps
     if args.learn == "jumps":
-        return args.updates * states
-    if args.eta > 0:                                        # copies share the first evaluation
-        states = explored = states - M * (args.group - 1)
-    else:                                                   # and all others, of which one explores
-        states, explored = M * args.steps, M
+        return args.updates * M * args.group * args.steps
+    later = args.steps - 1                          # all copies share the first evaluation,
+    states = M + M * later * (args.group if args.eta > 0 else 1)        # with eta 0 all of them,
+    explored = states if args.eta > 0 else M        # of which the last one explores
     return args.updates * (states + (3 * args.epochs + 1) * explored)
 
 
@@ -249,11 +250,12 @@ def train(net, start, train_set, monitor_set, reward, args, out):
     alpha_bar, generator = linear_alpha_bar(device), torch.Generator().manual_seed(args.seed)
     n_gains = dict(none=0, block=len(net.branches), channel=sum(net.branches))[args.gains]
     policy = JumpPolicy(start, n_gains).to(device)
-    std = torch.tensor([STD["jump"]] * 2 + [STD.get(args.gains)] * n_gains, device=device)
+    scale = exploration_scale(net, args.steps) if jumps else 1
+    std = scale * torch.tensor([STD["jump"]] * 2 + [STD.get(args.gains)] * n_gains, device=device)
     learns = policy if jumps else net.requires_grad_(True)
-    optimizer = torch.optim.Adam([dict(params=[policy.jumps], lr=JUMPS_FASTER * args.lr),
+    optimizer = torch.optim.Adam([dict(params=[policy.jumps], lr=JUMPS_FASTER * scale * args.lr),
                                   dict(params=[policy.gains])] if jumps else net.parameters(),
-                                 args.lr)
+                                 scale * args.lr)
     rates = [group["lr"] for group in optimizer.param_groups]
     parts = dict(learns=learns, optimizer=optimizer, generator=generator)
     first, seconds_before = load_state(out / "state.pt", parts) if args.resume else (0, 0.0)
@@ -265,7 +267,7 @@ def train(net, start, train_set, monitor_set, reward, args, out):
             left = 1 - (update - 1) / args.updates
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * left
-            pick = torch.randperm(len(z), generator=generator)[:NOISES_PER_UPDATE].to(device)
+            pick = torch.randperm(len(z), generator=generator)[:args.noises].to(device)
             some = z[pick], target.rows(pick), reward, optimizer, args
             seen = (update_jumps(net, policy, *some, std * (0.2 + 0.8 * left), alpha_bar, generator)
                     if jumps else update_weights(net, start, *some, alpha_bar, generator))
@@ -327,9 +329,7 @@ def load_inputs(args, device):
             raise BadInput(f"{path} makes {len(solver.leans)} jumps; give --steps as many")
         spent = origin["trained"] if solver else cloning_evaluations(origin)
         learners.append((f"{Path(path).stem}: ", net, solver, spent))
-    coach, coach_file = load_encoder(f"{args.encoders}/coach.pt", "coach", device)
-    judge = load_encoder(f"{args.encoders}/judge.pt", "judge", device)
-    return teacher, learners, Reward(args.reward, coach, coach_file["scales"]), judge
+    return teacher, learners, *load_reward(args.reward, args.encoders, device)
 
 
 # ==== COMMAND LINE ============================================================================
@@ -352,6 +352,7 @@ def parse_args(argv=None):
     a("--reward", default="feature+perceptual", help=f"sum of {', '.join(TERMS)}; term:weight")
     a = p.add_argument_group("how (* see the last lines)").add_argument
     a("--updates", type=number(int, 1), help="20..500 *")
+    a("--noises", type=number(int, 1, NOISES), help=f"M, of {NOISES}, in an update, 8..64 *")
     a("--group", type=number(int, 2), help="G, rollouts, or landings, of each noise, 2..512 *")
     a("--epochs", type=number(int, 1), help="PPO's passes over a batch; 1: REINFORCE *")
     a("--lr", type=number(float, 1e-9, 1), help="Adam's first rate, falls to 0: of gains 0.003.."
@@ -382,7 +383,7 @@ def distil(learner, train_set, monitor_set, held_set, reward, args, out):
     kind = "DDIM" if args.eta > 0 and not solver else next(iter(starts))   # leans magnify noise
     print(f"\n{parameter_count(net) / 1e6:.2f} M parameters start from {rows[kind].name}")
     solver, seconds = train(net, starts[kind][1], train_set, monitor_set, reward, args, out)
-    spent += training_evaluations(args, min(NOISES_PER_UPDATE, len(train_set[0])))
+    spent += training_evaluations(args, min(args.noises, len(train_set[0])))
     save_network(out / "policy.pt", "policy", net, provenance(
         "rl_distill.py", args, seconds, z.device, start=rows[kind].name, trained=spent,
         teacher=checksum([args.teacher])), half=args.learn == "jumps",   # fp16 loses small updates
@@ -402,7 +403,7 @@ def main(argv=None):
     out = claim_run(args, "rl_distill")
     print("config:", vars(args))
     print(f"device {device_name(device)} | {args.steps} evaluations per image, "
-          f"{args.updates} updates of {NOISES_PER_UPDATE} noises x {args.group}")
+          f"{args.updates} updates of {args.noises} noises x {args.group}")
     noises, watched, held = (8, 8, 8) if args.smoke else (NOISES, MONITOR, HELD)
     sets = [(z, reward.view(target)) for z, target in (
         noise_and_targets(teacher, *seeds, device) for seeds in (

@@ -7,7 +7,8 @@
 
 Each image has its own seed (--seed, --seed + 1, ...): same seed, same start noise for every model,
 in any batch, on any device. --evaluate compares on the same noises: reward (likeness to the
-teacher's target), Frechet distance to training images in the judge's features, time. Writes samples.png, path.png or frontier.png, and log.jsonl, to --out.
+teacher's target), Frechet distance to training images in the judge's features, time. Writes
+samples.png, path.png or frontier.png, and log.jsonl, to --out.
 """
 import math
 import time
@@ -19,7 +20,7 @@ import torch
 from ddpm import (GRIDS, SOLVERS, T, baseline_kinds, baseline_solver, linear_alpha_bar,
                   parameter_count, sample, seeded_noise)
 from teacher import HELD_OUT, TARGET, draw, load_teacher, noise_and_targets
-from reward import Reward, judged, load_encoder, score, standard_error
+from reward import judged, load_reward, score, standard_error
 from rl_distill import load_model
 from harness.checkpoints import save_npz
 from harness.figures import plot_panels, save_picture
@@ -58,8 +59,8 @@ def evaluate(args, models, reward, judge, teacher, out, device):
     """The table and frontier.png; models: lists of contenders. Returns the rows."""
     alpha_bar, rows = linear_alpha_bar(device), []
     z, target = noise_and_targets(teacher, args.seed, args.n, device)
-    print(f"\n{args.n} noises; reward {args.reward}, 0: the target; Frechet distance to all training "
-          f"images by the judge (compare at equal --n)\n{'sampler':40s} {'NFE':>4s} "
+    print(f"\n{args.n} noises; reward {args.reward}, 0: the target; Frechet distance to all "
+          f"training images by the judge (compare at equal --n)\n{'sampler':40s} {'NFE':>4s} "
           f"{'reward':>17s} {'Frechet':>8s} {'ms':>7s}")
     target = reward.view(target)
     target.features.sum().item()                           # a GPU is waited for before each clock
@@ -123,9 +124,7 @@ def main(argv=None):
     device, began = pick_device(args.device), time.time()
     if args.evaluate:
         models = [list(contenders(path, args.steps or [4], device)) for path in args.model]
-        coach, coach_file = load_encoder(f"{args.encoders}/coach.pt", "coach", device)
-        judge = load_encoder(f"{args.encoders}/judge.pt", "judge", device)
-        reward = Reward(args.reward, coach, coach_file["scales"])
+        reward, judge = load_reward(args.reward, args.encoders, device)
         teacher, _ = load_teacher(args.teacher, device)
         out = claim_run(args, "sample")
         print("config:", vars(args))

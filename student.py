@@ -42,8 +42,8 @@ SAVE_EVERY = 400            # updates
 # ==============================================================================================
 # A JUMP IS A ROTATION. With sqrt(ab_t) = cos(phi_t), DDIM's update (Eq. 12, Song et al. 2020, at
 # sigma = 0) turns x_t by d = phi_t - phi_next:   x_next = cos(d) x_t - sin(d) v
-# The teacher's v is the velocity at x_t; the *average velocity* between two points of its path makes
-# one jump of any length exact (Frans et al. 2024, arXiv 2410.12557; MeanFlow, arXiv 2505.13447).
+# The teacher's v is the velocity at x_t; the *average velocity* between two points of its path
+# makes one jump of any length exact (shortcut models, arXiv 2410.12557; MeanFlow, 2505.13447).
 # ==============================================================================================
 
 
@@ -64,7 +64,7 @@ def average_velocity(x_t, x_next, t, t_next, alpha_bar) -> torch.Tensor:
 # ==== NETWORK =================================================================================
 
 class JumpUNet(UNet):
-    """U-Net that is told where it comes from and where to land: (x_t, t, t_next) -> average velocity v.
+    """U-Net that is told where to land as well: (x_t, t, t_next) -> the average velocity v.
 
     Its x0_hat is where its arc meets t = 0, the image only if t_next = 0: it is not clipped."""
     clip = False

@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 # From earlier files:
-from ddpm import (PAPER_UNET, SMALL_UNET, T, UNet, baseline_solver, linear_alpha_bar, parameter_count,
-                  sample, seeded_noise, simple_loss)
+from ddpm import (PAPER_UNET, SMALL_UNET, T, UNet, baseline_solver, linear_alpha_bar,
+                  parameter_count, sample, seeded_noise, simple_loss)
 from harness.checkpoints import (kept, load_network, load_state, provenance, save_network,
                                  save_state)
 from harness.figures import plot_loss, save_picture

@@ -5,7 +5,6 @@
 
 Plain unittest; no network, GPU or data set. harness/test_planted.py tests these tests.
 """
-import ast
 import contextlib
 import copy
 import io
@@ -13,11 +12,9 @@ import itertools
 import json
 import math
 import os
-import re
-import shlex
-import subprocess
 import sys
 import tempfile
+import time
 import types
 import unittest
 import weakref
@@ -27,7 +24,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Normal
 from torch.utils._pytree import tree_flatten
 
 import ddpm
@@ -36,7 +33,7 @@ import rl_distill as rl
 import sample
 import student
 import teacher
-from ddpm import hand_solver, seeded_noise
+from ddpm import baseline_solver, seeded_noise
 from harness import images as pictures
 from harness.checkpoints import half_weights, load_checkpoint, save_checkpoint, save_network
 from harness.runs import BadInput, checksum, read_log, run_main
@@ -44,6 +41,7 @@ from harness.runs import BadInput, checksum, read_log, run_main
 HERE = Path(__file__).resolve().parent
 MODULES = [ddpm, teacher, student, reward, rl, sample]
 TINY = dict(width=16, mults=[1, 2], blocks=1, attention=[4], dropout=0.0, image_size=8)
+torch.set_num_threads(1)          # tiny networks, whose threads would wait for each other
 CPU, ROWS, AB = torch.device("cpu"), torch.arange(4), ddpm.linear_alpha_bar()
 
 
@@ -108,10 +106,18 @@ class Case(unittest.TestCase):
             function(*args, **kw)
         self.assertIn(text, str(caught.exception))
 
-    def folder(self):
+    def folder(self, enter=False):
         keep = tempfile.TemporaryDirectory()
         self.addCleanup(keep.cleanup)
+        if enter:                                  # what is written beside --out goes there too
+            self.addCleanup(os.chdir, os.getcwd())
+            os.chdir(keep.name)
         return Path(keep.name)
+
+    def patch(self, module, **values):
+        patcher = mock.patch.multiple(module, **values)
+        patcher.start()
+        self.addCleanup(patcher.stop)
 
 
 def quiet(function, *args, **kw):
@@ -127,11 +133,9 @@ class Working(Case):
     tiny = None
 
     def setUp(self):
-        folder = self.folder()
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(folder)
+        self.folder(enter=True)
         for module in (teacher, student, rl, sample):
-            self.patch(module, TARGET=hand_solver("DDIM", "quadratic", 3))
+            self.patch(module, TARGET=baseline_solver("DDIM", "quadratic", 3))
         if Working.tiny is None:
             Working.keep = tempfile.TemporaryDirectory()
             Working.tiny = Path(Working.keep.name)
@@ -139,24 +143,19 @@ class Working(Case):
             save_network(self.tiny / "teacher.pt", "teacher", randomised(ddpm.UNet(**TINY)), {})
             first = randomised(student.JumpUNet(**TINY), 1)
             save_network(self.tiny / "student.pt", "student", first, dict(
-                teacher=checksum([self.tiny / "teacher.pt"])))
+                teacher=checksum([self.tiny / "teacher.pt"]), teacher_paths=5, updates=7,
+                settings=dict(batch_size=2)))
             c, j, x = reward.Coach().eval(), reward.Judge().eval(), images(64)
             mean, covariance = reward.moments(reward.encode(j, x))
             for name, net, more in (
                     ("coach", c, dict(scales=reward.term_scales(c, x))),
-                    ("judge", j, dict(mean=mean, covariance=covariance,
-                                      features=reward.encode(j, x).half()))):
+                    ("judge", j, dict(mean=mean, covariance=covariance))):
                 save_checkpoint(self.tiny / f"{name}.pt", name, config=dict(classes=10),
                                 weights=half_weights(net), provenance={}, **more)
         self.net, self.first = (sample.load_model(self.tiny / f"{name}.pt", CPU)[0]
                                 for name in ("teacher", "student"))
         self.words = ["--teacher", f"{self.tiny}/teacher.pt", "--encoders", f"{self.tiny}"]
-        self.job = self.words + ["--student", f"{self.tiny}/student.pt", "--smoke"]
-
-    def patch(self, module, **values):
-        patcher = mock.patch.multiple(module, **values)
-        patcher.start()
-        self.addCleanup(patcher.stop)
+        self.job = self.words + ["--smoke", "--init", "teacher", f"{self.tiny}/student.pt"]
 
     def run_main(self, module, *words):
         """Run a script's main on the CPU; returns what it printed."""
@@ -167,26 +166,26 @@ def noise(n, size=8):
     return seeded_noise(range(n), (3, size, size))
 
 
-def by_hand(kind, grid):
-    """The policy that is a hand solver of three jumps."""
-    return rl.JumpPolicy(hand_solver(kind, grid, 3))
+def plain(x):
+    """A View of targets of which only the pixels are looked at."""
+    return reward.View(x, [], x)
 
 
-def minus_mse(x, y):
-    score = -(x - y).square().mean((1, 2, 3))
-    return score, dict(mse=score)
+def minus_mse(x, target):
+    return -(x - target.images).square().mean((1, 2, 3))
 
 
 class Toy(torch.nn.Module):
-    """Linear network: v = w x + b. Small enough for exact answers."""
-    clip = False
+    """Linear network, v = w x + b, two "residual blocks" of 2 and 3 channels."""
+    clip, branches = False, [2, 3]
 
     def __init__(self, w=0.2, b=-0.1):
         super().__init__()
         self.w, self.b = (torch.nn.Parameter(torch.tensor(value)) for value in (w, b))
 
-    def forward(self, x, t, t_next=None):
-        return self.w * x + self.b
+    def forward(self, x, t, t_next=None, gains=None):
+        more = 0 if gains is None else sum(ddpm.expand_like(gain, x) for gain in gains.T)
+        return (self.w + more) * x + self.b
 
 
 # ==== ddpm.py =================================================================================
@@ -256,8 +255,10 @@ class Jump(Case):
         expected = [(c - b) / (2 * (b - a)) for a, b, c in levels]
         t_last, t, t_next = torch.tensor([*times, (1000, 1000, 500), (1000, 1000, 0), (90, 5, 0)]).T
         self.close(ddpm.dpm_lean(t, t_next, t_last, AB), [*expected, 0, 0, 0], 1e-3)
-        self.close(ddpm.dpm_leans([900, 500, 0]), [0.0, 0.0])
-        self.close(ddpm.dpm_leans([900, 500, 1]), [0.0, expected[1]], 1e-3)
+        solver = baseline_solver("DPM++", "uniform", 3)
+        t_last, t, t_next = torch.tensor([solver.times[0], *solver.times[:2]]), *(
+            torch.tensor(solver.times[i:i + 3]) for i in (0, 1))
+        self.close(solver.leans, ddpm.dpm_lean(t, t_next, t_last, AB), 0)
 
 
 # What diffusers 0.42.1 makes, in millionths, in 3, 5, 10, 20, 50 evaluations, of x_T = -2, -1, 0, 1
@@ -292,16 +293,21 @@ class Sampler(Case):
         self.assertEqual(ddpm.make_grid("quadratic", 4), [1000, 562, 250, 62, 0])
         for name, steps in (("uniform", 0), ("uniform", 1001), ("cubic", 4)):
             self.assertRaises(ValueError, ddpm.make_grid, name, steps)
-        for grid in ([1000, 500, 600, 0], [1000, 500, 500, 0], [999, 0, 0], [1000, 9, 1]):
-            solver = ddpm.Solver(grid, [0.0] * 3)
+        good = [1000, 500, 250, 0]
+        for times in ([1000, 500, 600, 0], [1000, 500, 500, 0], [999, 2, 1, 0], [1000, 9, 2, 1],
+                      [1000, 500, 0], torch.tensor([good, [1000, 500, 500, 0]]), good):
+            leans = torch.zeros(2, 3) if torch.is_tensor(times) else [0.0] * 3
+            solver = ddpm.Solver(times, leans, [[0.1]] * 2 if times is good else None)
             self.assertRaises(ValueError, ddpm.sample, PAIR, randn(2, 1), solver, AB)
+        self.assertRaises(ValueError, ddpm.sample, PAIR, randn(2, 1), ddpm.Solver(good, [0.0] * 3),
+                          AB, 0.5)                                       # noise, and no seeds
         level = torch.logit(AB[ddpm.make_grid("logsnr", 8)[:-1]])          # equal steps in lambda
         self.close(level.diff() / level.diff()[0], torch.ones(7), 0.05)
 
     def test_samples_have_the_numbers_of_diffusers(self):
         for (kind, name), rows in DIFFUSERS.items():
             for steps, millionths in zip((3, 5, 10, 20, 50), rows):
-                solver = ddpm.hand_solver(kind, name, steps)
+                solver = baseline_solver(kind, name, steps)
                 x_0 = ddpm.sample(PAIR, torch.linspace(-2, 2, 5)[:, None], solver, AB)
                 self.close(x_0[:, 0], np.array(millionths) / 1e6, 1e-5, (kind, name, steps))
 
@@ -320,21 +326,22 @@ class Sampler(Case):
                     D = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_last
                 x = s_next / s * x - math.sqrt(ab[t_next]) * math.expm1(-h) * D
                 x0_last, h_last = x0, h
-            out = ddpm.sample(PAIR, x_T.float(), ddpm.hand_solver(kind, name, steps), AB)
+            out = ddpm.sample(PAIR, x_T.float(), baseline_solver(kind, name, steps), AB)
             self.close(out, x, 1e-5, (kind, name, steps))
 
     def test_solvers_converge_to_the_flow_of_a_gaussian_with_their_order(self):
         x_T = randn(200, 2)
-        exact = ddpm.gaussian_flow(x_T, self.mean, 0.3, AB)
+        spread = (AB[-1] * 0.3 ** 2 + 1 - AB[-1]).sqrt()                   # x_T's, of such data
+        exact = self.mean + 0.3 * (x_T - AB[-1].sqrt() * self.mean) / spread
         for kind, name, counts, rate in (("DDIM", "uniform", (10, 100, 1000), 5),
                                          ("DPM++", "logsnr", (16, 32, 64), 3),
                                          ("AB2", "logsnr", (16, 32, 64), 3)):
-            e = [(ddpm.sample(self.gaussian, x_T, ddpm.hand_solver(kind, name, k), AB)
+            e = [(ddpm.sample(self.gaussian, x_T, baseline_solver(kind, name, k), AB)
                   - exact).square().mean().sqrt().item() for k in counts]
             self.assertTrue(e[0] > rate * e[1] > rate ** 2 * e[2] and e[2] < 0.01, e)
 
     def test_with_eta_1_every_jump_adds_the_noise_of_its_seed(self):
-        x, solver, t = randn(4, 2), ddpm.hand_solver("DDIM", "uniform", 2), full(4, 500)
+        x, solver, t = randn(4, 2), baseline_solver("DDIM", "uniform", 2), full(4, 500)
         end = ddpm.sample(self.gaussian, x, solver, AB, 1.0, seeds=range(4))
         mean, sigma = ddpm.jump(x, self.gaussian.x0(x, 2 * t), 2 * t, t, AB, eta=1.0)
         x = mean + sigma[:, None] * ddpm.seeded_noise(range(4), (2,), stream=1)
@@ -357,27 +364,99 @@ class Sampler(Case):
         for kind, expected in ((student.JumpUNet, free), (ddpm.UNet, free.clamp(-1, 1))):
             self.close(ddpm.estimate(kind(**TINY), x, t, v, AB), expected)
 
-    def test_only_the_states_asked_for_are_kept(self):
-        alive, most = weakref.WeakValueDictionary(), []
+    def test_states_are_kept_only_where_the_path_is_asked_for(self):
+        class Net(Toy):
+            def forward(net, x, *more):
+                alive[id(x)] = x
+                most.append(len(alive))
+                return 0.1 * x
+        alive, most, x_T = weakref.WeakValueDictionary(), [], randn(2, 2)
+        solver = baseline_solver("DDIM", "uniform", 500)
+        end, few = ddpm.sample(Net(), x_T, solver, AB), max(most)
+        path = ddpm.sample(Net(), x_T, solver, AB, path=True)
+        self.assertTrue(few < 8 and max(most) == 500 and len(path) == 501)
+        self.close(torch.stack(path[::500]), torch.stack([x_T, end]), 0)
 
-        def net(x, t, t_next):
-            alive[t[0].item()] = x
-            most.append(len(alive))
-            return 0.1 * x
-        net.clip = False
-        x_T, solver = randn(2, 2), ddpm.hand_solver("DDIM", "uniform", 1000)
-        kept = ddpm.sample(net, x_T, solver, AB, keep=[0, 500, 1000])
-        self.assertLess(max(most), 8)
-        every = ddpm.sample(net, x_T, solver, AB, keep=range(1001))
-        self.close(torch.stack(kept), torch.stack([x_T, every[500], every[1000]]), 0)
-        self.close(ddpm.sample(net, x_T, solver, AB), kept[2], 0)
+    def test_gains_0_and_leans_0_are_the_plain_sampler_to_the_bit(self):
+        times = [1000, 600, 200, 0]
+        for net in (TEACHER, frozen(student.JumpUNet)):
+            path = [noise(3)]
+            for t, t_next in zip(torch.tensor(times[:-1]), torch.tensor(times[1:])):
+                x, t, t_next = path[-1], t.expand(3), t_next.expand(3)
+                x0_hat = ddpm.estimate(net, x, t, net(x, t, t_next), AB)
+                path.append(ddpm.jump(x, x0_hat, t, t_next, AB)[0])
+            for n in (0, len(net.branches), sum(net.branches)):
+                for gains in (None, [[0.0] * n] * 3):
+                    solver = ddpm.Solver(times, [0.0] * 3, gains)
+                    out = ddpm.sample(net, noise(3), solver, AB, path=True)
+                    self.assertTrue(torch.equal(torch.stack(out), torch.stack(path)), n)
+
+    def test_a_solver_a_row_is_image_by_image_what_its_lists_are(self):
+        for net, per, eta in itertools.product((TEACHER, frozen(student.JumpUNet)), (len, sum),
+                                               (0.0, 0.7)):
+            rows, z = ddpm.solver_of(0.5 * randn(4, 3, 2 + per(net.branches))), noise(4)
+            many = ddpm.sample(net, z, rows, AB, eta, range(4))
+            for i in range(4):
+                solver = ddpm.Solver(*(part[i].tolist() for part in rows))
+                alone = ddpm.sample(net, z, solver, AB, eta, range(4))
+                self.close(many[i], alone[i], 1e-4)
+                self.assertGreater((many - alone).abs().amax((1, 2, 3)).sort()[0][1], 0.02)
+
+
+class Numbers(Case):
+    def test_numbers_of_is_the_inverse_of_solver_of_for_all_baseline_solvers(self):
+        gains = randn(64, 3).tolist()
+        for kind, grid, K in itertools.product(ddpm.SOLVERS, ddpm.GRIDS, range(1, 65)):
+            solver = baseline_solver(kind, grid, K)
+            for n, had in ((0, None), (3, None), (3, gains[:K])):
+                u = ddpm.numbers_of(solver._replace(gains=had), n)
+                self.assertEqual((u.shape, u.dtype), ((K, 2 + n), torch.float32))
+                back = [part[0].tolist() for part in ddpm.solver_of(u[None])]
+                self.assertEqual(back, [*solver[:2], had or [[0.0] * n] * K], (kind, grid, K))
+
+    def test_times_decrease_and_leave_room_whatever_u(self):
+        for K in (1, 2, 5, 64, 1000):
+            u = torch.cat([torch.tensor([-200.0, -5, 0, 5, 200])[:, None, None] * torch.ones(K, 3),
+                           3 * randn(40 if K < 99 else 2, K, 3)])
+            times, leans, gains = ddpm.solver_of(u)
+            self.assertEqual((times.dtype, times.shape), (torch.int64, (len(u), K + 1)))
+            for i, row in enumerate(times.tolist()):
+                self.assertEqual((row[0], row[-1]), (ddpm.T, 0))
+                for k in range(K - 1):
+                    rho_t = (torch.sigmoid(u[i, k, 0]) * row[k]).item()
+                    self.assertEqual(row[k + 1], min(max(round(rho_t), K - 1 - k), row[k] - 1))
+            self.assertTrue((times.diff(dim=1) < 0).all())
+            self.close(leans[:, 1:], u[:, 1:, 1], 0)
+            self.close(gains, u[:, :, 2:], 0)
+
+    def test_the_mask_is_of_what_changes_a_solver(self):
+        for K, n in ((1, 0), (1, 2), (3, 0), (3, 2)):
+            u = ddpm.numbers_of(baseline_solver("DPM++", "uniform", K), n)[None]
+            for where, acts in np.ndenumerate(ddpm.action_mask(K, n).numpy()):
+                moved = u.clone()
+                moved[0][where] += 0.5
+                self.assertEqual(acts, any(not torch.equal(a, b) for a, b in zip(
+                    ddpm.solver_of(u), ddpm.solver_of(moved))), (K, where))
+
+    def test_a_policy_gradient_improves_on_its_start_for_points_it_has_not_seen(self):
+        x, began = randn(2, 300, 2), time.process_time()
+        corners = torch.tensor([[0.7, 0.0], [-0.35, 0.6], [-0.35, -0.6]])
+        net = ddpm.MixtureNet(corners, 0.07, AB)
+        ends = [ddpm.sample(net, part, baseline_solver("DDIM", "uniform", 200), AB) for part in x]
+        start = min((baseline_solver("DDIM", grid, 3) for grid in ddpm.GRIDS), key=lambda s: (
+            ddpm.sample(net, x[0], s, AB) - ends[0]).square().sum())
+        learned = ddpm.policy_gradient(net, x[0], ends[0], start, AB, rng())
+        error = [(ddpm.sample(net, x[1], solver, AB) - ends[1]).square().sum(1).mean().sqrt()
+                 for solver in (start, learned)]
+        self.assertGreater(error[0], 2 * error[1], error)
+        self.assertEqual(learned.leans[0], 0)
+        self.assertLess(time.process_time() - began, 20)           # of two cores: seconds alone
 
 
 class Network(Case):
     def test_the_papers_has_35_7_million_parameters(self):
         with torch.device("meta"):
             self.assertEqual(ddpm.parameter_count(ddpm.UNet(**ddpm.PAPER_UNET)), 35_746_307)
-        self.assertRaises(ValueError, ddpm.UNet, **{**TINY, "width": 10 ** 9})
 
     def test_every_time_is_seen_and_every_parameter_gets_a_gradient(self):
         for kind, times in ((ddpm.UNet, [(499, 0), (500, 0), (501, 0)]),
@@ -391,6 +470,36 @@ class Network(Case):
             out.square().sum().backward()
             for name, p in net.named_parameters():
                 self.assertTrue(p.grad is not None and p.grad.abs().max() > 1e-6, name)
+
+    def test_a_gain_scales_the_branch_of_its_block_and_not_the_shortcut(self):
+        def scaled(block, by):
+            """Brute force: what the network says while one block's branch is times `by`."""
+            with block.conv2.register_forward_hook(lambda _, x, out: out * by[:, :, None, None]):
+                return net(*args)
+        for kind in (ddpm.UNet, student.JumpUNet):
+            net, order, at = frozen(kind, **{**TINY, "blocks": 2}), [], 0
+            args = images(2), torch.tensor([700, 300]), torch.tensor([200, 0])
+            with contextlib.ExitStack() as hooks:
+                for block in (m for m in net.modules() if isinstance(m, ddpm.ResBlock)):
+                    hooks.enter_context(block.register_forward_hook(lambda m, *_: order.append(m)))
+                plain_v = net(*args)
+            self.assertEqual(net.branches, [block.conv2.out_channels for block in order])
+            gains = 2 * randn(2, len(order))
+            for i, (block, width) in enumerate(zip(order, net.branches)):
+                one, channels = 0 * gains, torch.zeros(2, sum(net.branches))
+                one[:, i], channels[:, at:at + width] = gains[:, i], gains[:, i:i + 1]
+                expected = scaled(block, 1 + gains[:, i:i + 1])
+                for given in (one, channels):                  # constant in the block, or its own
+                    self.close(net(*args, given), expected, 1e-5, (kind, i))
+                channels[:, at:at + width - 1] = 0                     # its last channel alone
+                self.close(net(*args, channels), scaled(block, 1 + channels[:, at:at + width]),
+                           1e-5, (kind, i))
+                self.assertGreater((expected - plain_v).abs().amax((1, 2, 3)).min(), 2e-3)
+                at += width
+            many = net(*args, gains)
+            for i in range(2):                                         # rows of different gains
+                alone = net(*(part[i:i + 1] for part in (*args, gains)))
+                self.close(many[i:i + 1], alone, 1e-4)
 
     def test_attention_is_softmax_of_qk_over_sqrt_c_times_v(self):
         block, x = frozen(ddpm.Attention, channels=16), randn(2, 16, 4, 4)
@@ -452,7 +561,7 @@ class Training(Case):
         self.close([rates[0], rates[-1]], [1e-3 / teacher.WARMUP, 0], 1e-8)
 
     def test_the_target_is_50_quadratic_ddim_steps_and_a_picture_leaves_the_rng_alone(self):
-        z, path = ddpm.seeded_noise(range(3), (3, 8, 8)), self.folder() / "s.png"
+        z, path = ddpm.seeded_noise(range(3), (3, 8, 8)), self.folder(enter=True) / "s.png"
         solver = ddpm.Solver(ddpm.make_grid("quadratic", 50), [0.0] * 50)
         fifty = ddpm.sample(TEACHER, z, solver, AB)
         before = torch.get_rng_state()
@@ -462,11 +571,11 @@ class Training(Case):
         self.assertTrue(torch.equal(before, torch.get_rng_state()) and path.exists())
 
     def test_algorithm_1_lowers_the_loss_on_one_image(self):
-        out, args = self.folder(), train_args(updates=40, batch_size=16)
+        out, args = self.folder(enter=True), train_args(updates=40, batch_size=16)
         torch.manual_seed(0)
         net, ema = ddpm.UNet(**TINY), ddpm.UNet(**TINY)
         with mock.patch.multiple(teacher, LOG_EVERY=8, WARMUP=4,
-                                 TARGET=ddpm.hand_solver("DDIM", "uniform", 2)):
+                                 TARGET=baseline_solver("DDIM", "uniform", 2)):
             quiet(teacher.train, net, ema, (images(1) * 127.5 + 127.5).byte(), args, out, CPU)
         self.assertLess(losses(out)[-1], 0.7 * losses(out)[0])
         self.comes_back(teacher.load_teacher(out / "teacher.pt")[0], ema)
@@ -483,21 +592,21 @@ class Cloning(Case):
     def by_heart(self):
         """A student that knows the teacher's paths: it lands on them, whatever t_next."""
         class Cheat(student.JumpUNet):
-            def forward(net, x, t, t_next):
-                return student.secant_velocity(
+            def forward(net, x, t, t_next, gains=None):
+                return student.average_velocity(
                     x, student.state_at(self.paths, ROWS, t_next, AB), t, t_next, AB)
         return Cheat(**TINY)
 
-    def test_a_secant_jump_lands_where_it_should(self):
+    def test_a_jump_at_the_average_velocity_lands_where_it_should(self):
         x, y = randn(4, 3, 8, 8, seed=1), randn(4, 3, 8, 8, seed=2)
         t, t_next = torch.tensor([1000, 900, 500, 20]), torch.tensor([0, 100, 490, 0])
-        v = student.secant_velocity(x, y, t, t_next, AB)
+        v = student.average_velocity(x, y, t, t_next, AB)
         self.close(ddpm.jump(x, ddpm.x0_and_eps(x, t, v, AB)[0], t, t_next, AB)[0], y, 1e-3)
 
     def test_a_copied_teacher_is_the_teacher(self):
         copied = student.student_from_teacher(TEACHER)
         with mock.patch.object(TEACHER, "clip", False):           # as the student
-            for solver in (ddpm.hand_solver("DDIM", name, 4) for name in ddpm.GRIDS):
+            for solver in (baseline_solver("DDIM", name, 4) for name in ddpm.GRIDS):
                 self.close(ddpm.sample(copied, self.z, solver, AB),
                            ddpm.sample(TEACHER, self.z, solver, AB))
         copied(self.z, full(4, 500), full(4, 200)).square().sum().backward()
@@ -506,13 +615,13 @@ class Cloning(Case):
     def test_states_between_the_paths_own_are_ddims(self):
         ends = torch.stack([self.z, teacher.draw(TEACHER, teacher.TARGET, self.z, AB)], 1)
         self.close(self.paths[:, [0, -1]], ends, 0)
-        for target in (teacher.TARGET, ddpm.hand_solver("DDIM", "uniform", 50)):
+        for target in (teacher.TARGET, baseline_solver("DDIM", "uniform", 50)):
             with mock.patch.object(student, "TARGET", target):
                 paths = student.teacher_paths(TEACHER, self.z, AB)
                 for k in torch.tensor([[0, 5, 25, 30], [50, 49, 1, 2]]):       # one for each image
-                    x, t = paths[ROWS, k], torch.tensor(target.grid)[k]
+                    x, t = paths[ROWS, k], torch.tensor(target.times)[k]
                     self.close(student.state_at(paths, ROWS, t, AB), x)
-                x, t = (v[ROWS, [0, 5, 25, 30]] for v in (paths, torch.tensor([target.grid] * 4)))
+                x, t = (v[ROWS, [0, 5, 25, 30]] for v in (paths, torch.tensor([target.times] * 4)))
                 t_mid = t - torch.tensor([10, 3, 2, 6])
                 x0_hat = ddpm.estimate(TEACHER, x, t, TEACHER(x, t), AB)
                 self.close(student.state_at(paths, ROWS, t_mid, AB),
@@ -535,11 +644,11 @@ class Cloning(Case):
         landing = ((d.cos() * x - y) ** 2 / d.sin() ** 2).mean().item()
         self.close([cheat, zero], [0, landing], 1e-4 * landing)
         for steps in (1, 4, 7):                                # and whoever has no loss lands
-            solver = ddpm.hand_solver("DDIM", "uniform", steps)
+            solver = baseline_solver("DDIM", "uniform", steps)
             self.close(ddpm.sample(self.by_heart(), self.z, solver, AB), self.paths[:, -1], 1e-4)
 
     def test_the_pool_keeps_the_newest_paths(self):
-        with mock.patch.object(student, "TARGET", ddpm.hand_solver("DDIM", "quadratic", 4)):
+        with mock.patch.object(student, "TARGET", baseline_solver("DDIM", "quadratic", 4)):
             pool, again = (student.PathPool(TEACHER, 8, AB, CPU) for _ in range(2))
             pool.grow(3)
             self.assertEqual({*pool.draw(50, rng()).tolist()}, {0, 1, 2, 3})
@@ -556,7 +665,7 @@ class Cloning(Case):
     def test_cloning_lowers_its_loss_and_uses_its_own_seeds(self):
         torch.manual_seed(0)
         net, ema, out = student.JumpUNet(**TINY), student.JumpUNet(**TINY), self.folder()
-        args, few = train_args(updates=32, batch_size=16), ddpm.hand_solver("DDIM", "quadratic", 4)
+        args, few = train_args(updates=32, batch_size=16), baseline_solver("DDIM", "quadratic", 4)
         with mock.patch.multiple(student, LOG_EVERY=8, TARGET=few), mock.patch.object(
                 teacher, "WARMUP", 4), mock.patch.object(
                 student, "seeded_noise", wraps=student.seeded_noise) as spy:
@@ -567,7 +676,7 @@ class Cloning(Case):
         self.comes_back(student.load_student(out / "student.pt")[0], ema)
 
     def test_the_table_is_of_noise_never_trained_on(self):
-        net = frozen(student.JumpUNet)
+        net, _ = frozen(student.JumpUNet), self.folder(enter=True)
         with mock.patch.object(teacher, "seeded_noise", wraps=teacher.seeded_noise) as spy:
             rows, pictures = student.evaluate(net, TEACHER, 3, AB, CPU)
         seeds = [seed for call in spy.call_args_list for seed in call.args[0]]
@@ -592,10 +701,10 @@ class Rewards(Case):
     def test_no_reward_depends_on_the_batch(self):
         x, y = images(5), images(5, seed=1)
         for name, term in reward.TERMS.items():
-            best, other = (term.function(self.view(a), self.view(x)) for a in (x, y))
-            self.close(best, full(5, float(term.best)), 1e-5, name)
-            self.assertTrue((other < term.best).all(), name)
-            alone = torch.cat([term.function(self.view(y[i:i + 1]), self.view(x[i:i + 1]))
+            best, other = (term(self.view(a), self.view(x)) for a in (x, y))
+            self.close(best, torch.zeros(5), 1e-6, name)
+            self.assertLess(other.max(), -1e-4, name)
+            alone = torch.cat([term(self.view(y[i:i + 1]), self.view(x[i:i + 1]))
                                for i in range(5)])
             self.close(other, alone, 1e-5, name)
 
@@ -607,7 +716,7 @@ class Rewards(Case):
         self.comes_back(coach, net)
         for name in reward.TERMS:
             x, made = images(2).requires_grad_(True), reward.Reward(name, coach, content["scales"])
-            value, through = made(x, images(2, seed=1))[0], name != "histogram"
+            value, through = made(x, made.view(images(2, seed=1))), name != "histogram"
             self.assertEqual(value.requires_grad, through, name)
             if through:
                 self.assertGreater(torch.autograd.grad(value.sum(), x)[0].abs().max(), 1e-6, name)
@@ -623,25 +732,36 @@ class Rewards(Case):
                        for c in range(3)] for s in (y, x)]
             kl = np.mean([(p / p.sum() * np.log((p / p.sum()) / (q / q.sum()))).sum()
                           for p, q in zip(*counts)])
-            for name, expected in (("feature", f @ g / (f.norm() * g.norm())), ("histogram", -kl),
-                                   ("perceptual", -np.mean(layers)),
-                                   ("mse", -((x[i] - y[i]) ** 2).mean())):
-                self.close(reward.TERMS[name].function(a, b)[i], expected, 1e-5, name)
+            for name, expected in dict(
+                    feature=f @ g / (f.norm() * g.norm()) - 1, histogram=-kl,
+                    perceptual=-np.mean(layers), mse=-((x[i] - y[i]) ** 2).mean()).items():
+                self.close(reward.TERMS[name](a, b)[i], expected, 1e-5, name)
 
     def test_weights_and_scales_enter_as_written(self):
         x, y = images(3), images(3, seed=1)
-        total, raw = reward.Reward("feature:2 + mse", COACH, self.scales)(x, y)
-        self.close(total, 2 * (raw["feature"] - 1) / 0.005 + raw["mse"] / 0.15, 1e-3)
-        self.close(raw["mse"], reward.mse_reward(self.view(x), self.view(y)), 0)
+        made, raw = reward.Reward("feature:2 + mse", COACH, self.scales), (
+            term(self.view(x), self.view(y)) for term in (reward.feature_reward, reward.mse_reward))
+        feature, mse = raw
+        self.close(made(x, made.view(y)), 2 * feature / 0.005 + mse / 0.15, 1e-3)
         for text, spec in (("'clip'", "clip"), ("named twice", "mse:1+mse:2"), ("much", "mse:much"),
                            ("-1", "mse:-1"), ("nan", "mse:nan")):
             self.assertRaisesRegex(BadInput, text, reward.parse_reward, spec)
+
+    def test_a_view_of_many_targets_is_seen_in_batches_and_its_rows_are_theirs(self):
+        x, y, index = images(7), images(4, seed=1), torch.tensor([6, 0, 0, 3])
+        made = reward.Reward("+".join(reward.TERMS), COACH, self.scales)
+        whole = made.view(x, batch=3)
+        for part, of in ((whole, x), (whole.rows(index), x[index]), (whole.rows(slice(2)), x[:2])):
+            for a, b in zip(tree_flatten(part)[0], tree_flatten(self.view(of))[0], strict=True):
+                self.close(a, b)
+        self.close(reward.rewards(made, y, whole, index, batch=3), torch.cat([
+            made(y[i:i + 1], self.view(x[j:j + 1])) for i, j in enumerate(index)]), 1e-3)
 
     def test_more_distortion_means_less_reward(self):
         x = images(8, size=32)
         for kind, name in itertools.product(reward.DISTORTIONS, reward.TERMS):
             term = reward.Reward(name, COACH, self.scales)
-            values = [term(reward.distort(x, kind, level, rng()), x)[0].mean().item()
+            values = [term(reward.distort(x, kind, level, rng()), term.view(x)).mean().item()
                       for level in (0, 0.25, 0.5)]
             self.assertAlmostEqual(values[0], 0, delta=1e-4)
             self.assertTrue(values[0] > values[1] > values[2], (kind, name, values))
@@ -660,113 +780,107 @@ class Judging(Case):
         m, c = reward.moments(randn(5, 20))                            # of low rank
         self.close(reward.frechet_distance(m, c, m + 1, c), 20.0, 1e-4)
 
-    def test_precision_and_recall_agree_with_loops(self):
-        real, fake, k = randn(30, 2, seed=1), randn(25, 2, seed=2) + 0.7, 3
-        across, *own = ([[(p - q).norm().item() for q in b] for p in a]
-                        for a, b in ((fake, real), (real, real), (fake, fake)))
-        r_real, r_fake = ([sorted(row)[k] for row in table] for table in own)
-        hits = [[d <= r for d, r in zip(row, r_real)] for row in across]
-        got = reward.precision_recall(real, fake, k)
-        self.close([got[name] for name in ("precision", "density", "recall", "coverage")], [
-            np.mean([any(row) for row in hits]), np.sum(hits) / (k * 25),
-            np.mean([any(d <= r for d, r in zip(c, r_fake)) for c in zip(*across)]),
-            np.mean([min(c) <= r for c, r in zip(zip(*across), r_real)])])
-
-    def test_a_verdict_is_made_of_its_parts(self):
+    def test_a_verdict_is_the_distance_to_the_training_images_moments(self):
         judge, reals = frozen(reward.Judge, classes=10), images(40, 32)
         real, fake = judge(reals)[1], judge(images(20, 32, seed=1))[1]
-        file = dict(zip(("mean", "covariance"), reward.moments(real)), features=real.half())
+        file = dict(zip(("mean", "covariance"), reward.moments(real)))
         self.close(reward.encode(judge, reals, 7), real, 1e-5)
-        expected = dict(
-            frechet=reward.frechet_distance(*reward.moments(real), *reward.moments(fake)),
-            **reward.precision_recall(file["features"].float(), fake, reward.NEIGHBOURS))
-        got = reward.judged(images(20, 32, seed=1), judge, file)
-        self.close([got[name] for name in expected], [*expected.values()], 1e-4)
+        expected = reward.frechet_distance(*reward.moments(real), *reward.moments(fake))
+        self.close(reward.judged(images(20, 32, seed=1), (judge, file)), expected, 1e-4)
+        self.assertGreater(expected, 0.01)
 
 
 # ==== rl_distill.py ==========================================================================
 
-class LogProbabilities(Case):
-    def test_a_decision_is_a_gaussian_of_what_acts(self):
-        mean, u = randn(2, 5, 2)
-        for k, K, acts in ((0, 1, [0, 0]), (0, 3, [1, 0]), (1, 3, [1, 1]), (2, 3, [0, 1])):
-            self.assertEqual(rl.acting(k, K).tolist(), acts)
-            self.close(rl.jump_logp(mean, u, 0.3, torch.tensor(acts)),
-                       (Normal(mean, 0.3).log_prob(u) * torch.tensor(acts)).sum(1), 1e-4)
+def by_hand(kind, grid, n_gains=0, K=3):
+    """The policy that is a baseline solver."""
+    return rl.JumpPolicy(baseline_solver(kind, grid, K), n_gains)
 
-    def test_a_landing_and_its_kl_are_gaussian_and_averaged_over_dimensions(self):
+
+class Watched(torch.optim.SGD):
+    """Takes one step, and remembers the last gradients."""
+
+    def step(self):
+        group, = self.param_groups
+        self.grads, rate = [p.grad.clone() for p in group["params"]], group["lr"]
+        super().step()
+        group["lr"] = 0 * rate
+
+
+class LogProbabilities(Case):
+    std, mask = torch.tensor([0.05, 0.05, 0.2, 0.2, 0.1]), ddpm.action_mask(3, 3)
+
+    def test_a_draw_is_antithetic_of_the_std_of_its_kind_and_0_where_masked(self):
+        policy = randomised(by_hand("DPM++", "uniform", 3), 1, 0.3)
+        off = policy.draw(20_000, self.std, rng()) - policy.mean().detach()
+        self.close(off[0::2], -off[1::2], 1e-6)
+        self.close(off.std(0) / self.std, self.mask.float(), 0.03)
+        self.assertEqual(off[:, ~self.mask].abs().max(), 0)
+        off = off[0::2, self.mask] / off[:, self.mask].std(0)
+        self.close(off.T @ off / len(off), torch.eye(off.shape[1]), 0.05)      # independent
+
+    def test_its_log_density_is_a_gaussians_up_to_a_constant(self):
+        u, values, grads = randn(6, 3, 5), [], []
+        for policy in (randomised(by_hand("DPM++", "uniform", 3), seed, 0.3) for seed in (1, 2)):
+            for logp in (policy.logp(u, self.std), (
+                    Normal(policy.mean(), self.std).log_prob(u) * self.mask).sum((1, 2))):
+                values.append(logp.detach())
+                grads.append(torch.cat(torch.autograd.grad(
+                    (logp * torch.arange(6)).sum(), [*policy.parameters()]), 1))
+        self.close((values[0] - values[2]) / 100, (values[1] - values[3]) / 100)
+        self.close(grads[0] / 1000, grads[1] / 1000)
+        self.assertEqual((grads[0] != 0).tolist(), self.mask.tolist())
+
+    def test_that_of_a_landing_is_a_mean_over_dimensions(self):
         a, b, sigma = images(3), images(3, seed=1), torch.tensor([0.1, 0.5, 1.0])
-        one, other = (Normal(x, sigma[:, None, None, None]) for x in (a, b))
         constant = -(sigma.log() + 0.5 * math.log(2 * math.pi))
-        self.close(rl.pixel_logp(a, b, sigma), one.log_prob(b).mean((1, 2, 3)) - constant, 1e-4)
-        self.close(rl.gaussian_kl(a, b, sigma), kl_divergence(one, other).mean((1, 2, 3)), 1e-4)
+        self.close(rl.landing_logp(a, b, sigma), Normal(a, sigma[:, None, None, None]).log_prob(
+            b).mean((1, 2, 3)) - constant, 1e-4)
 
 
 class Deployment(Working):
-    def test_landing_leaves_room_and_ends_at_0(self):
-        logit = torch.cat([torch.tensor([-200.0, -5, 0, 5, 200]), 3 * randn(200)])
-        for K in (1, 2, 5, 64):
-            t = full(len(logit), ddpm.T)
-            for n in range(K, 0, -1):
-                then, rho_t = rl.next_time(t, logit, n), (torch.sigmoid(logit) * t).tolist()
-                self.assertEqual(then.tolist(), [max(min(round(r), s - 1), n - 1) * (n > 1)
-                                                 for r, s in zip(rho_t, t.tolist())])
-                self.assertTrue((then < t).all() and (then >= n - 1).all())
-                t = then
+    def test_a_policy_starts_at_its_solver_to_the_bit_and_with_std_0_stays_there(self):
+        z, rows = noise(2), torch.tensor([0, 0, 1, 1])
+        for kind, grid, (net, K) in itertools.product(ddpm.SOLVERS, ddpm.GRIDS, (
+                (self.net, 1), (self.net, 2), (self.first, 3), (Toy(), 64))):
+            start, n = baseline_solver(kind, grid, K), len(net.branches)
+            policy, end = rl.JumpPolicy(start, n), ddpm.sample(net, z, start, AB)
+            self.assertEqual(policy.solver(), (*start[:2], [[0.0] * n] * K), (kind, grid, K))
+            self.close(ddpm.sample(net, z, policy.solver(), AB), end, 0)
+            u = randomised(policy, 3, 0.3).draw(4, torch.zeros(2 + n), rng())
+            drawn, mean = (ddpm.sample(net, z[rows], solver, AB) for solver in (
+                ddpm.solver_of(u), policy.solver()))
+            self.close(drawn, mean, 0)
+            self.assertGreater((mean[::2] - end).abs().max(), 1e-3)
 
-    def test_the_policy_starts_at_the_hand_solver_exactly(self):
-        z, ends, cases = noise(2), {}, [(self.net, 1), (self.net, 2), (self.net, 5),
-                                        (self.first, 3), (Toy(), 64)]
-        for kind, grid, (net, K) in itertools.product(ddpm.SOLVERS, ddpm.GRIDS, cases):
-            solver = hand_solver(kind, grid, K)
-            policy = rl.JumpPolicy(solver)
-            x, jumps = rl.rollout(net, policy, z, AB)
-            ends[kind, grid, K] = ddpm.sample(net, z, solver, AB).clamp(-1, 1)
-            self.close(x, ends[kind, grid, K], 1e-6, (kind, grid, K))
-            self.assertEqual(policy.solver().grid, solver.grid)
-            self.assertEqual([j.t.tolist() for j in jumps], [[t] * 2 for t in solver.grid[:-1]])
-            self.close(policy.solver().leans, solver.leans, 0)
-            row = rl.deployed(net, solver, z, z, minus_mse, AB)
-            self.close(row["images"], x, 1e-6)
-            self.close(row["reward"], minus_mse(x, z)[0], 1e-6)
-        ddim, dpm, ab2 = (ends[kind, "uniform", 5] for kind in ddpm.SOLVERS)
-        for other in (dpm, ab2):
-            self.assertGreater((ddim - other).abs().max(), 1e-3)
+    def test_a_rollout_that_adds_no_noise_is_the_deployment_to_the_bit(self):
+        self.patch(rl, SIGMA_FLOOR=1e-30)
+        for net, K in itertools.product((self.net, self.first), (1, 3)):
+            solver = randomised(by_hand("AB2", "logsnr", len(net.branches), K), 3, 0.3).solver()
+            end = teacher.draw(net, solver, noise(3), AB).repeat_interleave(4, 0)
+            for eta, tol in ((0.0, 0), (1e-7, 1e-4)):
+                x, landings = rl.rollout(net, solver, noise(3), 4, eta, AB, rng())
+                self.close(x, end, tol)
+                self.assertEqual(len(landings), K if eta else 1)
 
-    def test_a_rollout_that_does_not_explore_is_the_policys_solver_to_the_bit(self):
-        for net in self.net, self.first:
-            policy, z = randomised(by_hand("AB2", "logsnr"), 3, 0.5), noise(4)
-            x, solver = rl.rollout(net, policy, z, AB)[0], policy.solver()
-            self.assertNotEqual(solver.grid, hand_solver("AB2", "logsnr", 3).grid)
-            self.assertEqual(solver.leans[0], 0)
-            self.close(x, rl.deployed(net, solver, z, z, minus_mse, AB)["images"], 0)
-
-    def test_a_very_sharp_policy_is_the_deployment(self):
-        z, policy = noise(4), by_hand("DPM++", "uniform")
-        x, jumps = rl.rollout(self.net, policy, z, AB, std=0.5, eta=1.0)
-        self.close(x, ddpm.sample(self.net, z, hand_solver("DPM++", "uniform", 3), AB), 1e-6)
-        for j in jumps:
-            self.assertEqual((j.logp, j.logp_pixels, j.sigma.max().item()), (None, None, 0))
-        self.patch(rl, SIGMA_FLOOR=1e-6)
-        for channel, eta in (("jump", 0.0), ("pixels", 0.0), ("pixels", 1e-6)):
-            sharp, _ = rl.rollout(self.net, policy, z, AB, channel, 4, 1e-6, eta, rng())
-            self.close(sharp, x.repeat_interleave(4, 0), 1e-4, (channel, eta))
-
-    def test_hand_solvers_come_with_their_best_grid_and_the_best_one_first(self):
-        z = noise(6)
+    def test_the_best_grid_of_each_kind_is_found_and_the_best_kind_comes_first(self):
         self.patch(teacher, chunk_size=lambda device: 4)
         for seed in range(2):
-            target, scores = images(6, seed=seed), {}
-            for kind, grid in itertools.product(ddpm.SOLVERS, ddpm.GRIDS):
-                x = ddpm.sample(self.net, z, hand_solver(kind, grid, 3), AB)
-                scores[f"{kind} {grid}"] = minus_mse(x, target)[0].mean().item()
-            found = rl.best_by_hand(self.net, 3, z, target, minus_mse, AB)
-            expected = [max((name for name in scores if name.startswith(kind)), key=scores.get)
-                        for kind in ddpm.SOLVERS]
-            self.assertEqual(list(found), sorted(expected, key=scores.get, reverse=True))
-            for name, solver in found.items():
-                self.assertEqual(solver, hand_solver(*name.split(), 3))
-        self.assertEqual(rl.hand_kinds(self.first), ("DDIM",))         # secants have no trend
+            target, scores = plain(images(6, seed=seed)), {}
+            for pair in itertools.product(ddpm.SOLVERS, ddpm.GRIDS):
+                solver = baseline_solver(*pair, 3)
+                x = ddpm.sample(self.net, noise(6), solver, AB).clamp(-1, 1)
+                made, R = reward.score(self.net, solver, noise(6), target, minus_mse, AB)
+                self.close(made, x)
+                self.close(R, minus_mse(x, target))
+                scores[pair] = R.mean().item()
+            found = reward.best_baselines(self.net, 3, noise(6), target, minus_mse, AB)
+            best = [max((p for p in scores if p[0] == k), key=scores.get) for k in ddpm.SOLVERS]
+            self.assertEqual([(kind, *rest) for kind, rest in found.items()], [
+                (kind, grid, baseline_solver(kind, grid, 3))
+                for kind, grid in sorted(best, key=scores.get, reverse=True)])
+        self.assertEqual([ddpm.baseline_kinds(net, K) for net, K in (
+            (self.net, 2), (self.net, 1), (self.first, 3))], [ddpm.SOLVERS, ("DDIM",), ("DDIM",)])
 
 
 class Advantages(Case):
@@ -780,11 +894,14 @@ class Advantages(Case):
         for shift in (5, 7 * (torch.arange(24) < 4)):                  # all, or one group alone
             self.close(rl.advantages(self.reward + shift, 4), rl.advantages(self.reward, 4), 1e-4)
 
-    def test_ties_give_exactly_0_and_never_scaled_noise(self):
+    def test_ties_give_exactly_0_and_tiny_rewards_that_differ_do_not(self):
         flat = torch.full((8,), -0.7) + 2e-7 * randn(8)
         mixed = torch.cat([flat[:4], torch.tensor([0.0, 1, 2, 3])])
-        for tied, group in ((flat, 2), (flat, 8), (torch.zeros(8), 4), (mixed, 4)):
-            self.close(rl.advantages(tied, group)[:4], torch.zeros(4), 0)
+        for (tied, group), size in itertools.product(
+                ((flat, 2), (flat, 8), (torch.zeros(8), 4), (mixed, 4)), (1, 1e-9)):
+            self.close(rl.advantages(size * tied, group)[:4], torch.zeros(4), 0)
+        for size in (1e-9, 1e6):
+            self.close(rl.advantages(size * self.reward, 4), rl.advantages(self.reward, 4), 1e-4)
 
 
 class Surrogate(Case):
@@ -801,241 +918,291 @@ class Surrogate(Case):
         self.close(ratio, self.logp.exp(), 1e-6)
         self.close(loss, [-math.exp(-0.5), -1, -1.2, 0.8, 1, math.exp(0.5)], 1e-6)
         self.assertEqual((self.gradient(self.old, 0.2) != 0).tolist(), [1, 1, 0, 0, 1, 1])
-        self.close(self.gradient(self.logp, math.inf), -self.adv, 1e-6)
+        self.close(self.gradient(self.logp, 0.2), -self.adv, 1e-6)
         self.close(self.gradient(self.old, math.inf), -self.adv * self.logp.exp(), 1e-6)
 
-    def test_the_score_function_gradient_agrees_with_the_pathwise_one(self):
-        """Linear-Gaussian toy, quadratic reward: the same number, within 4 standard errors."""
-        net, n = Toy(), 20_000
-        x, u = randn(1, 3, 2, 2, seed=1).expand(n, 3, 2, 2), torch.zeros(n, 2)
-        mean = rl.take_jump(net, x, full(n, 800), full(n, 300), u, x, AB, 0.0)[0]
-        x_next = (mean + 0.4 * randn(n, 3, 2, 2, seed=2)).detach()
-        score = -(x_next - 0.3).square().sum((1, 2, 3))
-        logp, adv = rl.pixel_logp(mean, x_next, full(n, 0.4)), score - score.mean()
-        loss, _ = rl.clipped_surrogate(logp, logp.detach(), adv, math.inf)
-        got, slope, exact = (torch.autograd.grad(y, net.b, retain_graph=True)[0].item() for y in (
-            12 * loss.mean(), mean[0].mean(), (mean[0] - 0.3).square().sum()))
-        each = adv * ((x_next - mean).detach() / 0.16 * slope).sum((1, 2, 3))
-        error = each.std().item() / math.sqrt(n)
-        self.assertLess(abs(got - exact), 4 * error)
-        self.assertGreater(abs(exact), 15 * error)
+    def agree(self, pairs, signal):
+        """Of independent (estimate, exact): equal within 4 standard errors, and not by being 0."""
+        got, exact = (torch.stack(values).double() for values in zip(*pairs))
+        error = (got - exact).std(0) / math.sqrt(len(got))
+        self.assertLess(((got - exact).mean(0) / error).abs().max(), 4)
+        self.assertGreater((exact.mean(0) / error).abs().max(), signal)
+
+    def test_an_update_of_the_jumps_goes_along_the_pathwise_gradient(self):
+        """Images that are linear in the gains, -|s u - c|^2 as reward: d/du is -2 s (s u - c)."""
+        policy, s, z, pairs = by_hand("DDIM", "uniform", 4), 0.2, torch.zeros(250, 3, 1, 1), []
+        c, std = 0.1 * randn(3, 4, 1, seed=1), torch.tensor([0.05] * 2 + [0.1] * 4)
+        self.patch(rl, solver_of=lambda u: u, sample=lambda net, z, u, ab: s * u[:, :, 2:, None])
+        policy.gains.data = 0.3 * randn(3, 4, seed=2)
+        exact, args, g = -2 * s * (s * policy.gains.data - c[..., 0]), flags(group=2), rng()
+        for _ in range(40):
+            optimizer = Watched([policy.gains], lr=0.0)
+            R, *_ = rl.update_jumps(None, policy, z, plain(z), lambda x, target: -(x - c).square(
+                ).sum((1, 2, 3)), optimizer, args, std, AB, g)
+            rms = (R - R.reshape(-1, 2).mean(1).repeat_interleave(2)).square().mean().sqrt()
+            pairs.append((-rms * optimizer.grads[0], exact))
+        self.agree(pairs, 50)
+
+    def test_the_scores_of_one_landing_and_of_two_are_the_pathwise_gradient(self):
+        """Linear toy, quadratic reward, no leans: x0_last is no action. The mean of a group is a
+        baseline without bias but for G / (G - 1), since its copies are independent."""
+        self.patch(rl, SIGMA_FLOOR=0.3)
+        for K, eta, group in ((1, 0.0, 2), (2, 0.6, 2), (2, 0.6, 4)):
+            net, solver, pairs, g = Toy(0.5, 0.3), baseline_solver("DDIM", "uniform", K), [], rng(1)
+            for i in range(60):
+                z = randn(200, 3, 2, 2, seed=i)
+                _, landings = rl.rollout(net, solver, z, group, eta, AB, g)
+                self.assertEqual(len(landings), K)
+                R = -(landings[-1].x_next - 0.3).square().sum((1, 2, 3)).reshape(-1, group)
+                A, score = (R - R.mean(1, keepdim=True)).flatten(), 0
+                x = z.repeat_interleave(group, 0)
+                for state, x_next, sigma, _ in landings:
+                    mean = rl.landing_mean(net, *state, AB, eta)[0]
+                    mean = mean.repeat_interleave(len(x_next) // len(mean), 0)
+                    score = score + 12 * (A * rl.landing_logp(mean, x_next, sigma)).mean()
+                    t, t_next = (full(len(x), time[0]) for time in state[2:4])
+                    x0_hat = ddpm.estimate(net, x, t, net(x, t), AB)
+                    x = ddpm.jump(x, x0_hat, t, t_next, AB, eta=eta)[0] + (x_next - mean).detach()
+                exact = -(x - 0.3).square().sum((1, 2, 3)).mean()      # through all of the path
+                pairs.append([torch.stack(torch.autograd.grad(y, [net.w, net.b])) for y in (
+                    score * group / (group - 1), exact)])
+            self.agree(pairs, 15)
+
+
+def flags(**more):
+    return types.SimpleNamespace(**{"group": 4, "eta": 0.0, "epochs": 1, **more})
 
 
 class Loop(Working):
-    def play(self, channel, eta=0.0, net=None, group=4, z=None):
-        """Three exploring jumps from DPM++ on uniform times. Returns (net, policy, jumps)."""
-        net, z = net or self.net, noise(3) if z is None else z
-        net.requires_grad_(True)
-        policy = by_hand("DPM++", "uniform")
-        return net, policy, rl.rollout(net, policy, z, AB, channel, group, 0.1, eta, rng())[1]
+    ways = [("jumps", 0.0), ("weights", 0.0), ("weights", 0.3)]
 
-    def update(self, net, policy, jumps, adv, eta=0.0, kl=0.0, ref=None, lr=0.0):
-        """A step as train() makes it, the gradient unclipped: (diagnostics, parameters)."""
-        part, losses = policy, lambda: rl.jump_losses(policy, jumps, adv, 0.1)
-        if jumps[0].logp is None:
-            part, jumps = net, [j for j in jumps if j.logp_pixels is not None]
-            losses = lambda: rl.pixel_losses(net, ref or net, jumps, adv, eta, kl, AB)  # noqa
-        with mock.patch.object(torch.nn.utils, "clip_grad_norm_", lambda parameters, most:
-                               torch.stack([p.grad.norm() for p in parameters]).norm()):
-            return rl.policy_update(losses, len(adv) * len(jumps), torch.optim.SGD(
-                part.parameters(), lr), 1e-4, 1), [*part.parameters()]
+    def update(self, learn, net, eta=0.0, z=None, lr=0.0, epochs=1, group=4):
+        """An update from DPM++ on uniform times, its gradient unclipped. Returns what is in it."""
+        z, n = noise(3) if z is None else z, len(net.branches)
+        policy, target = by_hand("DPM++", "uniform", n), plain(images(3, z.shape[-1], 5))
+        learns, std = policy if learn == "jumps" else net.requires_grad_(True), torch.tensor(
+            [0.05] * 2 + [0.1] * n)
+        optimizer, args, spied = Watched(learns.parameters(), lr), flags(
+            group=group, eta=eta, epochs=epochs), []
 
-    def means(self, net, j, eta):
-        """Where each rollout is expected to land."""
-        x0_hat = ddpm.estimate(net, j.x_t, j.t, net(j.x_t, j.t, j.t_next), AB)
-        return ddpm.jump(j.x_t, x0_hat, j.t, j.t_next, AB, j.u[:, 1], j.x0_last, eta)[0]
+        def spy(real):
+            return lambda *a: spied.append(real(*a)) or spied[0]
+        with mock.patch.multiple(rl, rollout=spy(rl.rollout)), \
+                mock.patch.object(rl.JumpPolicy, "draw", spy(rl.JumpPolicy.draw)), \
+                mock.patch.object(torch.nn.utils, "clip_grad_norm_", lambda parameters, most: None):
+            R, *ratios = (
+                rl.update_jumps(net, policy, z, target, minus_mse, optimizer, args, std, AB, rng())
+                if learn == "jumps" else rl.update_weights(
+                    net, policy.solver(), z, target, minus_mse, optimizer, args, AB, rng()))
+        return types.SimpleNamespace(policy=policy, learns=learns, std=std, z=z, drawn=spied[0],
+                                     R=R, ratios=ratios, grads=optimizer.grads)
 
-    def train(self, net, *words, scale=1.0, score=minus_mse, policy=None):
-        """The real train() on toys of three jumps, each noise its own target; rows of its log."""
+    def means(self, old, net, solver, landings, z, eta, group=4):
+        """Where net is expected to land, and with what spread, from the states of `old`: every copy
+        by itself, from its noise on."""
+        x, last, landings = z.repeat_interleave(group, 0), None, iter(landings)
+        for t, t_next, lean in zip(*(torch.tensor(part).expand(len(x), -1).T for part in (
+                solver.times[:-1], solver.times[1:], solver.leans))):
+            means = []
+            for some in (old, net):
+                v = torch.cat([some(*(part[i:i + 1] for part in (x, t, t_next)))
+                               for i in range(len(x))])
+                x0_hat = ddpm.estimate(some, x, t, v, AB)
+                means.append((*ddpm.jump(x, x0_hat, t, t_next, AB, lean,
+                                         x0_hat if last is None else last, eta), x0_hat.detach()))
+            (x, sigma, last), (mean, *_) = means
+            x = x.detach()
+            if eta > 0 or t_next[0] == 0:
+                yield mean, sigma if sigma.any() else full(len(x), rl.SIGMA_FLOOR)
+                x = next(landings).x_next
+
+    def train(self, net, *words, scale=1.0, score=minus_mse, start=None):
+        """The real train() on toys, each noise its own target. Returns (Solver, log, folder)."""
         args, out, z = rl.parse_args(["--steps", "3", *words]), self.folder(), scale * noise(6, 2)
-        quiet(rl.train, net, policy or by_hand("DDIM", "quadratic"), (z, z), (z, z), score, args,
-              out, CPU)
-        return read_log(out / "log.jsonl")
+        start = start or baseline_solver("DDIM", "quadratic", 3)
+        (solver, _), _ = quiet(rl.train, net, start, (z, plain(z)), (z, plain(z)), score, args, out)
+        return solver, read_log(out / "log.jsonl"), out
 
-    def test_exploration_is_antithetic_and_of_the_right_spread(self):
-        toy, z = Toy(), noise(3, 2)
-        for j in self.play("jump", 0.0, toy, 2000, z)[2]:
-            acts = rl.acting(j.k, 3)
-            off = j.u - by_hand("DPM++", "uniform").hand[j.k] * acts
-            self.close(off[0::2], -off[1::2], 1e-6)
-            self.close(off.std(0), 0.1 * acts, 0.005)
-        for j in self.play("pixels", 0.3, toy, 400, z)[2]:
-            off = (j.x_next - self.means(toy, j, 0.3)).detach()
-            self.close(off[0::2], -off[1::2], 1e-5)
-            sigma = ddpm.ddim_sigma(j.t, j.t_next, 0.3, AB)[0] if j.k < 2 else rl.SIGMA_FLOOR
-            self.close(off.std() / sigma, 1.0, 0.03)
-            self.close(j.sigma / sigma, torch.ones(1200), 1e-5)
-
-    def test_with_eta_0_only_the_last_jump_explores(self):
-        jumps = self.play("pixels", group=8)[2]
-        self.assertEqual([j.logp_pixels is None for j in jumps], [True, True, False])
-        clean = ddpm.sample(self.net, noise(3), hand_solver("DPM++", "uniform", 3), AB)
-        off = (jumps[2].x_next - clean.repeat_interleave(8, 0)).reshape(3, -1).std(1)
-        self.close(off / rl.SIGMA_FLOOR, torch.ones(3), 0.1)
-
-    def test_the_ratio_is_1_from_what_is_stored(self):
-        adv = randn(12)
-        for channel, eta, net in itertools.product(("jump", "pixels"), (0.0, 0.3),
-                                                   (self.first, self.net)):
-            net, policy, jumps = self.play(channel, eta, net)
-            result, _ = self.update(net, policy, jumps, adv, eta)
-            self.close(result["ratio_t0"], 1.0, 1e-6, (channel, eta))
-            self.assertGreater(result["grad_norm"], 0)
-        for j in jumps:
-            mean = self.means(net, j, 0.3).detach()
-            self.close(rl.pixel_logp(mean, j.x_next, j.sigma), j.logp_pixels, 1e-5)
-        lost = self.means(net, jumps[1]._replace(x0_last=jumps[1].x_t), 0.3).detach()
-        self.assertGreater((lost - mean).abs().max(), 0.01)            # DPM++ has a memory
-
-    def test_the_first_gradient_is_reinforces_row_by_row(self):
-        """Against torch.distributions, every rollout evaluated by itself, before any clipping:
-        surrogate, its weights sigma / mean sigma, and the KL."""
-        adv, ref = randn(12), randomised(copy.deepcopy(self.net), 9, 0.02)
-        for channel, eta, kl in (("jump", 0.0, 0.0), ("pixels", 0.0, 0.0), ("pixels", 0.3, 0.0),
-                                 ("pixels", 0.0, 0.5), ("pixels", 0.3, 0.5)):
-            net, policy, jumps = self.play(channel, eta)
-            _, trained = self.update(net, policy, jumps, adv, eta, kl, ref)
-            jumps, total = [j for j in jumps if channel == "jump" or j.logp_pixels is not None], 0
-            mean_sigma = sum(j.sigma.sum() for j in jumps) / 12 / len(jumps)
-            for j in jumps:
-                if channel == "jump":
-                    logp = Normal(policy(j.k), 0.1).log_prob(j.u)
-                    total = total - (adv * logp[:, rl.acting(j.k, 3)].sum(1)).sum()
-                else:
-                    now, start = (Normal(self.means(some, j, eta), j.sigma[:, None, None, None])
-                                  for some in (net, ref))
-                    score = adv * now.log_prob(j.x_next).mean((1, 2, 3)) * j.sigma / mean_sigma
-                    total = total + (kl * kl_divergence(now, start).mean((1, 2, 3)) - score).sum()
-            exact = torch.autograd.grad(total / (12 * len(jumps)), trained)
+    def test_each_epochs_gradient_is_that_of_eq_7_row_by_row(self):
+        """Against torch.distributions, every copy evaluated by itself. The first is REINFORCE's."""
+        for (learn, eta), old, last in itertools.product(self.ways, (self.net, self.first), (1, 2)):
+            net, mask, pairs = copy.deepcopy(old), ddpm.action_mask(3, len(old.branches)), []
+            rate, clip = ((1e-3, rl.CLIP_JUMPS) if learn == "jumps" else
+                          (1e-4 if eta else 3e-6, rl.CLIP_LANDING))
+            it = self.update(learn, net, eta, lr=rate if last == 2 else 0.0, epochs=last)
+            if learn == "jumps":
+                policies = it.policy, by_hand("DPM++", "uniform", len(net.branches))
+                pairs = [(*((Normal(policy.mean(), it.std).log_prob(it.drawn) * mask).sum((1, 2))
+                            for policy in policies), 1)]
+            else:
+                solver, (x, landings) = by_hand("DPM++", "uniform").solver(), it.drawn
+                now, then = ([*self.means(old, some, solver, landings, it.z, eta)]
+                             for some in (net, old))
+                weigh = np.mean([sigma.mean() for _, sigma in then])
+                for (mean, _), (start, sigma), landing in zip(now, then, landings, strict=True):
+                    wide, x_next = sigma[:, None, None, None], landing.x_next
+                    self.close(landing.sigma, sigma, 1e-6)
+                    self.close(((x_next - start.detach()) / wide).std(), 1.0, 0.06)
+                    pairs.append((*(Normal(m, wide).log_prob(x_next).mean((1, 2, 3))
+                                    for m in (mean, start)), sigma / weigh))
+                self.close(x, x_next.clamp(-1, 1), 0)
+            adv, ratios, total = rl.advantages(it.R, 4), [], 0
+            for logp, logp_old, weight in pairs:
+                ratio = (logp - logp_old.detach()).exp()
+                inside = ratio.clamp(1 - clip, 1 + clip)
+                total = total - (torch.minimum(ratio * adv, inside * adv) * weight).mean()
+                ratios.append(ratio.detach())
+            most = max((r - 1).abs().max().item() for r in (*it.ratios, *ratios))
+            self.close(torch.cat(ratios), it.ratios[last - 1], most / 100, (learn, eta))
+            self.close(it.ratios[0], torch.ones(12 * len(pairs)), 1e-6, (learn, eta))
+            out = ((torch.cat(ratios) - 1).abs() > clip).float().mean()
+            self.assertTrue(0.05 < out < 0.95 if last == 2 else out == 0, (learn, eta, out))
+            exact = torch.autograd.grad(total / len(pairs), [*it.learns.parameters()])
             size = max(g.abs().max().item() for g in exact)
             self.assertGreater(size, 1e-4)
-            for p, g in zip(trained, exact):
-                self.close(p.grad, g, 1e-4 * size, (channel, eta, kl))
-            if channel == "jump":                # every entry that acts has one, and no other
-                self.assertEqual((p.grad != 0).tolist(), [[1, 0], [1, 1], [0, 1]])
-
-    def test_without_advantage_the_kl_alone_pulls_back(self):
-        ref, zero = copy.deepcopy(self.net), torch.zeros(12)
-        randomised(self.net, 9)
-        for channel, eta in (("jump", 0.0), ("pixels", 0.0), ("pixels", 0.3)):
-            played = self.play(channel, eta)
-            self.assertEqual(self.update(*played, zero, eta)[0]["grad_norm"], 0)
-        kl = [self.update(*played, zero, 0.3, 1.0, ref, 1e-5)[0]["kl"] for _ in range(4)]
-        self.assertTrue(all(a > b > 0 for a, b in zip(kl, kl[1:])), kl)
+            for g, got, (name, _) in zip(exact, it.grads, it.learns.named_parameters()):
+                self.close(got / size, g / size, 2e-3, (learn, eta, last, name))
+                if learn == "jumps":             # every entry that acts has one, and no other
+                    acts = mask[:, :2] if name == "jumps" else mask[:, 2:]
+                    self.assertEqual((got != 0).tolist(), acts.tolist())
+                else:
+                    self.assertGreater(got.abs().max() / size, 1e-7, name)
 
     def test_it_finds_the_optimum_of_a_known_reward(self):
-        """The landing of jump 1 must move from 667 to 300, the lean of jump 2 from 0 to 0.7."""
-        net, g, policy = Toy(), rng(), by_hand("DDIM", "uniform")
+        """The first landing must move to 300, the second lean to 0.7, a gain to -0.4."""
+        policy, g, z, std = by_hand("DDIM", "uniform", 1), rng(), noise(4, 1), full(3, 0.1)
+        best = torch.tensor([0.3, 0.7, -0.4])
+        self.patch(rl, sample=lambda net, z, at, ab: torch.stack([
+            at.times[:, 1] / ddpm.T, at.leans[:, 1], at.gains[:, 2, 0]], 1)[..., None, None])
         optimizer = torch.optim.Adam(policy.parameters(), 0.05)
-        for _ in range(50):
-            _, jumps = rl.rollout(net, policy, noise(4, 2), AB, "jump", 8, 0.1, 0.0, g)
-            score = -((jumps[0].t_next - 300) / 300) ** 2 - (jumps[1].u[:, 1] - 0.7) ** 2
-            adv = rl.advantages(score, 8)
-            rl.policy_update(lambda: rl.jump_losses(policy, jumps, adv, 0.1), 96, optimizer, 0.2, 4)
-        _, jumps = rl.rollout(net, policy, noise(4, 2), AB)
-        self.close(jumps[0].t_next / 1000, full(4, 0.3), 0.05)
-        self.close(jumps[1].u[:, 1], full(4, 0.7), 0.1)
+        for _ in range(60):
+            rl.update_jumps(None, policy, z, plain(z), lambda x, target: -(x[:, :, 0, 0] - best)
+                            .square().sum(1), optimizer, flags(group=8, epochs=2), std, AB, g)
+        times, leans, gains = policy.solver()
+        self.close([times[1] / ddpm.T, leans[1], gains[2][0]], best, 0.08)
 
     def test_a_group_shares_a_noise_and_its_target(self):
         """Through real updates. A network that says v = 0 only scales its noise, so each image
         must point where the noise points that its own target is."""
-        for channel, eta in (("jump", "0"), ("pixels", "0"), ("pixels", "0.01")):
-            seen, words = [], ["--group", "4", "--updates", "2", "--channel", channel, "--eta", eta]
+        for learn, eta in (("jumps", "0"), ("weights", "0"), ("weights", "0.01")):
+            seen, words = [], ["--group", "4", "--updates", "2", "--learn", learn, "--eta", eta,
+                               "--gains", "none"]
             with mock.patch.object(rl, "advantages", mock.Mock(side_effect=rl.advantages)) as adv:
                 self.train(Toy(0.0, 0.0), *words, scale=0.3, score=lambda x, y: (
-                    seen.append((x, y)), minus_mse(x, y))[1])
+                    seen.append((x, y.images)), minus_mse(x, y))[1])
             self.assertEqual([call[0][1] for call in adv.call_args_list], [4] * 2)
             for x, y in seen:
                 self.assertGreater(F.cosine_similarity(x.flatten(1), y.flatten(1)).min(), 0.9)
-            for _, y in seen[:2]:                          # then the monitor's
-                self.assertEqual(len(y.reshape(6, 4, 12)[:, 0].unique(dim=0)), 6)
-                self.close(y.reshape(6, 4, 12).std(1), torch.zeros(6, 12), 1e-6)
+            groups = [y.reshape(6, 4, 12) for _, y in seen if len(y) == 24]
+            self.assertEqual(len(groups), 2)                           # the others: the monitor's
+            for y in groups:
+                self.assertEqual(len(y[:, 0].unique(dim=0)), 6)
+                self.close(y.std(1), torch.zeros(6, 12), 1e-6)
 
-    def test_one_part_learns_at_a_rate_that_falls_to_0(self):
-        update, play = rl.policy_update, rl.rollout
-        for channel, words, rates, moves in (
-                ("jump", ["--lr", "0.04"], [0.04, 0.03, 0.02, 0.01], [0, 1]),
-                ("pixels", [], [1e-5, 7.5e-6, 5e-6, 2.5e-6], [1, 0])):
-            parts, trail, std = [Toy(), by_hand("DDIM", "quadratic")], [], []
+    def test_training_takes_as_many_evaluations_as_it_says(self):
+        class Counting(Toy):
+            def forward(net, x, *args):
+                rows.append(len(x) * (3 if torch.is_grad_enabled() else 1))     # backward is two
+                return super().forward(x, *args)
+        self.patch(rl, score=lambda *args: (None, torch.zeros(1)))              # not the monitor
+        for (learn, eta), epochs, K in itertools.product(self.ways, "12", "13"):
+            rows, words = [], (f"--learn {learn} --eta {eta} --epochs {epochs} --steps {K} "
+                               "--updates 2 --group 4").split()
+            self.train(Counting(), *words, start=baseline_solver("DDIM", "uniform", int(K)))
+            self.assertEqual(sum(rows), rl.training_evaluations(rl.parse_args(words), 6), words)
 
-            def watched(losses, actions, optimizer, *more):
-                before = [[p.detach().clone() for p in part.parameters()] for part in parts]
-                result = update(losses, actions, optimizer, *more)
-                trail.append((optimizer.param_groups[0]["lr"], [
-                    any(not torch.equal(p, old) for p, old in zip(part.parameters(), olds))
-                    for part, olds in zip(parts, before)]))
-                return result
-            self.patch(rl, policy_update=watched,
-                       rollout=lambda *a: (std.extend(a[6:7]), play(*a))[1])
-            self.train(parts[0], "--channel", channel, "--updates", "4", *words, policy=parts[1])
-            self.assertEqual([moved for _, moved in trail], [moves] * 4)
-            self.close([rate for rate, _ in trail], rates, 1e-12)
-            high, low = rl.STD
-            self.close(std, [low + (high - low) * left for left in (1, 0.75, 0.5, 0.25)], 1e-9)
+    def test_rates_fall_to_0_the_std_to_a_fifth_and_what_is_masked_never_moves(self):
+        start = baseline_solver("DPM++", "quadratic", 3)
+        for learn, gains, n in (("jumps", "block", 2), ("jumps", "channel", 5),
+                                ("weights", "none", 0)):
+            def watched(*args, real=getattr(rl, f"update_{learn}")):
+                optimizer, = (a for a in args if isinstance(a, torch.optim.Optimizer))
+                spied.append(([g["lr"] for g in optimizer.param_groups], args[-3]))
+                return real(*args)
+            net, spied, jumps = Toy(), [], learn == "jumps"
+            with mock.patch.object(rl, f"update_{learn}", watched):
+                solver, _, out = self.train(
+                    net, *f"--learn {learn} --gains {gains} --updates 4 --lr 0.01".split(),
+                    *["--group", "4"], start=start)
+            first = torch.tensor([rl.STD["jump"]] * 2 + [rl.STD.get(gains, 0.0)] * n)
+            for (rates, std), left in zip(spied, (1, 0.75, 0.5, 0.25), strict=True):
+                most = [0.01 * rl.JUMPS_FASTER, 0.01] if jumps else [0.01]
+                self.close(rates, [rate * left for rate in most], 1e-9)
+                if jumps:
+                    self.close(std, first * (0.2 + 0.8 * left), 1e-6)
+            self.assertEqual([p.item() != q.item() for p, q in zip(
+                net.parameters(), Toy().parameters())], [not jumps] * 2)
+            learns = load_checkpoint(out / "state.pt", "state")["parts"]["learns"]
+            if jumps:
+                u = torch.cat([learns["jumps"], learns["gains"]], 1)
+                self.assertEqual((u != ddpm.numbers_of(start, n)).tolist(),
+                                 ddpm.action_mask(3, n).tolist())
+                self.close(solver.leans, [0.0, *learns["jumps"][1:, 1].tolist()], 0)
+            else:
+                self.assertEqual((solver, {*learns}), (start, {"w", "b"}))
+
+    def test_the_log_begins_before_the_first_update_and_no_column_of_it_is_dead(self):
+        self.patch(rl, LOG_EVERY=2)
+        start, z = baseline_solver("AB2", "uniform", 3), noise(6, 2)
+        for learn, lr, eta in (("jumps", "0.1", "0"), ("weights", "0.01", "0.3")):
+            first = minus_mse(ddpm.sample(Toy(), z, start, AB).clamp(-1, 1), plain(z)).mean()
+            _, rows, _ = self.train(Toy(), "--learn", learn, "--lr", lr, "--eta", eta, "--updates",
+                                    "5", "--group", "4", start=start)
+            self.assertEqual([row["update"] for row in rows], [0, 2, 4, 5])
+            self.close(rows[0]["held_out"], first, 1e-6)
+            self.assertEqual((rows[0]["times"], rows[0]["leans"]), start[:2])
+            self.assertNotIn("batch", rows[0])
+            for name in {*rows[-1]} - ({"gains"} if learn == "weights" else set()):
+                self.assertTrue(any(tree_flatten([row.get(name, 0) for row in rows])[0]), name)
+            self.assertGreater(abs(rows[-1]["held_out"] - rows[0]["held_out"]), 1e-4)
+
+    def test_the_printed_columns_are_what_they_say(self):
+        R, before, after = randn(12), 1 + 1e-3 * randn(12), (0.3 * randn(12, seed=1)).exp()
+        for learn, clip in (("jumps", rl.CLIP_JUMPS), ("weights", rl.CLIP_LANDING),
+                            ("paper", rl.CLIP_LANDING)):
+            found = rl.diagnostics((R, before, after), flags(learn=learn))
+            for name, value in dict(
+                    batch=np.mean(R.tolist()), std=np.std(R.tolist(), ddof=1),
+                    approx_kl=np.mean([r - 1 - math.log(r) for r in after.tolist()]),
+                    ratio_t0=max(before.tolist(), key=lambda r: abs(r - 1)),
+                    clipped=np.mean([abs(r - 1) > clip for r in after.tolist()]),
+                    in_group=np.mean([np.std(R[i:i + 4].tolist(), ddof=1) for i in (0, 4, 8)])
+                    ).items():
+                self.close(found.pop(name), value, 1e-5, name)
+            self.assertEqual(found, {})
 
 
 class Results(Working):
-    def test_training_monitor_and_table_share_no_noise(self):
-        spies = {name: mock.Mock(side_effect=getattr(rl, name)) for name in
-                 ("best_by_hand", "train", "deployed")}
-        seeds = mock.Mock(side_effect=seeded_noise)
-        self.patch(rl, **spies)
-        self.patch(teacher, seeded_noise=seeds)
-        self.run_main(rl, *self.job)
-        base, train, table = (spy.call_args[0] for spy in spies.values())
-        drawn = [set(call[0][0]) for call in seeds.call_args_list]
-        for one, other in itertools.combinations(drawn, 2):
-            self.assertFalse(one & other)
-        for z, n, trains in ((train[2][0], 4, True), (base[2], 4, True), (table[2], 8, False),
-                             (train[3][0], 8, False)):
-            seeds, = [s for s in drawn if torch.equal(seeded_noise(sorted(s), (3, 8, 8)), z)]
-            self.assertEqual(len(seeds), n)
-            self.assertTrue(max(seeds) < student.CLONE_SEEDS if trains else
-                            min(seeds) >= teacher.HELD_OUT)
-
     def test_the_printed_table_is_right(self):
         n, g = 40, np.random.default_rng(0)
         common = 3 * g.normal(size=n) - 10                 # hard noises are hard for everybody
-        s = {"target": 0.3 * g.normal(size=n), "AB2 uniform": common - 1.5 + 0.1 * g.normal(size=n),
-             "DDIM uniform": common - 2.5, "policy": common - 1 + g.normal(size=n)}
-        rows = {name: dict(reward=torch.tensor(x), images=i)
-                for i, (name, x) in enumerate(s.items())}
-        self.patch(reward, encode=lambda judge, x: x + judge, judged_frechet=lambda x, m: m * x)
-        table, text = quiet(reward.print_comparison, rows, (1, 1.5))
-        json.dumps(table, allow_nan=False)
+        s, rows = {"AB2 uniform": common - 1.5 + 0.1 * g.normal(size=n), "DDIM": common - 2.5,
+                   "learned": common - 1 + g.normal(size=n), "target": np.zeros(n)}, {}
         for i, (name, x) in enumerate(s.items()):
-            gains = s["policy"] - x
-            gain, error, closed = gains.mean(), gains.std(ddof=1) / math.sqrt(n), gains.mean() / (
-                1e-9 + (s["target"] - x).mean())
-            for key, value in dict(gain=gain, gain_error=error, closed=closed).items():
-                if i in (1, 2):
-                    self.close(table[name][key], value, 1e-5, (name, key))
-            end = rf" +{gain:.4f} ± +{error:.4f} +{100 * closed:.0f}%" if i in (1, 2) else ""
-            self.assertRegex(text, rf"\n{re.escape(name)} +-?{abs(x.mean()):.4f} ± +"
-                             rf"{x.std(ddof=1) / math.sqrt(n):.4f} +{1.5 * (i + 1):.3f}{end}\n")
-
-    def test_a_saved_policy_comes_back_as_it_was(self):
-        first, net = self.first, randomised(self.net, 5, 1e-6)         # too little for fp16
-        for net, half in itertools.product((net, first), (True, False)):
-            policy = randomised(by_hand("DPM++", "uniform"), 1, 0.3).solver()
-            rl.save_policy("p.pt", net, policy, dict(a=1), half)
-            back, again, content = rl.load_policy("p.pt")
-            self.assertEqual((type(back), again), (type(net), policy))
-            self.assertFalse(back.training or any(p.requires_grad for p in back.parameters()))
-            x, y = (ddpm.sample(some, noise(2), policy, AB) for some in (net, back))
-            self.close(x, y, 0.01 if half else 0)
-            self.assertEqual({w.dtype for w in content["net"]["weights"].values()},
-                             {torch.float16 if half else torch.float32})
-        content["net"]["kind"] = "Another"
-        save_checkpoint("q.pt", **{k: v for k, v in content.items() if k != "format"})
-        self.bad_input("no usable policy", rl.load_policy, "q.pt")
-
-    def test_who_jumps_is_the_teachers_copy_or_the_student(self):
-        for more, kind in (([], ddpm.UNet), (["--init", "student"], student.JumpUNet)):
-            args = rl.parse_args(self.job + more)
-            net, jumps, _, _ = rl.load_inputs(args, CPU)
-            self.assertEqual((type(jumps), jumps is net), (kind, False))
-            self.assertEqual(args.student is None, not more)      # no part of a run without it
+            rows[name] = reward.Row(name, i + 2, 1234567 * i, i, torch.tensor(x),
+                                    rows["AB2 uniform"] if name == "learned" else None)
+        self.patch(reward, judged=lambda x, judge: judge * (x + 1))
+        table, text = quiet(reward.print_table, [*rows.values()], 1.5)
+        json.dumps(table, allow_nan=False)
+        gain, way, again = s["learned"] - s["AB2 uniform"], -s["AB2 uniform"], g.integers(
+            n, size=(4000, n))
+        share = gain.mean() / way.mean()
+        error = np.sqrt(np.sum((gain - share * way) ** 2) / (n - 1) / n) / way.mean()
+        bootstrap = np.std([gain[i].mean() / way[i].mean() for i in again])
+        self.close(error / bootstrap, 1.0, 0.1)
+        for i, (name, x) in enumerate(s.items()):
+            spread, end = x.std(ddof=1) / math.sqrt(n), " +"
+            numbers = dict(nfe=i + 2, trained=1234567 * i, reward=x.mean(), error=spread,
+                           frechet=1.5 * (i + 1))
+            if name == "learned":
+                numbers.update(closed=share, closed_error=error)
+                self.assertEqual(table[name].pop("start"), "AB2 uniform")
+                end = rf"{100 * share:.0f}% ± +{100 * error:.0f}% +"
+            self.assertEqual({*table[name]}, {*numbers})
+            for key, value in numbers.items():
+                self.close(float(table[name][key]), float(value), 1e-5, (name, key))
+            self.assertRegex(text, rf"\n{name} +{i + 2} +{1234567 * i:,d} +-?{abs(x.mean()):.3f} "
+                             rf"± {spread:.3f} +{end}{1.5 * (i + 1):.2f}\n")
 
 
 # ==== sample.py ==============================================================================
@@ -1043,9 +1210,10 @@ class Results(Working):
 class Samples(Working):
     def models(self):
         """(net, solver) of a teacher, a student, and a policy of four jumps from its file."""
-        solver = hand_solver("DDIM", "uniform", 3)
-        policy = randomised(rl.JumpPolicy(hand_solver("DPM++", "quadratic", 4)), 0, 0.2)
-        rl.save_policy("policy.pt", self.net, policy.solver(), {})
+        solver = baseline_solver("DDIM", "uniform", 3)
+        policy = randomised(by_hand("DPM++", "quadratic", len(self.net.branches), 4), 0, 0.2)
+        save_network("policy.pt", "policy", self.net, {}, network="UNet",
+                     solver=[*policy.solver()])
         return (self.net, solver), (self.first, solver), sample.load_model("policy.pt", CPU)[:2]
 
     def test_an_image_is_the_same_in_any_batch(self):
@@ -1059,221 +1227,15 @@ class Samples(Working):
             self.assertLessEqual(many.abs().max(), 1)
 
     def test_the_path_goes_from_noise_to_image_in_11_states(self):
-        z, real = noise(2), sample.sample
-        more = [(net, hand_solver("DDIM", "uniform", K)) for net, K in (
-            (Toy(), 10), (Toy(), 12), (Toy(), 1000))]
+        z, more = noise(2), [(Toy(), baseline_solver("DDIM", "uniform", K)) for K in (10, 12, 1000)]
         for net, solver in [*self.models(), *more]:
             K = len(solver.leans)
-            with mock.patch.object(sample, "sample", mock.Mock(side_effect=real)) as spy:
-                path = sample.draw_path(net, solver, z, AB, 0.0, range(2))
+            path = sample.draw_path(net, solver, z, AB, 0.0, range(2))
             self.assertEqual(path.shape, (2, min(K + 1, 11), 3, 8, 8))
             self.close(path[:, 0], z, 0)
             self.close(path[:, -1].clamp(-1, 1), sample.draw(net, solver, z, AB), 1e-6)
-            self.assertEqual(len(set(spy.call_args[0][-1])), path.shape[1])
-            self.close(path[:, 1], real(net, z, solver, AB, keep=[round(K / 10) or 1])[0], 0)
-
-    def test_everything_a_checkpoint_can_do_is_compared(self):
-        self.models()
-        names = [(f"{kind} {grid}", K) for K in (2, 5) for kind in ddpm.SOLVERS
-                 for grid in ddpm.GRIDS]
-        for path, expected in ((self.tiny / "teacher.pt", names + [("its target", 3)]),
-                               (self.tiny / "student.pt", names[:3] + names[9:12]),
-                               ("policy.pt", [("learned", 4)])):
-            found = [(name.split(", ")[1], len(solver.leans), solver)
-                     for name, _, solver in sample.contenders(path, [2, 5], CPU)]
-            self.assertEqual([c[:2] for c in found], expected)
-            for name, K, solver in [c for c in found if c[1] in (2, 5)]:
-                self.assertEqual(solver, hand_solver(*name.split(), K))
-
-    def test_the_npz_is_what_fid_tools_read(self):
-        big = randomised(ddpm.UNet(**{**TINY, "image_size": 32}))
-        save_network("big.pt", "teacher", big, {})
-        words = shlex.split("--model big.pt --steps 2 --n 3 --npz new/a.npz --seed 7")
-        self.run_main(sample, *words)
-        with np.load("new/a.npz") as file:
-            array = file["arr_0"]
-        self.assertEqual((array.shape, array.dtype), ((3, 32, 32, 3), np.uint8))
-        x = sample.draw(teacher.load_teacher("big.pt")[0], hand_solver(
-            "DDIM", "quadratic", 2), seeded_noise([7, 8, 9], (3, 32, 32)), AB)
-        self.close(array, pictures.to_uint8(x).permute(0, 2, 3, 1), 1)
-        before = Path("new/a.npz").read_bytes()
-        self.bad_input("exists already", self.run_main, sample, *words)
-        self.assertEqual(Path("new/a.npz").read_bytes(), before)
-
-
-# ==== COMMANDS: every script end to end, tiny; resume; bad input =============================
-
-def parser_of(module):
-    """The argument parser of a script."""
-    found = []
-    with mock.patch("argparse.ArgumentParser.parse_args", autospec=True,
-                    side_effect=lambda p, argv: found.append(p) or sys.exit()), \
-            contextlib.suppress(SystemExit):
-        module.parse_args([])
-    return found[0]
-
-
-class Commands(Working):
-    def fails(self, module, *words):
-        """Must end with code 2 and one sentence, which is returned, and touch nothing."""
-        text, before = io.StringIO(), sorted(Path().rglob("*"))
-        with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(text), \
-                contextlib.redirect_stdout(text):
-            run_main(lambda: module.main([str(w) for w in words]))
-        self.assertEqual((caught.exception.code, sorted(Path().rglob("*"))), (2, before))
-        self.assertNotIn("Traceback", text.getvalue())
-        return text.getvalue().strip().splitlines()[-1]
-
-    def resumes(self, module, *words):
-        """Run to `a`, and to `b` with a kill after the first checkpoint: the same bits."""
-        def killed(*args):
-            save(*args)
-            raise KeyboardInterrupt
-        save, text = module.save_state, self.run_main(module, *words, "--out", "a")
-        with mock.patch.object(module, "save_state", killed), \
-                self.assertRaises(KeyboardInterrupt):
-            self.run_main(module, *words, "--out", "b")
-        self.assertNotEqual(*(Path(f, "state.pt").read_bytes() for f in "ab"))
-        self.assertIn("resumed at", self.run_main(module, *words, "--out", "b", "--resume"))
-        a, b = (tree_flatten(load_checkpoint(f"{f}/state.pt", "state")["parts"])[0] for f in "ab")
-        self.assertEqual(len(a), len(b))
-        self.assertTrue(all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
-                            for x, y in zip(a, b)))
-        self.assertEqual(*([{**row, "seconds": 0} for row in read_log(f"{f}/log.jsonl")]
-                           for f in "ab"))
-        return text
-
-    def test_every_script_explains_itself_and_refuses_numbers_out_of_range(self):
-        for module in MODULES:
-            p = parser_of(module)
-            text = io.StringIO()
-            with self.assertRaises(SystemExit) as caught, contextlib.redirect_stdout(text):
-                module.parse_args(["--help"])
-            self.assertEqual(caught.exception.code, 0)
-            self.assertIn("example: python", text.getvalue())
-            for flag, value in itertools.product(
-                    [a.option_strings[0] for a in p._actions if a.type],
-                    ["nan", "inf", "-inf", "-1", "1e400", "x", "", "1e-400j", "-0.5"]):
-                with self.subTest(flag=flag, value=value), self.assertRaises(SystemExit) as caught:
-                    quiet(p.parse_args, [f"{flag}={value}"])
-                self.assertEqual(caught.exception.code, 2)
-
-    def test_every_flag_is_read_after_parsing_and_there_are_not_too_many(self):
-        for module in MODULES:
-            tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
-            read = {node.attr for part in tree.body if getattr(part, "name", "") != "parse_args"
-                    for node in ast.walk(part) if isinstance(node, ast.Attribute)
-                    and isinstance(node.value, ast.Name) and node.value.id == "args"}
-            own = set(vars(module.parse_args([]))) - {"out", "resume", "smoke"}    # the harness's
-            self.assertEqual(own - read, set(), module.__name__)
-        self.assertLessEqual(len(parser_of(rl)._actions) - 1, 21)
-        self.assertLessEqual(Path(rl.__file__).read_text(encoding="utf-8").count("p.error("), 3)
-
-    def test_importing_prints_nothing_and_optimised_python_parses_from_any_folder(self):
-        names = [module.__name__ for module in MODULES]
-        done = subprocess.run(
-            [sys.executable, "-OO", "-c", f"import {', '.join(names)}\n"
-             f"for m in {', '.join(names)}: m.parse_args([])"], capture_output=True, text=True,
-            env={**os.environ, "PYTHONPATH": str(HERE)})
-        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
-
-    def test_bundled_files_are_found_from_another_folder(self):
-        rl.load_inputs(rl.parse_args(["--init", "student"]), CPU)
-        path, = sample.parse_args([]).model
-        here = (HERE / path).exists()
-        _, policy, _ = sample.load_model(path if here else "checkpoints/teacher.pt", CPU)
-        self.assertEqual(policy is not None, here)
-
-    def test_the_commands_of_readme_and_sources_parse(self):
-        files = [HERE / "README.md", *(Path(module.__file__) for module in MODULES)]
-        text = "\n".join(f.read_text(encoding="utf-8") for f in files).replace("\\\n", " ")
-        commands = re.findall(r"python ([\w/]+\.py)([^`\"\n#]*)", text)
-        self.assertGreater(len(commands), 20)
-        scripts = {Path(module.__file__).name: module for module in MODULES}
-        for script, words in commands:
-            with self.subTest(command=script + words):
-                self.assertTrue((HERE / script).exists())
-                try:
-                    quiet(scripts[script].parse_args, shlex.split(words))
-                except SystemExit:
-                    self.fail("does not parse")
-                except KeyError:                           # in a folder with tests of its own
-                    self.assertIn("/", script.replace("test_all.py", "/"))
-
-    def test_the_demonstration_and_the_rewards_are_shown(self):
-        self.patch(ddpm, POINTS=20, hand_solver=lambda kind, grid, steps: hand_solver(
-            kind, grid, min(steps, 20)))
-        self.assertIn("wrote d/ddpm.png", self.run_main(ddpm, "--out", "d"))
-        self.assertIn("standardised", self.run_main(reward, *self.words, "--out", "r"))
-        self.assertTrue(Path("d/ddpm.png").exists() and Path("r/rewards.png").exists())
-
-    def test_the_teacher_trains_and_resumes_to_the_same_bits(self):
-        self.patch(teacher, SAVE_EVERY=2, LOG_EVERY=1, SMALL_UNET=TINY,
-                   load_images=lambda data: pictures.shapes_images(60, 8))
-        text = self.resumes(teacher, "--data", "shapes", "--smoke")
-        self.assertIn("wrote a/teacher.pt", text)
-        self.assertEqual(teacher.load_teacher("a/teacher.pt")[1]["provenance"]["images"], 16)
-        words = "--data shapes --smoke --lr 1e-7 --seed 5 --init a/teacher.pt --out c"
-        self.run_main(teacher, *words.split())
-        self.close(*(next(teacher.load_teacher(f"{f}/teacher.pt")[0].parameters()) for f in "ac"))
-
-    def test_the_student_clones_and_resumes_to_the_same_bits(self):
-        self.patch(student, SAVE_EVERY=1, LOG_EVERY=1, STUDENT_UNET=TINY)
-        self.assertIn("3-step image", self.resumes(student, *self.words[:2], "--smoke"))
-        self.run_main(student, *self.words[:2], "--smoke", "--init", "teacher", "--out", "c")
-        self.assertEqual(student.load_student("c/student.pt")[0].config, TINY)
-
-    def test_the_main_job_resumes_to_the_same_bits_and_its_policy_is_sampled_and_evaluated(self):
-        text = self.resumes(rl, *self.job, "--channel", "pixels", "--init", "student", "--kl",
-                            "0.1")
-        self.assertRegex(text, r"1\.000000 [^@]*closed[^@]*wrote a/policy.pt")
-        for name in re.search(r"wrote (.*)", text)[1].removeprefix("a/").split(", "):
-            self.assertTrue(Path("a", name).exists(), name)
-        kept = load_checkpoint("a/policy.pt", "policy")["net"]
-        self.assertTrue(all(w.dtype == torch.float32 for w in kept["weights"].values()))
-        text = self.run_main(sample, "--model", "a/policy.pt", "--n", "5", "--npz", "n/i.npz")
-        self.assertIn("5 images", text)
-        text = self.run_main(sample, "--evaluate", "--n", "8", "--steps", "2", *self.words, "--out",
-                             "e", "--model", "a/policy.pt", self.tiny / "teacher.pt")
-        self.assertRegex(text, r"a/policy, learned +4 [^@]*its target +3 +-?0\.0000 ± 0\.0000")
-        self.assertTrue(Path("e/frontier.png").exists())
-
-    def test_bad_input_is_one_sentence_and_code_2_and_touches_nothing(self):
-        Path("cut.pt").write_bytes((self.tiny / "student.pt").read_bytes()[:5000])
-        Path("empty").mkdir()
-        save_network("another.pt", "teacher", self.net, dict(seed=1))
-        Samples.models(self)
-        cloned, coach = [*self.job, "--init", "student"], f"{self.tiny}/coach.pt"
-        plain = self.words[1]
-        for expected, module, *words in [
-                ("no checkpoint", rl, *cloned, "--student", "none.pt"),
-                ("cannot be read", rl, *cloned, "--student", "cut.pt"),
-                ("a student is needed", rl, *cloned, "--student", coach),
-                ("not cloned from", rl, *cloned, "--teacher", "another.pt"),
-                ("no checkpoint empty", rl, *self.job, "--encoders", "empty"),
-                ("'clip' is unknown", rl, *self.job, "--reward", "clip+mse"),
-                ("must be even", rl, *self.words, "--group", "3"),
-                ("leaves no jump", rl, *self.job, "--steps", "1"),
-                ("belong to the pixels", rl, *self.job, "--kl", "1"),
-                ("is not empty", rl, *self.job, "--out", "."),
-                ("--resume needs", rl, *self.job, "--resume"),
-                ("no checkpoint", sample, "--model", "none.pt"),
-                ("student or policy is needed", sample, "--model", coach),
-                *(("learned its own jumps", sample, "--model", "policy.pt", *f.split()) for f in (
-                    "--eta 1", "--steps 8", "--solver DDIM", "--grid uniform")),
-                ("takes all solvers", sample, "--evaluate", "--grid", "uniform"),
-                ("no images to lean on", sample, "--solver", "AB2", "--model",
-                 f"{self.tiny}/student.pt"),
-                ("go with --evaluate", sample, "--model", plain, "--steps", "1", "2"),
-                ("goes with --solver DDIM", sample, *"--eta 1 --solver AB2 --model".split(), plain),
-                ("does not go with", teacher, "--paper-shape", "--smoke"),
-                ("at least 8", sample, "--evaluate", "--model", plain, "--n", "7"),
-                ("no such folder", teacher, "--data", "nowhere"),
-                ("--updates: must be", student, "--updates", "0"),
-                ("invalid choice", student, "--init", "nobody")]:
-            with self.subTest(expected=expected, words=words[-2:]):
-                self.assertTrue(expected)
-                self.assertIn(expected, self.fails(module, *words))
+            every = ddpm.sample(net, z, solver, AB, path=True)
+            self.close(path[:, 1], every[round(K / 10) or 1], 0)
 
 
 # ==== MAIN: the tests of the folders run too; the closing line counts ========================

@@ -5,7 +5,7 @@
 
 Of each function below the signature stays. Its docstring becomes the statement here, which says
 what must hold and not how; its body raises NotImplementedError. Everything else is copied, but for
-the tests and the lecturer's pages, which quote the answers, and most of the study.
+the tests and the lecturer's pages, which quote the answers, and the study's code.
 """
 import argparse
 import ast
@@ -16,8 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("*.py", "harness/*.py", "requirements.txt", "README.md", "LICENSE", "checkpoints/*",
-          "figures/*", "study/README.md", "study/arms.py", "assignments/README.md",
-          "assignments/reading.md", "assignments/grade.py", "assignments/bugs.py")
+          "figures/*", "study/README.md", "assignments/README.md", "assignments/reading.md",
+          "assignments/grade.py", "assignments/bugs.py")
 JUMP = """Mean (B, ...) and sigma (B,) of the jump t -> t_next.
 
 Without lean (exercise 2): if x0_hat is right, so that x_t is q_sample of it with some eps, then
@@ -49,7 +49,7 @@ infinite. All times: (B,) integers, t_last >= t > t_next.""", "jump": JUMP},
 
 With sqrt(alpha_bar) = cos(phi), x_t lies at angle phi between x0 and eps, and v is its derivative
 with respect to phi. x_t, v: (B, ...); t: (B,).""",
-        "secant_velocity": """The v whose one jump from x_t at t to t_next lands exactly at x_next.
+        "average_velocity": """The v whose one jump from x_t at t to t_next lands exactly at x_next.
 
 A jump without noise keeps x0_hat and eps_hat, so that it turns x_t by d = phi_t - phi_next.
 x_t, x_next, v: (B, ...); t, t_next: (B,) integers, t > t_next; angle() gives phi."""},
@@ -58,11 +58,7 @@ x_t, x_next, v: (B, ...); t, t_next: (B,) integers, t > t_next; angle() gives ph
 Members of a group stand side by side. From each reward goes the mean of its group; then all are
 divided by one number, so that the mean square over the whole batch is 1. Rewards that are equal,
 all of them or within one group, have advantages of exactly 0 there, and not scaled rounding."""},
-    6: {"jump_logp": """log density of u under Normal(mean, std^2), of the entries that act. (B,).
-
-All of it, constants too. mean, u: (B, 2); std: a float; acts: (2,) of bool; entries that do not act
-count nothing.""",
-        "pixel_logp": """log density of x_next under N(mean, sigma^2 I), per dimension. (B,).
+    6: {"landing_logp": """log density of x_next under N(mean, sigma^2 I), per dimension. (B,).
 
 The mean over dimensions, not their sum, and without what does not depend on the mean.
 mean, x_next: (B, C, H, W), sigma: (B,).""",
@@ -70,25 +66,21 @@ mean, x_next: (B, C, H, W), sigma: (B,).""",
 
 Eq. 7, Schulman et al. 2017, with its sign turned. A better action may become more likely, and a
 worse one less, until the ratio has moved by clip_range; from there on the gradient is 0.
-clip_range = inf does not clip at all. logp, logp_old, adv: (B,)."""},
-    7: {"gaussian_kl": """KL of N(mean, sigma^2 I) to N(mean_ref, sigma^2 I), per dimension. (B,).
-
-The mean over dimensions, with gradient. mean, mean_ref: (B, C, H, W), sigma: (B,)."""}}
+clip_range = inf does not clip at all. logp, logp_old, adv: (B,)."""}}
 
 
-VEILED = (                              # (file, what would give an answer away, instead)
+# (file, what would give an answer away, instead); in README.md where it stands there
+VEILED = (
     ("ddpm.py", "x_t = sqrt(ab) x0 + sqrt(1 - ab) eps, and\n"
      "#            v = sqrt(ab) eps - sqrt(1 - ab) x0 (Salimans & Ho 2022, appendix D)",
      "see exercise 4 (Salimans & Ho 2022, appendix D)"),
     ("ddpm.py", "is theirs:\n    of eps, ab |v - v_hat|^2.", "is theirs,\n    of eps."),
     ("student.py", "turns x_t by d = phi_t - phi_next:   x_next = cos(d) x_t - sin(d) v",
      "is a rotation (exercise 4)"),
-    ("README.md", "\npython test_all.py          # that everything is what it says, two minutes",
-     ""),
     ("README.md", "x0_hat + lean (x0_hat - x0_last)", "... (exercise 3)"),
-    ("README.md", "sqrt(ab') D + sqrt(1 - ab') eps(x_t, D), t'", "... (exercise 2), t'"),
+    ("README.md", "sqrt(ab') D + sqrt(1 - ab') eps(x_t, D)", "... (exercise 2)"),
     ("README.md", "(reward - mean of its noise) / rms over the batch", "... (exercise 5)"),
-    ("README.md", "maximise min(ratio A, clip(ratio, 0.8, 1.2) A)", "maximise ... (exercise 6)"),
+    ("README.md", "min(ratio A, clip(ratio, 0.8, 1.2) A)", "... (exercise 6)"),
     ("assignments/README.md", "python assignments/handout.py ../my_redif         # by the lecturer:"
      " the repository with the exercises blank\ncd ../my_redif && ", ""))
 

@@ -3,7 +3,7 @@
     python assignments/loop.py                     # seconds; --policy, --seed, --out for others
 
 Everything in it is what the code does with the bundled policy: the states it visits, what the
-network makes of each, the times and leans that were learned, the reward at the end.
+network makes of each, the times, leans and gains that were learned, the reward at the end.
 """
 import argparse
 import sys
@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # From the repository:
-from ddpm import estimate, linear_alpha_bar, sample                             # noqa: E402
+from ddpm import estimate, linear_alpha_bar, per_image, sample                  # noqa: E402
 from harness.figures import new_figure, tile                                   # noqa: E402
 from harness.runs import run_main                                              # noqa: E402
 from reward import Reward, load_encoder                                        # noqa: E402
-from rl_distill import load_policy                                             # noqa: E402
+from rl_distill import load_model                                              # noqa: E402
 from teacher import HELD_OUT, noise_and_targets                                # noqa: E402
 from teacher import load_teacher                                               # noqa: E402
 
@@ -35,28 +35,30 @@ def draw(net, solver, teacher, reward, seed, path):
     """The page for the image of one seed. Returns its reward."""
     alpha_bar = linear_alpha_bar()
     z, target = noise_and_targets(teacher, seed, 1, torch.device("cpu"))
-    K = len(solver.leans)
-    *states, image = sample(net, z, solver, alpha_bar, keep=range(K + 1))
-    score = reward(image.clamp(-1, 1), target)[0].item()
+    K, gains = len(solver.leans), per_image(solver, 1, z.device)[2]
+    *states, image = sample(net, z, solver, alpha_bar, path=True)
+    score = reward(image.clamp(-1, 1), reward.view(target))[0].item()
     figure, axes = new_figure(3, K + 1, (2.6 * (K + 1), 7.4), height_ratios=[1, 1, 0.5])
-    for k, (x_t, now, then) in enumerate(zip(states, solver.grid, solver.grid[1:])):
+    for k, (x_t, now, then) in enumerate(zip(states, solver.times, solver.times[1:])):
         t, t_next = torch.tensor([now]), torch.tensor([then])
         with torch.no_grad():
-            x0_hat = estimate(net, x_t, t, net(x_t, t, t_next), alpha_bar)
+            x0_hat = estimate(net, x_t, t, net(x_t, t, t_next, gains[:, k]), alpha_bar)
         show(axes[0, k], x_t / 2, f"state $x_t$, t = {now}")
         show(axes[1, k], x0_hat, "the network's estimate")
         lean = f"lean = {solver.leans[k]:.2f}" if k else "nothing to lean on yet"
-        rho, land = then / now, f"land at t = {then}"
-        axes[2, k].text(0.5, 1, f"action {k + 1}\nrho = {rho:.2f}\n{lean}\n\n{land}", ha="center",
-                        va="top", fontsize=13)
+        text = f"action {k + 1}\nrho = {then / now:.2f}, land at t = {then}\n{lean}\ngains:"
+        for row in gains[0, k, :12].split(4):                       # of many channels the first
+            text += "\n" + " ".join(f"{gain:+.2f}" for gain in row.tolist())
+        axes[2, k].text(0.5, 1, text, ha="center", va="top", fontsize=12)
         axes[2, k].axis("off")
     show(axes[0, K], image, f"image, {K} evaluations")
     show(axes[1, K], target, "target, the teacher's 50")
     axes[2, K].text(0.5, 1, f"reward {score:.2f}\n(0: the same image)\n\ncredit goes to\nall "
                     f"{K} actions", ha="center", va="top", fontsize=13)
     axes[2, K].axis("off")
-    figure.suptitle("One image is one episode: look, decide how far to jump (rho) and how far to "
-                    "lean on the trend, land, look again", fontsize=14)
+    figure.suptitle("One image is one episode. All its actions are chosen before the first look:\n"
+                    "how far to jump (rho), how far to lean on the trend, a gain for every block",
+                    fontsize=14)
     figure.savefig(path)
     return score
 
@@ -67,7 +69,7 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=HELD_OUT, help="of the noise")
     p.add_argument("--out", default=str(ROOT / "figures" / "loop.png"), help="the picture")
     args = p.parse_args(argv)
-    net, solver, _ = load_policy(args.policy)
+    net, solver, _ = load_model(args.policy, kinds="policy")
     teacher, _ = load_teacher("checkpoints/teacher.pt")
     coach, content = load_encoder("checkpoints/coach.pt", "coach")
     reward = Reward("feature+perceptual", coach, content["scales"])

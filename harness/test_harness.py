@@ -1,15 +1,20 @@
-"""The specification of harness/. Test names are sentences; no network, no GPU, seconds.
+"""The specification of harness/, and of the six files as commands. Test names are sentences; no
+network, no GPU, under a minute.
 
     python harness/test_harness.py
 """
+import ast
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import pickle
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,13 +28,23 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from torchvision.datasets import CIFAR10
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import ddpm                                                                    # noqa: E402
+import reward                                                                  # noqa: E402
+import rl_distill as rl                                                        # noqa: E402
+import sample                                                                  # noqa: E402
+import student                                                                 # noqa: E402
 import teacher                                                                 # noqa: E402
+from ddpm import baseline_solver, seeded_noise                                 # noqa: E402
 from harness import checkpoints, figures, images, runs                         # noqa: E402
-from harness.runs import BadInput, claim_run                                   # noqa: E402
+from harness.checkpoints import load_checkpoint, save_checkpoint, save_network   # noqa: E402
+from harness.runs import BadInput, checksum, claim_run, read_log               # noqa: E402
+from test_all import (AB, CPU, HERE, MODULES, TINY, Working, by_hand, noise,   # noqa: E402
+                      randomised)
 
 
 def quiet(function, *args, **kw):
@@ -277,11 +292,10 @@ runs.run_main(main)"""
             self.assertFalse(torch.is_autocast_enabled("cpu"))
 
     def test_compiling_is_asked_for_and_changes_no_weights(self):
-        net, cudnn = torch.nn.Linear(2, 2), torch.backends.cudnn
-        self.addCleanup(setattr, cudnn, "benchmark", cudnn.benchmark)
+        net = torch.nn.Linear(2, 2)
         with mock.patch.object(torch, "compile", lambda net, mode: ("fast", net)):
-            for wanted, result in ((True, ("fast", net)), (False, net)):
-                self.assertEqual((teacher.compiled(net, wanted), cudnn.benchmark), (result, wanted))
+            self.assertEqual(teacher.compiled(net, True), ("fast", net))
+            self.assertIs(teacher.compiled(net, False), net)
 
 
 class Checkpoints(Case):
@@ -397,6 +411,63 @@ class Checkpoints(Case):
         self.assertEqual(row["settings"], dict(seed=0, lr=1e-3, data="pics", reward="a+b"))
         self.assertEqual((row["script"], row["minutes"], row["n"]), ("s.py", 1.5, 3))
         checkpoints.load_checkpoint(self.save(provenance=row), "toy")
+
+
+class Kept(Case):
+    def ask(self, key=dict(a=1), value=1.0):
+        """(what kept() gives, was it made?, what was printed)."""
+        make = mock.Mock(side_effect=lambda: torch.full((2, 3), value))
+        x, text = quiet(checkpoints.kept, "things", key, make, torch.device("cpu"))
+        self.assertEqual((x.shape, x.dtype), ((2, 3), torch.float32))
+        return x[1, 2].item(), make.call_count, text
+
+    def test_what_was_made_once_is_read_the_second_time_and_other_keys_are_others(self):
+        self.assertEqual([self.ask(), self.ask(value=2.0)], [(1.0, 1, ""), (1.0, 0, "")])
+        self.assertEqual([self.ask(dict(a=2), 3.0), self.ask(dict(a=2)), self.ask()],
+                         [(3.0, 1, ""), (3.0, 0, ""), (1.0, 0, "")])
+        self.assertEqual(len(os.listdir("runs/things")), 2)
+
+    def test_a_file_that_does_not_fit_is_told_and_made_anew(self):
+        self.ask()
+        path, = Path("runs/things").iterdir()
+        whole = path.read_bytes()
+        self.ask(dict(a=2))
+        other, = (file for file in Path("runs/things").iterdir() if file != path)
+        for damage in (whole[:len(whole) // 2], b"", pickle.dumps(1), other.read_bytes()):
+            path.write_bytes(damage)
+            x, made, text = self.ask(value=4.0)
+            self.assertEqual((x, made), (4.0, 1))
+            self.assertIn("made anew", text)
+            self.assertEqual(self.ask(), (4.0, 0, ""))
+
+    def test_where_nothing_can_be_written_it_is_made_each_time(self):
+        Path("runs").write_text("a file")
+        self.assertEqual([self.ask(value=n) for n in (1.0, 2.0)], [(1.0, 1, ""), (2.0, 1, "")])
+        Path("runs").unlink()
+        with mock.patch("os.fsync", side_effect=OSError("disk full")):
+            self.assertEqual([self.ask(value=n) for n in (1.0, 2.0)], [(1.0, 1, ""), (2.0, 1, "")])
+
+    def test_a_checksum_of_weights_knows_every_weight_and_buffer(self):
+        net, words = torch.nn.BatchNorm1d(3), set()
+        with torch.no_grad():
+            for value in (net.weight, net.bias, net.running_mean, net.running_var):
+                words.add(runs.weights_checksum(net))
+                value[2] += 1e-6
+        self.assertEqual(len(words | {runs.weights_checksum(net)}), 5)
+        again = torch.nn.BatchNorm1d(3)
+        again.load_state_dict(net.state_dict())
+        self.assertEqual(runs.weights_checksum(again), runs.weights_checksum(net))
+
+    def test_a_network_is_saved_in_fp16_or_as_it_is_with_more_beside_it(self):
+        net = torch.nn.Linear(2, 3)
+        net.config = dict(in_features=2, out_features=3)
+        for half, tol in ((True, 1e-3), (False, 0)):
+            checkpoints.save_network("n.pt", "toy", net, dict(b=1), half, solver=[[1, 2], None])
+            again, content = checkpoints.load_network("n.pt", "toy", torch.nn.Linear)
+            self.assertEqual((content["solver"], content["provenance"]["b"]), ([[1, 2], None], 1))
+            self.assertEqual(content["weights"]["bias"].dtype == torch.float16, half)
+            self.assertLessEqual((again.weight - net.weight).abs().max(), tol)
+            self.assertFalse(again.training or again.weight.requires_grad)
 
 
 class Resume(Case):
@@ -593,6 +664,14 @@ class Images(Case):
         figures.plot_strips([("one strip, ± é", x)], 4, (4, 2), "b.png")
         figures.plot_strips([("a", x), ("b", x)], 4, (4, 2), "c.png")
         figures.plot_loss(".", "images", "loss")
+        Path("log.jsonl").unlink()
+        for n, gains in enumerate((None, [[]] * 2, [[0.1] * 3] * 2, [[0.1] * 99] * 2)):
+            for update in (0, 4):
+                runs.log_line("log.jsonl", update=update, held_out=-1.0, times=[1000, n + 1, 0],
+                              leans=[0.0, 0.5], gains=gains, **dict(batch=-1.0) if update else {})
+            row = types.SimpleNamespace(name="a row")
+            figures.plot_learned(".", row, row)
+            os.replace("learned.png", f"learned{n}.png")
         self.assertTrue(torch.equal(torch.get_rng_state(), before))
         self.assertEqual(str(np.random.get_state()), numpys)
         picture = np.asarray(Image.open("a.png"))
@@ -600,8 +679,333 @@ class Images(Case):
         self.assertTrue((picture[1::2, 1::2] == figures.tile(x, 3)).all())
         self.assertEqual(figures.tile(x, 3)[1, 1].tolist(), images.to_uint8(x)[0, :, 0, 0].tolist())
         self.assertEqual(figures.tile(x[:1], 1, gap=0).shape, (4, 4, 3))
-        for name in ("b.png", "c.png", "loss.png"):
+        for name in ("b.png", "c.png", "loss.png", *(f"learned{n}.png" for n in range(4))):
             self.assertGreater(np.asarray(Image.open(name)).std(), 1, name)
+
+
+# ==== COMMANDS: every script end to end, tiny; resume; bad input =============================
+
+def parser_of(module):
+    """The argument parser of a script."""
+    found = []
+    with mock.patch("argparse.ArgumentParser.parse_args", autospec=True,
+                    side_effect=lambda p, argv: found.append(p) or sys.exit()), \
+            contextlib.suppress(SystemExit):
+        module.parse_args([])
+    return found[0]
+
+
+class Commands(Working):
+    def fails(self, module, *words):
+        """Must end with code 2 and one sentence, which is returned, and touch nothing."""
+        text, before = io.StringIO(), sorted(Path().rglob("*"))
+        with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(text), \
+                contextlib.redirect_stdout(text):
+            runs.run_main(lambda: module.main([str(w) for w in words]))
+        self.assertEqual((caught.exception.code, sorted(Path().rglob("*"))), (2, before))
+        self.assertNotIn("Traceback", text.getvalue())
+        return text.getvalue().strip().splitlines()[-1]
+
+    def resumes(self, module, *words, saves=1):
+        """Run to `a`, and to `b` with a kill after that many checkpoints: the same bits."""
+        def killed(*args):
+            save(*args)
+            if next(count) == saves:
+                raise KeyboardInterrupt
+        save, count, text = module.save_state, itertools.count(1), self.run_main(
+            module, *words, "--out", "a")
+        with mock.patch.object(module, "save_state", killed), \
+                self.assertRaises(KeyboardInterrupt):
+            self.run_main(module, *words, "--out", "b")
+        files = [path.relative_to("a") for path in sorted(Path("a").rglob("state.pt"))]
+        self.assertFalse(all(Path("b", f).exists() and Path("a", f).read_bytes()
+                             == Path("b", f).read_bytes() for f in files))
+        self.assertIn("resumed at", self.run_main(module, *words, "--out", "b", "--resume"))
+        for file in files:
+            a, b = (tree_flatten(load_checkpoint(Path(f, file), "state")["parts"])[0] for f in "ab")
+            self.assertEqual(len(a), len(b))
+            self.assertTrue(all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+                                for x, y in zip(a, b)))
+            self.assertEqual(*([{**row, "seconds": 0} for row in read_log(
+                Path(f, file).with_name("log.jsonl"))] for f in "ab"))
+        return text
+
+    def test_every_script_explains_itself_and_refuses_numbers_out_of_range(self):
+        for module in MODULES:
+            p = parser_of(module)
+            text = io.StringIO()
+            with self.assertRaises(SystemExit) as caught, contextlib.redirect_stdout(text):
+                module.parse_args(["--help"])
+            self.assertEqual(caught.exception.code, 0)
+            self.assertIn("example: python", text.getvalue())
+            for flag, value in itertools.product(
+                    [a.option_strings[0] for a in p._actions if a.type],
+                    ["nan", "inf", "-inf", "-1", "1e400", "x", "", "1e-400j", "-0.5"]):
+                with self.subTest(flag=flag, value=value), self.assertRaises(SystemExit) as caught:
+                    quiet(p.parse_args, [f"{flag}={value}"])
+                self.assertEqual(caught.exception.code, 2)
+
+    def test_every_flag_is_read_after_parsing_and_there_are_not_too_many(self):
+        for module in MODULES:
+            tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+            read = {node.attr for part in tree.body if getattr(part, "name", "") != "parse_args"
+                    for node in ast.walk(part) if isinstance(node, ast.Attribute)
+                    and isinstance(node.value, ast.Name) and node.value.id == "args"}
+            own = set(vars(module.parse_args([]))) - {"out", "resume", "smoke"}    # the harness's
+            self.assertEqual(own - read, set(), module.__name__)
+        self.assertLessEqual(len(parser_of(rl)._actions) - 1, 18)
+        tree = ast.parse(source := Path(rl.__file__).read_text(encoding="utf-8"))
+        self.assertLessEqual(source.count("p.error("), 3)
+        self.assertLessEqual(sum(len(node.names) for node in ast.walk(tree) if isinstance(
+            node, ast.ImportFrom) and node.module in {m.__name__ for m in MODULES}), 30)
+
+    def test_importing_prints_nothing_and_optimised_python_parses_from_any_folder(self):
+        names = [module.__name__ for module in MODULES]
+        done = subprocess.run(
+            [sys.executable, "-OO", "-c", f"import {', '.join(names)}\n"
+             f"for m in {', '.join(names)}: m.parse_args([])"], capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(HERE)})
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
+
+    def test_bundled_files_are_found_from_another_folder(self):
+        rl.load_inputs(rl.parse_args([]), CPU)
+        path, = sample.parse_args([]).model
+        self.assertEqual(rl.parse_args(["--learn", "weights"]).init, [path])
+        self.assertIsNotNone(sample.load_model(path, CPU)[1])
+
+    def test_the_commands_of_readme_and_sources_parse(self):
+        files = [HERE / "README.md", *(Path(module.__file__) for module in MODULES)]
+        text = "\n".join(f.read_text(encoding="utf-8") for f in files).replace("\\\n", " ")
+        commands = re.findall(r"python ([\w/]+\.py)([^`\"\n#]*)", text)
+        self.assertGreater(len(commands), 20)
+        scripts = {Path(module.__file__).name: module for module in MODULES}
+        for script, words in commands:
+            with self.subTest(command=script + words):
+                self.assertTrue((HERE / script).exists())
+                try:
+                    quiet(scripts[script].parse_args, shlex.split(words))
+                except SystemExit:
+                    self.fail("does not parse")
+                except KeyError:                           # in a folder with tests of its own
+                    self.assertIn("/", script.replace("test_all.py", "/"))
+
+    def test_the_demonstration_and_the_rewards_are_shown(self):
+        self.patch(ddpm, POINTS=20, baseline_solver=lambda kind, grid, steps: baseline_solver(
+            kind, grid, min(steps, 20)))
+        text = self.run_main(ddpm, "--out", "d")
+        self.assertIn("wrote d/ddpm.png", text)
+        rms = {row["nfe"]: row["rms"] for row in read_log("d/log.jsonl")}
+        self.assertLess(rms[3][-1], min(rms[3][:-1]))                  # what is learned is better
+        self.assertEqual(rms[20][0], 0)                                # itself, here
+        self.assertIn("standardised", self.run_main(reward, *self.words, "--out", "r"))
+        self.assertTrue(Path("d/ddpm.png").exists() and Path("r/rewards.png").exists())
+
+    def test_the_teacher_trains_and_resumes_to_the_same_bits(self):
+        self.patch(teacher, SAVE_EVERY=2, LOG_EVERY=1, SMALL_UNET=TINY,
+                   load_images=lambda data: images.shapes_images(60, 8))
+        text = self.resumes(teacher, "--data", "shapes", "--smoke")
+        self.assertIn("wrote a/teacher.pt", text)
+        self.assertEqual(teacher.load_teacher("a/teacher.pt")[1]["provenance"]["images"], 16)
+        words = "--data shapes --smoke --lr 1e-7 --seed 5 --init a/teacher.pt --out c"
+        self.run_main(teacher, *words.split())
+        self.close(*(next(teacher.load_teacher(f"{f}/teacher.pt")[0].parameters()) for f in "ac"))
+
+    def test_the_student_clones_and_resumes_to_the_same_bits(self):
+        self.patch(student, SAVE_EVERY=1, LOG_EVERY=1, STUDENT_UNET=TINY)
+        self.assertIn("3-step image", self.resumes(student, *self.words[:2], "--smoke"))
+        self.run_main(student, *self.words[:2], "--smoke", "--init", "teacher", "--out", "c")
+        self.assertEqual(student.load_student("c/student.pt")[0].config, TINY)
+
+    def same_policies(self, *folders):
+        for folder in folders:
+            a, b = (load_checkpoint(f"{f}/{folder}policy.pt", "policy") for f in "ab")
+            self.assertEqual(*(list(c["solver"]) for c in (a, b)))
+            self.assertTrue(all(torch.equal(w, b["weights"][k]) for k, w in a["weights"].items()))
+            self.assertEqual(a["provenance"]["trained"], b["provenance"]["trained"])
+        return a
+
+    def test_jumps_of_two_learners_resume_to_the_same_bits_and_are_sampled_and_evaluated(self):
+        self.patch(rl, LOG_EVERY=2)
+        for saves in (2, 5):                             # of 0, 2, 4 updates: in each of the two
+            text = self.resumes(rl, *self.job, "--gains", "channel", saves=saves)
+            kept = self.same_policies("", "student/")
+            self.assertTrue(all(w.dtype == torch.float16 for w in kept["weights"].values()))
+            self.assertEqual(len(kept["solver"][2][0]), sum(self.net.branches))
+            tables = [json.loads(Path(f, "result.json").read_text())["rows"] for f in "ab"]
+            self.assertEqual(*tables)
+            for f in "ab":
+                shutil.rmtree(f)
+        self.resumes(rl, *self.job, saves=6)             # when all was learned, and nothing told
+        self.assertRegex(text, r"1\.000000 [^@]*closed[^@]*student: learned [^@]*wrote a/images")
+        for name in (*re.search(r"wrote (a/images.*)", text)[1].removeprefix("a/").split(", "),
+                     "learned.png", "student/learned.png"):
+            self.assertTrue(Path("a", name).exists(), name)
+        text = self.run_main(sample, "--model", "a/policy.pt", "--n", "5", "--npz", "n/i.npz")
+        self.assertIn("5 images", text)
+        text = self.run_main(sample, "--evaluate", "--n", "8", "--steps", "2", *self.words, "--out",
+                             "e", "--model", "a/policy.pt", self.tiny / "teacher.pt")
+        self.assertRegex(text, r"a/policy, learned +3 [^@]*its target +3 +-?0\.0000 ± +0\.0000")
+        self.assertTrue(Path("e/frontier.png").exists())
+
+    def test_weights_go_on_from_a_policy_and_resume_to_the_same_bits(self):
+        self.patch(rl, LOG_EVERY=2)
+        first = f"{self.tiny}/student.pt"
+        self.run_main(rl, *self.words, "--smoke", "--out", "p", "--init", first)
+        started = load_checkpoint("p/policy.pt", "policy")
+        words = [*self.words, "--smoke", "--learn", "weights", "--group", "4", "--init",
+                 "p/policy.pt"]
+        text = self.resumes(rl, *words, "--eta", "0.3", saves=2)
+        self.assertRegex(text, r"1\.000000 [^@]*policy: before [^@]*policy: learned ")
+        learned = self.same_policies("")
+        self.assertEqual(list(learned["solver"]), list(started["solver"]))
+        self.assertTrue(all(w.dtype == torch.float32 for w in learned["weights"].values()))
+        self.assertEqual(learned["provenance"]["trained"], started["provenance"]["trained"]
+                         + rl.training_evaluations(rl.parse_args([*words, "--eta", "0.3"]), 8))
+        self.assertTrue(all(not torch.equal(w, started["weights"][k].float())
+                            for k, w in learned["weights"].items()))
+        self.run_main(rl, *self.words, "--paper", "--smoke", "--out", "q", "--gains", "none")
+        self.assertEqual(rl.load_model("q/policy.pt")[1].times,
+                         baseline_solver("DDIM", json.loads(Path("q/result.json").read_text())[
+                             "rows"]["learned"]["start"].split()[1], 3).times)
+
+    def test_gains_of_another_number_than_a_policy_has_are_refused_or_filled_in(self):
+        """--learn jumps goes on from a policy of any --gains, or says in a sentence why not."""
+        first = f"{self.tiny}/student.pt"
+        for i, (one, two) in enumerate(itertools.permutations(("none", "block", "channel"), 2)):
+            self.run_main(rl, *self.words, "--smoke", "--updates", "1", "--out", f"p{i}",
+                          "--gains", one, "--init", first)
+            try:
+                self.run_main(rl, *self.words, "--smoke", "--out", f"q{i}", "--gains", two,
+                              "--init", f"p{i}/policy.pt")
+            except BadInput as error:
+                self.assertIn("--gains", str(error))
+
+    def test_training_monitor_and_table_share_no_noise(self):
+        spies = [mock.Mock(side_effect=f) for f in (
+            rl.best_baselines, rl.train, rl.score, rl.print_table, seeded_noise)]
+        self.patch(rl, **dict(zip(("best_baselines", "train", "score", "print_table"), spies)))
+        self.patch(teacher, seeded_noise=spies[-1])
+        self.run_main(rl, *self.job)
+        base, train, score, (rows, _) = (spy.call_args[0] for spy in spies[:4])
+        coach, _ = reward.load_encoder(self.tiny / "coach.pt", "coach")
+        drawn = [set(call[0][0]) for call in spies[-1].call_args_list]
+        self.assertTrue(all(not a & b for a, b in itertools.combinations(drawn, 2)))
+        for (z, target), trains in ((train[2], True), (base[2:4], True), (train[3], False),
+                                    (score[2:4], False)):
+            seeds, = [s for s in drawn if torch.equal(seeded_noise(sorted(s), (3, 8, 8)), z)]
+            self.assertTrue(max(seeds) + rl.NOISES < student.CLONE_SEEDS if trains else
+                            min(seeds) >= teacher.HELD_OUT)
+            made = teacher.draw(self.net, rl.TARGET, z, AB)            # each noise's own target
+            self.close(target.images, made)
+            self.close(target.features, coach(made)[1], 1e-4)
+        self.assertLess(rl.HELD, max(map(min, drawn)) - teacher.HELD_OUT)      # at full size too
+        trained, update = {row.name: row.trained for row in rows}, rl.training_evaluations(
+            rl.parse_args(self.job), 8)
+        self.assertEqual([trained[name] for name in ("target", "learned", "student: learned")],
+                         [0, update, 5 * 3 + 3 * 7 * 2 + update])      # the student was cloned
+        self.assertEqual(len(trained), len(rows))
+
+    def test_a_saved_policy_comes_back_as_it_was(self):
+        nets = randomised(self.net, 5, 1e-6), self.first               # too little for fp16
+        for net, half, some in itertools.product(nets, (True, False), (0, 1)):
+            n = some * len(net.branches)
+            policy = randomised(by_hand("DPM++", "uniform", n), 1, 0.3).solver()
+            save_network("p.pt", "policy", net, {}, half, network=type(net).__name__,
+                         solver=[*policy])
+            back, again, content = rl.load_model("p.pt")
+            self.assertEqual((type(back), again), (type(net), policy))
+            self.assertFalse(back.training or any(p.requires_grad for p in back.parameters()))
+            x, y = (ddpm.sample(some, noise(2), policy, AB) for some in (net, back))
+            self.close(x, y, 0.05 if half else 0)
+            self.assertEqual({w.dtype for w in content["weights"].values()},
+                             {torch.float16 if half else torch.float32})
+        content["network"] = "Another"
+        save_checkpoint("q.pt", **{k: v for k, v in content.items() if k != "format"})
+        self.bad_input("no usable policy", rl.load_model, "q.pt")
+
+    def test_who_learns_is_the_teachers_copy_a_student_or_a_policy(self):
+        save_network("p.pt", "policy", self.first, dict(
+            teacher=checksum([self.tiny / "teacher.pt"]), trained=9), network="JumpUNet",
+            solver=[*baseline_solver("DDIM", "uniform", 3)])
+        known, learners, *_ = rl.load_inputs(rl.parse_args([*self.job, "p.pt"]), CPU)
+        self.assertEqual([(type(net), solver is None, spent) for _, net, solver, spent in learners],
+                         [(ddpm.UNet, True, 0), (student.JumpUNet, True, 5 * 3 + 3 * 7 * 2),
+                          (student.JumpUNet, False, 9)])
+        self.assertIsNot(learners[0][1], known)                        # training must not move it
+        for p, q in zip(learners[0][1].parameters(), known.parameters(), strict=True):
+            self.close(p, q, 0)
+
+    def test_the_npz_is_what_fid_tools_read(self):
+        big = randomised(ddpm.UNet(**{**TINY, "image_size": 32}))
+        save_network("big.pt", "teacher", big, {})
+        words = shlex.split("--model big.pt --steps 2 --n 3 --npz new/a.npz --seed 7")
+        self.run_main(sample, *words)
+        with np.load("new/a.npz") as file:
+            array = file["arr_0"]
+        self.assertEqual((array.shape, array.dtype), ((3, 32, 32, 3), np.uint8))
+        x = sample.draw(teacher.load_teacher("big.pt")[0], baseline_solver(
+            "DDIM", "quadratic", 2), seeded_noise([7, 8, 9], (3, 32, 32)), AB)
+        self.close(array, images.to_uint8(x).permute(0, 2, 3, 1), 1)
+        before = Path("new/a.npz").read_bytes()
+        self.bad_input("exists already", self.run_main, sample, *words)
+        self.assertEqual(Path("new/a.npz").read_bytes(), before)
+
+    def test_everything_a_checkpoint_can_do_is_compared(self):
+        save_network("policy.pt", "policy", self.net, {}, network="UNet", solver=[
+            *by_hand("DPM++", "quadratic", 0, 4).solver()])
+        names = [(f"{kind} {grid}", K) for K in (2, 5) for kind in ddpm.SOLVERS
+                 for grid in ddpm.GRIDS]
+        for path, expected in ((self.tiny / "teacher.pt", names + [("its target", 3)]),
+                               (self.tiny / "student.pt", names[:3] + names[9:12]),
+                               ("policy.pt", [("learned", 4)])):
+            found = [(name.split(", ")[1], len(solver.leans), solver)
+                     for name, _, solver in sample.contenders(path, [2, 5], CPU)]
+            self.assertEqual([c[:2] for c in found], expected)
+            for name, K, solver in [c for c in found if c[1] in (2, 5)]:
+                self.assertEqual(solver, baseline_solver(*name.split(), K))
+
+    def test_bad_input_is_one_sentence_and_code_2_and_touches_nothing(self):
+        Path("cut.pt").write_bytes((self.tiny / "student.pt").read_bytes()[:5000])
+        Path("empty").mkdir()
+        save_network("another.pt", "teacher", self.net, dict(seed=1))
+        save_network("policy.pt", "policy", self.net, {}, network="UNet", solver=[
+            *by_hand("DPM++", "quadratic", len(self.net.branches), 4).solver()])
+        coach, plain_ = f"{self.tiny}/coach.pt", self.words[1]
+        init = [*self.words, "--smoke", "--init"]
+        good = dict(teacher=checksum([self.tiny / "teacher.pt"]), trained=9)
+        save_network("two.pt", "policy", self.net, good, network="UNet",
+                     solver=[*baseline_solver("DDIM", "uniform", 2)])
+        for expected, module, *words in [
+                ("no checkpoint", rl, *init, "none.pt"),
+                ("cannot be read", rl, *init, "cut.pt"),
+                ("a student or policy is needed", rl, *init, coach),
+                ("not distilled from", rl, *self.job, "--teacher", "another.pt"),
+                ("not distilled from", rl, *init, "policy.pt"),
+                ("two.pt makes 2 jumps", rl, *init, "two.pt"),
+                ("no checkpoint empty", rl, *self.job, "--encoders", "empty"),
+                ("'clip' is unknown", rl, *self.job, "--reward", "clip+mse"),
+                ("antithetic pairs", rl, *self.job, "--group", "3"),
+                ("antithetic pairs", rl, *self.job, "--eta", "0.3"),
+                ("is not empty", rl, *self.job, "--out", "."),
+                ("--resume needs", rl, *self.job, "--resume"),
+                ("no checkpoint", sample, "--model", "none.pt"),
+                ("student or policy is needed", sample, "--model", coach),
+                *(("learned its own jumps", sample, "--model", "policy.pt", *f.split()) for f in (
+                    "--eta 1", "--steps 8", "--solver DDIM", "--grid uniform")),
+                ("takes all solvers", sample, "--evaluate", "--grid", "uniform"),
+                ("no images to lean on", sample, "--solver", "AB2", "--model",
+                 f"{self.tiny}/student.pt"),
+                ("go with --evaluate", sample, "--model", plain_, "--steps", "1", "2"),
+                ("goes with --solver DDIM", sample, "--eta", "1", "--solver", "AB2", "--model",
+                 plain_),
+                ("does not go with", teacher, "--paper-shape", "--smoke"),
+                ("at least 8", sample, "--evaluate", "--model", plain_, "--n", "7"),
+                ("no such folder", teacher, "--data", "nowhere"),
+                ("--updates: must be", student, "--updates", "0"),
+                ("invalid choice", student, "--init", "nobody")]:
+            with self.subTest(expected=expected, words=words[-2:]):
+                self.assertTrue(expected)
+                self.assertIn(expected, self.fails(module, *words))
 
 
 if __name__ == "__main__":

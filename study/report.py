@@ -3,22 +3,17 @@ and figures/study.png.
 
 Called by study/run.py. A line is a sampler, a column a number of evaluations K.
 """
-import itertools
 import re
 import statistics
 
 import arms                                     # puts the repository on the path
 # From the repository:
-from harness.figures import plot_panels
+from harness.figures import new_figure
 from harness.runs import ROOT, BadInput, write_whole
 
-COMPARED = "hand", "jump", "two", "search", "cem", "own", "student", "all"
-DRAWN = [("DDIM", "teacher"), ("DPM++", "teacher"), ("AB2", "teacher"),
-         ("policy gradient", "teacher"), ("DDIM", "student"), ("DDIM", "copy"),
-         ("policy gradient", "copy")]
-STYLES = ":", "--", "-."
 FIGURE = ROOT / "figures" / "study.png"
 MARKERS = "<!-- tables: begin -->", "<!-- tables: end -->"
+COMPARED = 3                                    # evaluations K of the figure's second panel
 
 # ==== TABLES ==================================================================================
 
@@ -30,109 +25,122 @@ def mean_std(values, form):
 
 
 def lines_of(rows):
-    """{(group, name, init): its rows}, in the order of arms.py."""
+    """{(init, name): {K: its rows, one a seed}}, in the order of arms.py; not the target."""
     found = {}
-    for row in rows:
-        found.setdefault((row["group"], row["name"], row["init"]), []).append(row)
-    return {arm: found[arm] for arm in dict.fromkeys(arm[:3] for arm in arms.arms())
-            if arm in found}
+    for init, name in dict.fromkeys((arm.init, arm.name) for arm in arms.arms()):
+        mine = [row for row in rows if (row["init"], row["name"]) == (init, name)]
+        if mine and name != "target":
+            found[init, name] = {K: [row for row in mine if row["steps"] == K]
+                                 for K in sorted({row["steps"] for row in mine})}
+    return found
+
+
+def learned(rows):
+    """Rows of what was learned."""
+    return [row for row in rows if row["group"] != "baseline"]
 
 
 def table(rows, cell):
     """Lines of markdown; cell: the text for the rows of all seeds of a sampler at one K."""
-    counts = sorted({row["steps"] for row in rows})
-    lines = ["| who jumps, sampler | " + " | ".join(f"K = {k}" for k in counts) + " |",
-             "|---|" + "---|" * len(counts)]
-    for (_, name, init), mine in lines_of(rows).items():
-        at = {k: [row for row in mine if row["steps"] == k] for k in counts}
-        cells = [cell(at[k]) if at[k] else "" for k in counts]
-        lines.append(f"| {init}, {name} | " + " | ".join(cells) + " |")
+    lines = lines_of(rows)
+    counts = sorted({K for at in lines.values() for K in at})
+    return ["| network, sampler | " + " | ".join(f"K = {K}" for K in counts) + " |",
+            "|---|" + "---|" * len(counts),
+            *(f"| {init}, {name} | " + " | ".join(
+                cell(at[K]) if K in at else "" for K in counts) + " |"
+              for (init, name), at in lines.items())]
+
+
+def column(name, form, error=None, scale=1):
+    """A cell for table(): mean ± std over seeds of a column (mean of its error over noises)."""
+    def cell(same):
+        text = mean_std([scale * row[name] for row in same], form)
+        errors = [scale * row[error] for row in same] if error else []
+        return text + (f" ({statistics.fmean(errors):{form}})" if errors else "")
+    return cell
+
+
+def costs(rows):
+    """Lines of markdown: what each learned sampler cost, its K in one line."""
+    lines = ["| network, sampler | K | training evaluations, thousands | of these cloning "
+             "| minutes | numbers changed | needs the reward's gradient |", "|---|" + "---|" * 6]
+    for (init, name), at in lines_of(rows).items():
+        cells = [[str(K) for K in at],
+                 [f"{same[0]['trained'] / 1000:.1f}" for same in at.values()],
+                 dict.fromkeys(f"{same[0]['cloned'] / 1000:.0f}" for same in at.values()),
+                 [mean_std([row["minutes"] for row in same], ".1f") for same in at.values()],
+                 [f"{same[0]['numbers']:,d}" for same in at.values()],
+                 ["yes" if any(same[0]["needs_gradient"] for same in at.values()) else "no"]]
+        lines.append(f"| {init}, {name} | " + " | ".join("; ".join(cell) for cell in cells) + " |")
     return lines
-
-
-def reward(same):
-    """Mean reward ± its spread over seeds."""
-    return mean_std([row["reward"] for row in same], ".3f")
-
-
-def held(same):
-    """Fréchet distance of the held-out noises alone ± its spread over seeds."""
-    return mean_std([row["frechet_held"] for row in same], ".2f")
-
-
-def frechet(same):
-    """Fréchet distance ± spread over seeds (bootstrap error of one)."""
-    return (mean_std([row["frechet"] for row in same], ".2f")
-            + f" ({statistics.fmean(row['frechet_error'] for row in same):.2f})")
-
-
-def closed(same):
-    """Per cent closed ± spread over seeds (standard error over noises)."""
-    errors = [100 * row["gain_error"] / (row["gain"] - row["reward"]) for row in same]
-    return (mean_std([100 * row["closed"] for row in same], ".0f")
-            + f" ({statistics.fmean(errors):.1f})")
-
-
-def cost(same):
-    """'thousands of evaluations, minutes' of one sampler at one K."""
-    return (f"{same[0]['train_nfe'] / 1000:.0f} k, "
-            f"{statistics.fmean(row['minutes'] for row in same):.1f} min")
 
 
 def tables(rows, missing):
-    """All that stands between the markers, as lines; missing: runs that have no row yet."""
-    lines = [f"**Not complete yet: {missing} runs are still to do.**", ""] if missing else []
+    """All that stands between the markers, as lines; missing: samplers that have no row yet."""
+    lines = [f"**Not complete yet: {missing} samplers are still to do.**", ""] if missing else []
     if not rows:
         return lines
-    compared = [row for row in rows if row["group"] in COMPARED]
-    judged = [row for row in compared if row["images"] > row["n"]]
-    others = [row for row in rows if row["group"] not in COMPARED
-              or row["group"] == "jump" and row["steps"] == 4]          # to compare them with
-    learned = [row for row in compared if row["group"] != "hand"]
 
     def words(name):
         return ", ".join(sorted({str(row[name]) for row in rows}))
-    lines += [f"Made with {words('device')}; torch {words('torch')}; commits {words('commit')}; "
-              f"checkpoints {words('weights')}. Rewards of {words('n')} held-out noises. ± is the "
-              "standard deviation over training seeds.", "", "Reward `feature+perceptual`; 0 is "
-              "the target itself. Hand solvers on the grid that is best on these very noises:", "",
-              *table(compared, reward), "",
-              "Fréchet distance in the judge's features of "
-              f"{max(row['images'] for row in rows)} images to all training images; in brackets "
-              "its bootstrap error:", "", *table(judged, frechet)]
-    if learned:
-        lines += ["", "Per cent closed of what the best hand solver leaves to the target; in "
-                  "brackets the standard error over noises, paired:", "", *table(learned, closed),
-                  "", "Network evaluations it learned from (a backward pass counts two), and "
-                  "minutes:", "", *table(learned, cost)]
-    if others:
-        lines += ["", "Variants:", "", "| who jumps, sampler | K | reward | closed, % | Fréchet "
-                  f"of {words('n')} images | learned from |", "|---|---|---|---|---|---|"]
-        for (_, name, init), mine in lines_of(others).items():
-            for k in sorted({row["steps"] for row in mine}):
-                same = [row for row in mine if row["steps"] == k]
-                cells = (str(k), *(cell(same) for cell in (reward, closed, held, cost)))
-                lines.append(f"| {init}, {name} | " + " | ".join(cells) + " |")
+    target = [f" The target itself, {row['nfe']} evaluations: {row['frechet']:.2f}."
+              for row in rows if row["name"] == "target"]
+    lines += [f"Made with {words('device')}; torch {words('torch')}; commits {words('commit')}. "
+              f"{words('n')} held-out noises, the same in all rows. ± is the standard deviation "
+              "over training seeds; in brackets the standard error over noises.", "",
+              "Reward `feature+perceptual`, 0 is the target's. Baselines on the grid that is best "
+              "on these very noises:", "", *table(rows, column("reward", ".3f", "reward_error"))]
+    if learned(rows):
+        lines += ["", "Per cent closed of what the strongest baseline of the same network and K "
+                  "leaves to the target, paired:", "", *table(learned(rows), column(
+                      "closed", ".0f", "closed_error", 100))]
+    lines += ["", f"Fréchet distance in the judge's features of these {words('n')} images to all "
+              f"training images.{''.join(target)}", "", *table(rows, column("frechet", ".2f"))]
+    if learned(rows):
+        lines += ["", "What it learned from (a backward pass counts two; with what its start "
+                  "learned from), minutes without cloning, and how many numbers change:", "",
+                  *costs(learned(rows))]
     return lines
 
 
-def picture(rows, path):
-    """Reward and Fréchet distance against evaluations, of DRAWN."""
-    lines = {arm: mine for arm, mine in lines_of(rows).items() if arm[1:] in DRAWN}
+# ==== FIGURE ==================================================================================
 
-    def curve(arm, style, column, sign):
-        group, name, init = arm
-        at = {k: sign * statistics.fmean(row[column] for row in lines[arm] if row["steps"] == k)
-              for k in sorted({row["steps"] for row in lines[arm]})}
-        at = {k: y for k, y in at.items() if y > 1e-4}          # no place for 0 on a log axis
-        return (f"{init}, {name}", [*at], [*at.values()],
-                style if (group, init) == ("hand", "teacher") else "o-")
-    if lines:
-        plot_panels([("network evaluations", label, [
-            curve(arm, style, column, sign) for arm, style in zip(lines, itertools.cycle(STYLES))])
-            for label, column, sign in (("distance to the target, -reward", "reward", -1),
-                                        ("Fréchet distance, judge", "frechet", 1))],
-            path, xscale="log", yscale="log")
+def picture(rows, path):
+    """Distance to the target against K, of baselines, policy gradient and students; and against
+    training evaluations at K = COMPARED, of every method."""
+    figure, axes = new_figure(1, 2, (15, 5))
+    lines = lines_of(rows)
+
+    def distance(same):
+        return max(1e-4, -statistics.fmean(row["reward"] for row in same))  # 0: no place on a log
+    for (init, name), at in lines.items():
+        baseline = all(row["group"] == "baseline" for same in at.values() for row in same)
+        if baseline or name == arms.JUMPS:
+            style = ":" if baseline and init == "teacher" else "--" if baseline else "-"
+            axes[0].plot([*at], [distance(same) for same in at.values()], "o" + style, markersize=4,
+                         label=f"{init}, {name}")
+        if COMPARED in at:
+            y, x = distance(at[COMPARED]), at[COMPARED][0]["trained"]
+            if x:
+                error = statistics.fmean(row["reward_error"] for row in at[COMPARED])
+                axes[1].errorbar(x, y, error, fmt="s" if baseline else "o", label=f"{init}, {name}")
+            else:
+                axes[1].axhline(y, color="grey", linestyle=":")
+                axes[1].annotate(f"{init}, {name}", (0, y), xycoords=("axes fraction", "data"),
+                                 fontsize=7, color="grey", va="bottom")
+    axes[0].set(xscale="log", yscale="log", xlabel="network evaluations K",
+                ylabel="distance to the target, -reward")
+    ticks = sorted({K for at in lines.values() for K in at})
+    axes[0].set_xticks(ticks, ticks)
+    axes[0].minorticks_off()
+    axes[1].set(xscale="log", yscale="log", xlabel="training evaluations",
+                title=f"K = {COMPARED}; error bars over noises")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7, loc="upper left" if axis is axes[1] else "lower left",
+                        **(dict(bbox_to_anchor=(1, 1)) if axis is axes[1] else {}))
+    figure.savefig(path)
 
 
 # ==== INTO THE README =========================================================================
@@ -149,5 +157,6 @@ def write(rows, missing, path, figure=FIGURE):
     if not between.search(old):
         raise BadInput(f"{path} has no markers {' and '.join(MARKERS)}; put them back")
     write_whole(path, between.sub(lambda _: f"\n{text}\n", old, count=1).encode())
-    picture(rows, figure)
+    if rows:
+        picture(rows, figure)
     print(f"wrote {path}")
