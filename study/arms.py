@@ -210,7 +210,7 @@ COMPETITORS = {"random search": random_search, "cross-entropy": cross_entropy,
                "pathwise": pathwise, "pathwise weights": pathwise_weights}
 NEED_GRADIENT = "pathwise", "pathwise weights"  # of the reward
 JUMPS = "policy gradient"
-BASELINE_STEPS = {"teacher": (1, 2, 3, 4, 6, 8, 10, 20), "student": (1, 2, 3, 4, 8),
+BASELINE_STEPS = {"teacher": (1, 2, 3, 4, 6, 8), "student": (1, 2, 3, 4, 8),
                   "copy": (1, 2, 3, 4, 8)}
 FEW = 1, 2, 3, 4
 
