@@ -1,9 +1,9 @@
 """Rewards and metrics: what "aligned with the teacher" means, and who judges it.
 
-Adds two small CIFAR-10 encoders. The *coach* serves the rewards (ReDiF uses CLIP, DINO, LPIPS,
-which do not fit a laptop); the *judge*, of another architecture and seed, serves the evaluation
-alone, so that a student that merely pleases its coach (reward hacking) is found out. All rewards
-compare a student's image with the teacher's from the same start noise.
+Adds two small CIFAR-10 encoders. The *coach* serves the rewards (ReDiF uses CLIP, DINO and LPIPS,
+large and made for larger images); the *judge*, of another architecture and seed, serves the
+evaluation alone, so that a student that merely pleases its coach (reward hacking) is found out.
+All rewards compare a student's image with the teacher's from the same start noise.
 
     python reward.py             # what each reward says of graded distortions, a minute
 
@@ -283,21 +283,22 @@ def best_baselines(net, steps, z, target, reward, alpha_bar):
 
 
 def print_table(rows, judge):
-    """Print Rows and return them as {name: dict of floats}. closed: of the way from what a learned
-    row started at to the target, in per cent."""
-    width, table = max(len(row.name) for row in rows), {}
+    """Print Rows and return them as a list of dicts of plain values. closed: of the way from what a
+    learned row started at to the target, in per cent."""
+    width, table = max(len(row.name) for row in rows), []
     print(f"{'':{width}s}  NFE    trained   reward ± error    closed       Fréchet")
     for row in rows:
-        values = dict(nfe=row.nfe, trained=row.trained, reward=row.reward.mean().item(),
-                      error=standard_error(row.reward), frechet=judged(row.images, judge))
+        values = dict(name=row.name, nfe=row.nfe, trained=row.trained,
+                      reward=row.reward.mean().item(), error=standard_error(row.reward),
+                      frechet=judged(row.images, judge))
         text = " " * 12
         if row.start:
             share, error = closed(row.reward, row.start.reward)
             values.update(closed=share, closed_error=error, start=row.start.name)
             text = f"{share:6.0%} ± {error:3.0%}"
-        print("{:{width}s} {nfe:4d} {trained:10,d} {reward:8.3f} ± {error:.3f} {}{frechet:9.2f}"
-              .format(row.name, text, width=width, **values))
-        table[row.name] = values
+        print("{name:{width}s} {nfe:4d} {trained:10,d} {reward:8.3f} ± {error:.3f} {}{frechet:9.2f}"
+              .format(text, width=width, **values))
+        table.append(values)
     return table
 
 
@@ -343,7 +344,7 @@ def show_rewards(images, coach, scales, path):
     """Print and draw each term's mean standardised reward of distorted images (B, 3, H, W).
     Returns {'distortion term': [reward at levels 0, 1/4, 1/2, 3/4, 1]}."""
     levels, target, table, panels = (0.0, 0.25, 0.5, 0.75, 1.0), look(coach, images), {}, []
-    print(f"standardised reward of {len(images)} images (0: like the teacher's), of levels", *levels)
+    print(f"standardised reward of {len(images)} images (0: the teacher's), of levels", *levels)
     for kind in DISTORTIONS:
         generator = torch.Generator().manual_seed(0)
         seen = [look(coach, distort(images, kind, level, generator)) for level in levels]

@@ -1,14 +1,14 @@
 """Reinforced distillation: a student learns from a reward alone to make in 3 jumps what took 50.
 
-ReDiF (arXiv 2512.22802) written out. Reward: likeness to the teacher's image of the same noise.
-    --learn jumps    action u = (logit rho, lean, a gain for every residual block) of every jump,
-                     policy Normal(u; mean, std^2), of which the mean learns
-    --learn weights  as ReDiF: action x_next, policy N(x_next; mean, sigma^2 I), whose mean is the
-                     network's; its weights learn
+The reward is likeness to the teacher's image of the same noise, the method ReDiF's (arXiv
+2512.22802): roll out, compare within a group, make what was better likelier. Two policies:
+    --learn jumps    ours: action u = (logit rho, lean, a gain for every residual block) of every
+                     jump, Normal(u; mean, std^2); the few numbers of the mean learn, in minutes
+    --learn weights  the paper's: action x_next, N(x_next; mean, sigma^2 I); the network learns
+                     whose mean it is; --paper sets all that the paper's code does
 
     python rl_distill.py                    # bundled weights, no data, no internet, minutes
-    python rl_distill.py --learn weights    # goes on from what the first command learned
-    python rl_distill.py --paper            # as ReDiF's code: a copy of the teacher, by DDIM
+    python rl_distill.py --learn weights    # goes on from the bundled policy; --init FILE: yours
 
 Reads --teacher, --encoders, --init; writes to --out: policy.pt, state.pt (for --resume), log.jsonl,
 images.png, learned.png, result.json. Next file: sample.py.
@@ -58,9 +58,9 @@ class JumpPolicy(nn.Module):
 
     u is drawn for all jumps before the first evaluation and reads no state: exploration in
     parameters, an evolution strategy (PGPE, Sehnke et al. 2010; OpenAI-ES, Salimans et al. 2017,
-    arXiv 1703.03864). It works since there are few: the cosine of its estimate with the true
-    gradient goes as sqrt(rollouts / parameters). Gains are an adapter, as LoRA (arXiv 2106.09685)
-    is in ReDiF's code. DEVIATES: there the times are fixed and x_next is the only action."""
+    arXiv 1703.03864). Few numbers make it work: the cosine of the estimated gradient with the true
+    one goes as sqrt(rollouts / numbers). Gains are an adapter, as LoRA (arXiv 2106.09685) is in
+    ReDiF's code. DEVIATES: there the times are fixed, and x_next is the only action."""
 
     def __init__(self, solver, n_gains):
         super().__init__()
@@ -110,35 +110,39 @@ def landing_logp(mean, x_next, sigma):
     (B, C, H, W), sigma: (B,). Returns (B,).
 
     DEVIATES: a *mean* over the 3072 dimensions where the density has their sum, as in ReDiF's and
-    DDPO's code: the summed ratio is e^(+-50) after the smallest change. Hence a clip range of 1e-4,
-    which is 0.2 / 3072 in round numbers."""
+    DDPO's code; the ratio of the sums would leave every clip range at once. Hence a clip range of
+    1e-4, of the order of 0.2 / 3072."""
     return -((x_next - mean) / expand_like(sigma, mean)).square().mean((1, 2, 3)) / 2
 
 
 @torch.no_grad()
 def rollout(net, solver, z, group, eta, alpha_bar, generator):
-    """Land `group` times from each noise of z (M, 3, H, W): images (M * group, 3, H, W) in [-1, 1]
-    and the Landings. What copies have in common is evaluated once: all of it, with eta 0.
+    """Images (M * group, 3, H, W) in [-1, 1] of `group` copies of each noise of z (M, 3, H, W), and
+    the Landings that explored.
 
-    DEVIATES: with eta 0 only the last landing explores; earlier jumps share its weights.
-    Copies draw independently, so that their mean is an unbiased baseline for every landing; for
-    antithetic pairs it would be biased after the first."""
+    Evaluations are dear, noise is cheap. With eta 0 all jumps but the last are deterministic: the
+    copies of a noise share every state, every evaluation and the last mean, from which they land
+    apart. With eta above 0 every landing explores, and they share the first evaluation alone.
+
+    DEVIATES: with eta 0 only the last evaluation gets a gradient; earlier jumps use its weights.
+    Copies draw independently, so that their mean reward is an unbiased baseline of every landing.
+    An antithetic partner's would not be: after the first landing its scores are no longer opposite,
+    while its reward still knows the noise of both."""
     times, leans, gains = per_image(solver, len(z), z.device)
     x, x0_last, landings, K = z, z, [], leans.shape[1]
     for k in range(K):
         state = x, x0_last, times[:, k], times[:, k + 1], leans[:, k], gains[:, k]
-        mean, sigma, x0_hat = landing_mean(net, *state, alpha_bar, eta)
+        x_next, sigma, x0_hat = landing_mean(net, *state, alpha_bar, eta)
         if eta > 0 or k == K - 1:
-            copies = group * len(z) // len(x)                      # of each state: group, then 1
+            copies = group * len(z) // len(x)               # group where they part, afterwards 1
             mean, sigma, x0_hat, times, leans, gains = (
                 rows.repeat_interleave(copies, 0) for rows in (
-                    mean, sigma, x0_hat, times, leans, gains))
+                    x_next, sigma, x0_hat, times, leans, gains))
             sigma = sigma.clamp(min=SIGMA_FLOOR) if k == K - 1 else sigma
             noise = torch.randn(mean.shape, generator=generator).to(z.device)
             x_next = mean + expand_like(sigma, mean) * noise
             landings.append(Landing(state, x_next, sigma, landing_logp(mean, x_next, sigma)))
-            mean = x_next
-        x, x0_last = mean, x0_hat
+        x, x0_last = x_next, x0_hat
     return x.clamp(-1, 1), landings
 
 
@@ -159,7 +163,8 @@ def advantages(reward, group):
 
 def clipped_surrogate(logp, logp_old, adv, clip_range):
     """-min(ratio A, clip(ratio, 1 - c, 1 + c) A), ratio = exp(logp - logp_old). Eq. 7, Schulman et
-    al. 2017. All (B,). Returns (loss, ratio). At ratio 1, its gradient is REINFORCE's."""
+    al. 2017. All (B,). Returns (loss, ratio). At ratio 1, as in the first pass over a batch, its
+    gradient is REINFORCE's; the clip acts from the second on."""
     ratio = (logp - logp_old).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.minimum(ratio * adv, clipped * adv), ratio.detach()
@@ -170,7 +175,7 @@ def clipped_surrogate(logp, logp_old, adv, clip_range):
 # (M * G,) and the ratios of all actions before and after it.
 
 def update_jumps(net, policy, z, target, reward, optimizer, args, std, alpha_bar, generator):
-    """Draw u in pairs, make images, move the mean of u towards the better one of each pair."""
+    """Draw u in pairs, make images, move the mean towards the u that beat their noise's others."""
     # SAMPLING
     rows = torch.arange(len(z), device=z.device).repeat_interleave(args.group)
     u = policy.draw(len(rows), std, generator)                      # (M * G, K, 2 + n)
@@ -195,8 +200,10 @@ def update_jumps(net, policy, z, target, reward, optimizer, args, std, alpha_bar
 def update_weights(net, solver, z, target, reward, optimizer, args, alpha_bar, generator):
     """Land in groups, move the weights so that the better landings of a group become likelier.
 
-    DEVIATES: as in ReDiF's code landings are weighted by sigma, since the score goes as 1 / sigma:
-    less variance, but with eta > 0 the sum is no longer the gradient of the expected reward."""
+    A landing is mean + sigma noise: the sum of A noise / sigma over the copies is an estimate of
+    the reward's gradient at the mean, and one backward pass takes it into the weights.
+    DEVIATES: with eta above 0 landings are weighted by sigma, as in ReDiF's code, since the score
+    goes as 1 / sigma: less variance, but no longer the gradient of the expected reward."""
     # SAMPLING
     rows = torch.arange(len(z), device=z.device).repeat_interleave(args.group)
     images, landings = rollout(net, solver, z, args.group, args.eta, alpha_bar, generator)
@@ -227,6 +234,11 @@ def update_weights(net, solver, z, target, reward, optimizer, args, alpha_bar, g
 
 # ==== LOOP ====================================================================================
 
+def number_of_gains(net, kind):
+    """Of one jump: none, one of every residual block, or one of every channel of its branch."""
+    return dict(none=0, block=len(net.branches), channel=sum(net.branches))[kind]
+
+
 def exploration_scale(net, steps):
     """Factor of STD and of the rates of u: the more jumps, and the nearer to the target the network
     is by cloning, the smaller."""
@@ -248,44 +260,44 @@ def train(net, start, train_set, monitor_set, reward, args, out):
     (noise, View of its targets). Returns (Solver, seconds)."""
     (z, target), device, jumps = train_set, train_set[0].device, args.learn == "jumps"
     alpha_bar, generator = linear_alpha_bar(device), torch.Generator().manual_seed(args.seed)
-    n_gains = dict(none=0, block=len(net.branches), channel=sum(net.branches))[args.gains]
-    policy = JumpPolicy(start, n_gains).to(device)
-    scale = exploration_scale(net, args.steps) if jumps else 1
-    std = scale * torch.tensor([STD["jump"]] * 2 + [STD.get(args.gains)] * n_gains, device=device)
-    learns = policy if jumps else net.requires_grad_(True)
-    optimizer = torch.optim.Adam([dict(params=[policy.jumps], lr=JUMPS_FASTER * scale * args.lr),
-                                  dict(params=[policy.gains])] if jumps else net.parameters(),
-                                 scale * args.lr)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    if jumps:
+        scale, n_gains = exploration_scale(net, args.steps), number_of_gains(net, args.gains)
+        std = scale * torch.tensor([STD["jump"]] * 2 + [STD.get(args.gains)] * n_gains).to(device)
+        learns = JumpPolicy(start, n_gains).to(device)
+        groups = [dict(params=[learns.jumps], lr=scale * args.lr * JUMPS_FASTER),
+                  dict(params=[learns.gains], lr=scale * args.lr)]
+    else:
+        learns = net.requires_grad_(True)
+        groups = [dict(params=[*net.parameters()], lr=args.lr)]
+    optimizer = torch.optim.Adam(groups)
     parts = dict(learns=learns, optimizer=optimizer, generator=generator)
-    first, seconds_before = load_state(out / "state.pt", parts) if args.resume else (0, 0.0)
-    began, seen = time.time(), None
+    first, seconds = load_state(out / "state.pt", parts) if args.resume else (0, 0.0)
+    seen, solver, began = None, learns.solver() if jumps else start, time.time() - seconds
     print("update held-out   batch ± std   ratio_t0 approx_kl clipped in-group  times | leans | rms"
           " of gains")
     for update in range(first, args.updates + 1):                   # 0: before the first
         if update > 0:
             left = 1 - (update - 1) / args.updates
-            for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * left
+            for group, begun in zip(optimizer.param_groups, groups):
+                group["lr"] = begun["lr"] * left
             pick = torch.randperm(len(z), generator=generator)[:args.noises].to(device)
             some = z[pick], target.rows(pick), reward, optimizer, args
-            seen = (update_jumps(net, policy, *some, std * (0.2 + 0.8 * left), alpha_bar, generator)
+            seen = (update_jumps(net, learns, *some, std * (0.2 + 0.8 * left), alpha_bar, generator)
                     if jumps else update_weights(net, start, *some, alpha_bar, generator))
         if update % LOG_EVERY and update < args.updates:
             continue
-        solver = policy.solver() if jumps else start
+        solver, seconds = learns.solver() if jumps else start, time.time() - began
         held = score(net, solver, *monitor_set, reward, alpha_bar)[1].mean().item()
         row = dict(update=update, held_out=held, **diagnostics(seen, args), times=solver.times,
-                   leans=solver.leans, gains=solver.gains,
-                   seconds=seconds_before + time.time() - began)
+                   leans=solver.leans, gains=solver.gains, seconds=seconds)
         text = ("{batch:7.3f} ±{std:6.3f} {ratio_t0:.6f}   {approx_kl:.1e}    {clipped:.2f}   "
                 "{in_group:.4f}".format(**row) if seen else " " * 52)
         rms = torch.tensor(solver.gains or 0.0).square().mean().sqrt()
         print(f"{update:6d} {held:8.4f} {text}  ", *solver.times, "|",
               *(f"{lean:.2f}" for lean in solver.leans), f"| {rms:.3f}", flush=True)
         log_line(out / "log.jsonl", **row)
-        save_state(out / "state.pt", parts, update + 1, row["seconds"])
-    return solver, row["seconds"]
+        save_state(out / "state.pt", parts, update + 1, seconds)
+    return solver, seconds
 
 
 def diagnostics(seen, args):
@@ -313,22 +325,31 @@ def load_model(path, device="cpu", kinds=("teacher", "student", "policy")):
     return net, solver, content
 
 
+class Learner(NamedTuple):
+    """Who learns: one entry of --init."""
+    name: str                           # before its rows in the table; '' of the teacher's copy
+    net: nn.Module
+    solver: Solver                      # its own, where it goes on; None: a baseline solver
+    trained: int                        # network evaluations it has learned from
+
+
 def load_inputs(args, device):
-    """Read the checkpoints. Returns (teacher, [(name, net, its own Solver or None, evaluations it
-    has learned from)] of --init, reward, judge and its file)."""
+    """Read the checkpoints. Returns (teacher, list of Learners, reward, judge and its file)."""
     (teacher, _), learners = load_teacher(args.teacher, device), []
     for path in args.init:
         if path == "teacher":
-            learners.append(("", copy.deepcopy(teacher), None, 0))
+            learners.append(Learner("", copy.deepcopy(teacher), None, 0))
             continue
         net, solver, content = load_model(path, device, ("student", "policy"))
         origin = content["provenance"]
         if origin.get("teacher") != checksum([args.teacher]):
             raise BadInput(f"{path} was not distilled from {args.teacher}; give another one")
-        if solver and len(solver.leans) != args.steps:
-            raise BadInput(f"{path} makes {len(solver.leans)} jumps; give --steps as many")
-        spent = origin["trained"] if solver else cloning_evaluations(origin)
-        learners.append((f"{Path(path).stem}: ", net, solver, spent))
+        if solver and (len(solver.leans) != args.steps or args.learn == "jumps" and len(
+                solver.gains[0]) != number_of_gains(net, args.gains)):
+            raise BadInput(f"{path} has {len(solver.leans)} jumps of {len(solver.gains[0])} gains; "
+                           "give --steps and --gains that fit")
+        trained = origin.get("trained", 0) if solver else cloning_evaluations(origin)
+        learners.append(Learner(f"{Path(path).stem}: ", net, solver, trained))
     return teacher, learners, *load_reward(args.reward, args.encoders, device)
 
 
@@ -374,22 +395,23 @@ def parse_args(argv=None):
 
 def distil(learner, train_set, monitor_set, held_set, reward, args, out):
     """Baselines, training and deployment of one learner, into folder `out`. Returns its Rows."""
-    (name, net, solver, spent), (z, target), K = learner, held_set, args.steps
-    alpha_bar, some = linear_alpha_bar(z.device), slice(BASELINE_NOISES)
-    starts = {"before": ("", solver)} if solver else best_baselines(
-        net, K, train_set[0][some], train_set[1].rows(some), reward, alpha_bar)
-    rows = {kind: Row(f"{name}{kind} {grid}".strip(), K, spent, *score(
+    name, net, own, trained = learner
+    (z, target), K, first = held_set, args.steps, slice(BASELINE_NOISES)
+    alpha_bar = linear_alpha_bar(z.device)
+    starts = {"before": ("", own)} if own else best_baselines(
+        net, K, train_set[0][first], train_set[1].rows(first), reward, alpha_bar)
+    rows = {kind: Row(f"{name}{kind} {grid}".strip(), K, trained, *score(
         net, solver, z, target, reward, alpha_bar)) for kind, (grid, solver) in starts.items()}
-    kind = "DDIM" if args.eta > 0 and not solver else next(iter(starts))   # leans magnify noise
+    kind = "DDIM" if args.eta > 0 and not own else next(iter(starts))   # leans magnify noise
     print(f"\n{parameter_count(net) / 1e6:.2f} M parameters start from {rows[kind].name}")
     solver, seconds = train(net, starts[kind][1], train_set, monitor_set, reward, args, out)
-    spent += training_evaluations(args, min(args.noises, len(train_set[0])))
+    trained += training_evaluations(args, min(args.noises, len(train_set[0])))
     save_network(out / "policy.pt", "policy", net, provenance(
-        "rl_distill.py", args, seconds, z.device, start=rows[kind].name, trained=spent,
+        "rl_distill.py", args, seconds, z.device, start=rows[kind].name, trained=trained,
         teacher=checksum([args.teacher])), half=args.learn == "jumps",   # fp16 loses small updates
         network=type(net).__name__, solver=list(solver))
     net, solver, _ = load_model(out / "policy.pt", z.device)       # what is measured is the file
-    learned = Row(f"{name}learned", K, spent, *score(net, solver, z, target, reward, alpha_bar),
+    learned = Row(f"{name}learned", K, trained, *score(net, solver, z, target, reward, alpha_bar),
                   rows[kind])
     plot_learned(out, rows[kind], learned)
     print(f"learned in {seconds / 60:.1f} min, wrote {out}/policy.pt, state.pt, learned.png")
@@ -411,15 +433,16 @@ def main(argv=None):
     rows = [Row("target", len(TARGET.leans), 0, sets[2][1].images,
                 torch.zeros(held, device=device))]
     for i, learner in enumerate(learners):
-        folder = out / learner[0][:-2] if i else out
+        folder = out / f"learner-{i + 1}" if i else out
         folder.mkdir(exist_ok=True)
         rows += distil(learner, *sets, reward, args, folder)
+        if not i:
+            plot_strips([(f"{row.nfe} evaluations, {row.name}", row.images)
+                         for row in rows[1:] + rows[:1]], 12, out / "images.png")
     print(f"\n{held} held-out noises, the same in all rows; 0 is the target's reward")
     result = dict(rows=print_table(rows, judge), n=held, settings=settings(args),
                   minutes=(time.time() - began) / 60)
     write_whole(out / "result.json", json.dumps(result, indent=1).encode())
-    plot_strips([(f"{row.nfe} evaluations, {row.name}", row.images) for row in rows[1:] + rows[:1]],
-                12, (9, 1.15 * len(rows)), out / "images.png")
     print(f"{result['minutes']:.1f} min in all\nwrote {out}/images.png, result.json, log.jsonl")
 
 

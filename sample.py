@@ -20,7 +20,7 @@ import torch
 from ddpm import (GRIDS, SOLVERS, T, baseline_kinds, baseline_solver, linear_alpha_bar,
                   parameter_count, sample, seeded_noise)
 from teacher import HELD_OUT, TARGET, draw, load_teacher, noise_and_targets
-from reward import judged, load_reward, score, standard_error
+from reward import judged, load_reward, rewards, standard_error
 from rl_distill import load_model
 from harness.checkpoints import save_npz
 from harness.figures import plot_panels, save_picture
@@ -66,10 +66,12 @@ def evaluate(args, models, reward, judge, teacher, out, device):
     target.features.sum().item()                           # a GPU is waited for before each clock
     for name, net, solver in (contender for model in models for contender in model):
         start = time.time()
-        images, R = score(net, solver, z, target, reward, alpha_bar)
+        images = draw(net, solver, z, alpha_bar)
+        images.sum().item()
+        ms = 1000 * (time.time() - start) / len(z)
+        R = rewards(reward, images, target, torch.arange(len(z), device=device))
         rows.append(dict(name=name, nfe=len(solver.leans), reward=R.mean().item(),
-                         error=standard_error(R), frechet=judged(images, judge),
-                         ms=1000 * (time.time() - start) / len(z)))
+                         error=standard_error(R), frechet=judged(images, judge), ms=ms))
         log_line(out / "log.jsonl", **rows[-1])
         print("{name:40s} {nfe:4d} {reward:8.4f} ± {error:6.4f} {frechet:8.4f} {ms:7.2f}".format(
             **rows[-1]), flush=True)

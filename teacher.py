@@ -139,7 +139,9 @@ def load_teacher(path, device="cpu"):
 
 def save_samples(path, net, device, n=64):
     """The teacher's images of seeds 0..n-1: always the same noise; training's RNG is left alone."""
-    save_picture(path, noise_and_targets(net, 0, n, device)[1])
+    side = net.config["image_size"]
+    z = seeded_noise(range(n), (3, side, side), device=device)
+    save_picture(path, draw(net, TARGET, z, linear_alpha_bar(device)))
 
 
 # ==== COMMAND LINE ============================================================================

@@ -3,7 +3,8 @@
     python test_all.py              # these, and the tests of harness/, assignments/, study/, ...
     python test_all.py Surrogate    # one class, or one test
 
-Plain unittest; no network, GPU or data set. harness/test_planted.py tests these tests.
+Plain unittest; no network, GPU or data set. What the files do as commands, sample.py with them, is
+in harness/test_harness.py; harness/test_planted.py tests these tests.
 """
 import contextlib
 import copy
@@ -34,9 +35,8 @@ import sample
 import student
 import teacher
 from ddpm import baseline_solver, seeded_noise
-from harness import images as pictures
-from harness.checkpoints import half_weights, load_checkpoint, save_checkpoint, save_network
-from harness.runs import BadInput, checksum, read_log, run_main
+from harness.checkpoints import half_weights, load_checkpoint, save_checkpoint
+from harness.runs import BadInput, read_log
 
 HERE = Path(__file__).resolve().parent
 MODULES = [ddpm, teacher, student, reward, rl, sample]
@@ -101,11 +101,6 @@ class Case(unittest.TestCase):
         for p, q in zip(again.parameters(), net.parameters()):
             self.close(p, q.detach(), 1e-3)
 
-    def bad_input(self, text, function, *args, **kw):
-        with self.assertRaises(BadInput) as caught:
-            function(*args, **kw)
-        self.assertIn(text, str(caught.exception))
-
     def folder(self, enter=False):
         keep = tempfile.TemporaryDirectory()
         self.addCleanup(keep.cleanup)
@@ -128,38 +123,9 @@ def quiet(function, *args, **kw):
     return result, text.getvalue()
 
 
-class Working(Case):
-    """In a temporary folder, with a target of three steps, and tiny checkpoints in `tiny`."""
-    tiny = None
-
+class Nets(Case):
     def setUp(self):
-        self.folder(enter=True)
-        for module in (teacher, student, rl, sample):
-            self.patch(module, TARGET=baseline_solver("DDIM", "quadratic", 3))
-        if Working.tiny is None:
-            Working.keep = tempfile.TemporaryDirectory()
-            Working.tiny = Path(Working.keep.name)
-            torch.manual_seed(0)
-            save_network(self.tiny / "teacher.pt", "teacher", randomised(ddpm.UNet(**TINY)), {})
-            first = randomised(student.JumpUNet(**TINY), 1)
-            save_network(self.tiny / "student.pt", "student", first, dict(
-                teacher=checksum([self.tiny / "teacher.pt"]), teacher_paths=5, updates=7,
-                settings=dict(batch_size=2)))
-            c, j, x = reward.Coach().eval(), reward.Judge().eval(), images(64)
-            mean, covariance = reward.moments(reward.encode(j, x))
-            for name, net, more in (
-                    ("coach", c, dict(scales=reward.term_scales(c, x))),
-                    ("judge", j, dict(mean=mean, covariance=covariance))):
-                save_checkpoint(self.tiny / f"{name}.pt", name, config=dict(classes=10),
-                                weights=half_weights(net), provenance={}, **more)
-        self.net, self.first = (sample.load_model(self.tiny / f"{name}.pt", CPU)[0]
-                                for name in ("teacher", "student"))
-        self.words = ["--teacher", f"{self.tiny}/teacher.pt", "--encoders", f"{self.tiny}"]
-        self.job = self.words + ["--smoke", "--init", "teacher", f"{self.tiny}/student.pt"]
-
-    def run_main(self, module, *words):
-        """Run a script's main on the CPU; returns what it printed."""
-        return quiet(module.main, [str(w) for w in words] + ["--device", "cpu"])[1]
+        self.net, self.first = frozen(ddpm.UNet), frozen(student.JumpUNet)
 
 
 def noise(n, size=8):
@@ -379,7 +345,7 @@ class Sampler(Case):
 
     def test_gains_0_and_leans_0_are_the_plain_sampler_to_the_bit(self):
         times = [1000, 600, 200, 0]
-        for net in (TEACHER, frozen(student.JumpUNet)):
+        for net in (frozen(ddpm.UNet), frozen(student.JumpUNet)):
             path = [noise(3)]
             for t, t_next in zip(torch.tensor(times[:-1]), torch.tensor(times[1:])):
                 x, t, t_next = path[-1], t.expand(3), t_next.expand(3)
@@ -392,8 +358,8 @@ class Sampler(Case):
                     self.assertTrue(torch.equal(torch.stack(out), torch.stack(path)), n)
 
     def test_a_solver_a_row_is_image_by_image_what_its_lists_are(self):
-        for net, per, eta in itertools.product((TEACHER, frozen(student.JumpUNet)), (len, sum),
-                                               (0.0, 0.7)):
+        nets = frozen(ddpm.UNet), frozen(student.JumpUNet)
+        for net, per, eta in itertools.product(nets, (len, sum), (0.0, 0.7)):
             rows, z = ddpm.solver_of(0.5 * randn(4, 3, 2 + per(net.branches))), noise(4)
             many = ddpm.sample(net, z, rows, AB, eta, range(4))
             for i in range(4):
@@ -838,7 +804,7 @@ class LogProbabilities(Case):
             b).mean((1, 2, 3)) - constant, 1e-4)
 
 
-class Deployment(Working):
+class Deployment(Nets):
     def test_a_policy_starts_at_its_solver_to_the_bit_and_with_std_0_stays_there(self):
         z, rows = noise(2), torch.tensor([0, 0, 1, 1])
         for kind, grid, (net, K) in itertools.product(ddpm.SOLVERS, ddpm.GRIDS, (
@@ -973,7 +939,7 @@ def flags(**more):
     return types.SimpleNamespace(**{"group": 4, "eta": 0.0, "epochs": 1, **more})
 
 
-class Loop(Working):
+class Loop(Nets):
     ways = [("jumps", 0.0), ("weights", 0.0), ("weights", 0.3)]
 
     def update(self, learn, net, eta=0.0, z=None, lr=0.0, epochs=1, group=4):
@@ -1028,7 +994,7 @@ class Loop(Working):
         for (learn, eta), old, last in itertools.product(self.ways, (self.net, self.first), (1, 2)):
             net, mask, pairs = copy.deepcopy(old), ddpm.action_mask(3, len(old.branches)), []
             rate, clip = ((1e-3, rl.CLIP_JUMPS) if learn == "jumps" else
-                          (1e-4 if eta else 3e-6, rl.CLIP_LANDING))
+                          (1e-4 if eta else 1e-6, rl.CLIP_LANDING))
             it = self.update(learn, net, eta, lr=rate if last == 2 else 0.0, epochs=last)
             if learn == "jumps":
                 policies = it.policy, by_hand("DPM++", "uniform", len(net.branches))
@@ -1120,16 +1086,18 @@ class Loop(Working):
                 spied.append(([g["lr"] for g in optimizer.param_groups], args[-3]))
                 return real(*args)
             net, spied, jumps = Toy(), [], learn == "jumps"
+            self.patch(rl, USUAL_STEPS=4.5)                            # a scale that is not 1
             with mock.patch.object(rl, f"update_{learn}", watched):
                 solver, _, out = self.train(
                     net, *f"--learn {learn} --gains {gains} --updates 4 --lr 0.01".split(),
                     *["--group", "4"], start=start)
             first = torch.tensor([rl.STD["jump"]] * 2 + [rl.STD.get(gains, 0.0)] * n)
+            scale = rl.exploration_scale(net, 3) if jumps else 1
             for (rates, std), left in zip(spied, (1, 0.75, 0.5, 0.25), strict=True):
-                most = [0.01 * rl.JUMPS_FASTER, 0.01] if jumps else [0.01]
-                self.close(rates, [rate * left for rate in most], 1e-9)
+                most = [rl.JUMPS_FASTER, 1] if jumps else [1]
+                self.close(rates, [0.01 * scale * rate * left for rate in most], 1e-9)
                 if jumps:
-                    self.close(std, first * (0.2 + 0.8 * left), 1e-6)
+                    self.close(std, scale * first * (0.2 + 0.8 * left), 1e-6)
             self.assertEqual([p.item() != q.item() for p, q in zip(
                 net.parameters(), Toy().parameters())], [not jumps] * 2)
             learns = load_checkpoint(out / "state.pt", "state")["parts"]["learns"]
@@ -1140,6 +1108,11 @@ class Loop(Working):
                 self.close(solver.leans, [0.0, *learns["jumps"][1:, 1].tolist()], 0)
             else:
                 self.assertEqual((solver, {*learns}), (start, {"w", "b"}))
+
+    def test_more_jumps_and_a_clone_explore_less(self):
+        for net, share in ((self.net, 1), (self.first, rl.CLONED)):
+            self.close([rl.exploration_scale(net, K) for K in (1, 2, 4, 12)], [
+                share * rl.USUAL_STEPS / K for K in (2, 2, 4, 12)], 1e-9)
 
     def test_the_log_begins_before_the_first_update_and_no_column_of_it_is_dead(self):
         self.patch(rl, LOG_EVERY=2)
@@ -1172,7 +1145,7 @@ class Loop(Working):
             self.assertEqual(found, {})
 
 
-class Results(Working):
+class Results(Case):
     def test_the_printed_table_is_right(self):
         n, g = 40, np.random.default_rng(0)
         common = 3 * g.normal(size=n) - 10                 # hard noises are hard for everybody
@@ -1190,52 +1163,19 @@ class Results(Working):
         error = np.sqrt(np.sum((gain - share * way) ** 2) / (n - 1) / n) / way.mean()
         bootstrap = np.std([gain[i].mean() / way[i].mean() for i in again])
         self.close(error / bootstrap, 1.0, 0.1)
-        for i, (name, x) in enumerate(s.items()):
+        for i, ((name, x), row) in enumerate(zip(s.items(), table, strict=True)):
             spread, end = x.std(ddof=1) / math.sqrt(n), " +"
             numbers = dict(nfe=i + 2, trained=1234567 * i, reward=x.mean(), error=spread,
                            frechet=1.5 * (i + 1))
             if name == "learned":
                 numbers.update(closed=share, closed_error=error)
-                self.assertEqual(table[name].pop("start"), "AB2 uniform")
+                self.assertEqual(row.pop("start"), "AB2 uniform")
                 end = rf"{100 * share:.0f}% ± +{100 * error:.0f}% +"
-            self.assertEqual({*table[name]}, {*numbers})
+            self.assertEqual((row.pop("name"), {*row}), (name, {*numbers}))
             for key, value in numbers.items():
-                self.close(float(table[name][key]), float(value), 1e-5, (name, key))
+                self.close(float(row[key]), float(value), 1e-5, (name, key))
             self.assertRegex(text, rf"\n{name} +{i + 2} +{1234567 * i:,d} +-?{abs(x.mean()):.3f} "
                              rf"± {spread:.3f} +{end}{1.5 * (i + 1):.2f}\n")
-
-
-# ==== sample.py ==============================================================================
-
-class Samples(Working):
-    def models(self):
-        """(net, solver) of a teacher, a student, and a policy of four jumps from its file."""
-        solver = baseline_solver("DDIM", "uniform", 3)
-        policy = randomised(by_hand("DPM++", "quadratic", len(self.net.branches), 4), 0, 0.2)
-        save_network("policy.pt", "policy", self.net, {}, network="UNet",
-                     solver=[*policy.solver()])
-        return (self.net, solver), (self.first, solver), sample.load_model("policy.pt", CPU)[:2]
-
-    def test_an_image_is_the_same_in_any_batch(self):
-        seeds = range(5, 10)
-        z = seeded_noise(seeds, (3, 8, 8))
-        for (net, solver), eta in itertools.product(self.models(), (0.0, 0.7)):
-            many = sample.draw(net, solver, z, AB, eta, seeds)
-            with mock.patch.object(teacher, "chunk_size", lambda device: 2):
-                self.close(sample.draw(net, solver, z, AB, eta, seeds), many)
-            self.close(sample.draw(net, solver, z[2:3], AB, eta, seeds[2:3]), many[2:3])
-            self.assertLessEqual(many.abs().max(), 1)
-
-    def test_the_path_goes_from_noise_to_image_in_11_states(self):
-        z, more = noise(2), [(Toy(), baseline_solver("DDIM", "uniform", K)) for K in (10, 12, 1000)]
-        for net, solver in [*self.models(), *more]:
-            K = len(solver.leans)
-            path = sample.draw_path(net, solver, z, AB, 0.0, range(2))
-            self.assertEqual(path.shape, (2, min(K + 1, 11), 3, 8, 8))
-            self.close(path[:, 0], z, 0)
-            self.close(path[:, -1].clamp(-1, 1), sample.draw(net, solver, z, AB), 1e-6)
-            every = ddpm.sample(net, z, solver, AB, path=True)
-            self.close(path[:, 1], every[round(K / 10) or 1], 0)
 
 
 # ==== MAIN: the tests of the folders run too; the closing line counts ========================

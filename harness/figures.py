@@ -26,9 +26,9 @@ def save_picture(path, images, columns=8, scale=3, gap=1):
     Image.fromarray(tile(images, columns, gap).repeat(scale, 0).repeat(scale, 1)).save(path)
 
 
-def plot_strips(panels, columns, size, path):
+def plot_strips(panels, columns, path):
     """One strip per panel (title, images (B, 3, H, W)): the first `columns` images of each."""
-    figure, axes = new_figure(len(panels), 1, size, squeeze=False)
+    figure, axes = new_figure(len(panels), 1, (9, 1.15 * len(panels)), squeeze=False)
     for axis, (title, images) in zip(axes.flat, panels):
         axis.imshow(tile(images[:columns], columns), interpolation="nearest")
         axis.set_title(title, fontsize=9, loc="left", pad=2)

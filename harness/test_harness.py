@@ -39,12 +39,12 @@ import rl_distill as rl                                                        #
 import sample                                                                  # noqa: E402
 import student                                                                 # noqa: E402
 import teacher                                                                 # noqa: E402
+import test_all                                                                # noqa: E402
 from ddpm import baseline_solver, seeded_noise                                 # noqa: E402
 from harness import checkpoints, figures, images, runs                         # noqa: E402
 from harness.checkpoints import load_checkpoint, save_checkpoint, save_network   # noqa: E402
 from harness.runs import BadInput, checksum, claim_run, read_log               # noqa: E402
-from test_all import (AB, CPU, HERE, MODULES, TINY, Working, by_hand, noise,   # noqa: E402
-                      randomised)
+from test_all import AB, CPU, HERE, MODULES, TINY, by_hand, noise, randomised      # noqa: E402
 
 
 def quiet(function, *args, **kw):
@@ -661,8 +661,8 @@ class Images(Case):
         runs.log_line("log.jsonl", update=1, loss=1.0)
         before, numpys = torch.get_rng_state(), str(np.random.get_state())
         figures.save_picture("a.png", x, columns=3, scale=2)
-        figures.plot_strips([("one strip, ± é", x)], 4, (4, 2), "b.png")
-        figures.plot_strips([("a", x), ("b", x)], 4, (4, 2), "c.png")
+        figures.plot_strips([("one strip, ± é", x)], 4, "b.png")
+        figures.plot_strips([("a", x), ("b", x)], 4, "c.png")
         figures.plot_loss(".", "images", "loss")
         Path("log.jsonl").unlink()
         for n, gains in enumerate((None, [[]] * 2, [[0.1] * 3] * 2, [[0.1] * 99] * 2)):
@@ -695,6 +695,77 @@ def parser_of(module):
     return found[0]
 
 
+class Working(test_all.Case):
+    """In a temporary folder, with a target of three steps, and tiny checkpoints in `tiny`."""
+    tiny = None
+
+    def setUp(self):
+        self.folder(enter=True)
+        for module in (teacher, student, rl, sample):
+            self.patch(module, TARGET=baseline_solver("DDIM", "quadratic", 3))
+        if Working.tiny is None:
+            Working.keep = tempfile.TemporaryDirectory()
+            Working.tiny = Path(Working.keep.name)
+            torch.manual_seed(0)
+            save_network(self.tiny / "teacher.pt", "teacher", randomised(ddpm.UNet(**TINY)), {})
+            first = randomised(student.JumpUNet(**TINY), 1)
+            save_network(self.tiny / "student.pt", "student", first, dict(
+                teacher=checksum([self.tiny / "teacher.pt"]), teacher_paths=5, updates=7,
+                settings=dict(batch_size=2)))
+            c, j, x = reward.Coach().eval(), reward.Judge().eval(), test_all.images(64)
+            mean, covariance = reward.moments(reward.encode(j, x))
+            for name, net, more in (
+                    ("coach", c, dict(scales=reward.term_scales(c, x))),
+                    ("judge", j, dict(mean=mean, covariance=covariance))):
+                save_checkpoint(self.tiny / f"{name}.pt", name, config=dict(classes=10),
+                                weights=checkpoints.half_weights(net), provenance={}, **more)
+        self.net, self.first = (sample.load_model(self.tiny / f"{name}.pt", CPU)[0]
+                                for name in ("teacher", "student"))
+        self.words = ["--teacher", f"{self.tiny}/teacher.pt", "--encoders", f"{self.tiny}"]
+        self.job = self.words + ["--smoke", "--init", "teacher", f"{self.tiny}/student.pt"]
+
+    def run_main(self, module, *words):
+        """Run a script's main on the CPU; returns what it printed."""
+        return quiet(module.main, [str(w) for w in words] + ["--device", "cpu"])[1]
+
+    def bad_input(self, text, function, *args, **kw):
+        with self.assertRaises(BadInput) as caught:
+            function(*args, **kw)
+        self.assertIn(text, str(caught.exception))
+
+
+class Samples(Working):
+    def models(self):
+        """(net, solver) of a teacher, a student, and a policy of four jumps from its file."""
+        solver = baseline_solver("DDIM", "uniform", 3)
+        policy = randomised(by_hand("DPM++", "quadratic", len(self.net.branches), 4), 0, 0.2)
+        save_network("policy.pt", "policy", self.net, {}, network="UNet",
+                     solver=[*policy.solver()])
+        return (self.net, solver), (self.first, solver), sample.load_model("policy.pt", CPU)[:2]
+
+    def test_an_image_is_the_same_in_any_batch(self):
+        seeds = range(5, 10)
+        z = seeded_noise(seeds, (3, 8, 8))
+        for (net, solver), eta in itertools.product(self.models(), (0.0, 0.7)):
+            many = sample.draw(net, solver, z, AB, eta, seeds)
+            with mock.patch.object(teacher, "chunk_size", lambda device: 2):
+                self.close(sample.draw(net, solver, z, AB, eta, seeds), many)
+            self.close(sample.draw(net, solver, z[2:3], AB, eta, seeds[2:3]), many[2:3])
+            self.assertLessEqual(many.abs().max(), 1)
+
+    def test_the_path_goes_from_noise_to_image_in_11_states(self):
+        z, more = noise(2), [(test_all.Toy(), baseline_solver("DDIM", "uniform", K))
+                             for K in (10, 12, 1000)]
+        for net, solver in [*self.models(), *more]:
+            K = len(solver.leans)
+            path = sample.draw_path(net, solver, z, AB, 0.0, range(2))
+            self.assertEqual(path.shape, (2, min(K + 1, 11), 3, 8, 8))
+            self.close(path[:, 0], z, 0)
+            self.close(path[:, -1].clamp(-1, 1), sample.draw(net, solver, z, AB), 1e-6)
+            every = ddpm.sample(net, z, solver, AB, path=True)
+            self.close(path[:, 1], every[round(K / 10) or 1], 0)
+
+
 class Commands(Working):
     def fails(self, module, *words):
         """Must end with code 2 and one sentence, which is returned, and touch nothing."""
@@ -706,28 +777,37 @@ class Commands(Working):
         self.assertNotIn("Traceback", text.getvalue())
         return text.getvalue().strip().splitlines()[-1]
 
-    def resumes(self, module, *words, saves=1):
-        """Run to `a`, and to `b` with a kill after that many checkpoints: the same bits."""
+    def resumes(self, module, *words, kills=(1,)):
+        """Run to `a`, and to `b` with a kill after that many checkpoints: the same bits, in all
+        state.pt, policy.pt, logs and results."""
         def killed(*args):
             save(*args)
-            if next(count) == saves:
+            if next(count) == kill:
                 raise KeyboardInterrupt
-        save, count, text = module.save_state, itertools.count(1), self.run_main(
-            module, *words, "--out", "a")
-        with mock.patch.object(module, "save_state", killed), \
-                self.assertRaises(KeyboardInterrupt):
-            self.run_main(module, *words, "--out", "b")
-        files = [path.relative_to("a") for path in sorted(Path("a").rglob("state.pt"))]
-        self.assertFalse(all(Path("b", f).exists() and Path("a", f).read_bytes()
-                             == Path("b", f).read_bytes() for f in files))
-        self.assertIn("resumed at", self.run_main(module, *words, "--out", "b", "--resume"))
-        for file in files:
-            a, b = (tree_flatten(load_checkpoint(Path(f, file), "state")["parts"])[0] for f in "ab")
-            self.assertEqual(len(a), len(b))
-            self.assertTrue(all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
-                                for x, y in zip(a, b)))
-            self.assertEqual(*([{**row, "seconds": 0} for row in read_log(
-                Path(f, file).with_name("log.jsonl"))] for f in "ab"))
+        save, text = module.save_state, self.run_main(module, *words, "--out", "a")
+        for kill in kills:
+            shutil.rmtree("b", ignore_errors=True)
+            count = itertools.count(1)
+            with mock.patch.object(module, "save_state", killed), \
+                    self.assertRaises(KeyboardInterrupt):
+                self.run_main(module, *words, "--out", "b")
+            self.assertNotEqual(*({path.relative_to(f): path.read_bytes() for path in sorted(
+                Path(f).rglob("*")) if path.suffix in (".pt", ".json")} for f in "ab"))
+            self.assertIn("resumed at", self.run_main(module, *words, "--out", "b", "--resume"))
+            files = [path.relative_to("a") for path in sorted(Path("a").rglob("*.pt"))]
+            for file in files:
+                a, b = (tree_flatten({k: v for k, v in load_checkpoint(Path(f, file), (
+                    "state", "teacher", "student", "policy")).items() if k in (
+                        "parts", "weights", "solver")})[0] for f in "ab")
+                self.assertGreater(len(a), 3)
+                self.assertEqual(len(a), len(b))
+                self.assertTrue(all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+                                    for x, y in zip(a, b)), file)
+                self.assertEqual(*([{**row, "seconds": 0} for row in read_log(
+                    Path(f, file).with_name("log.jsonl"))] for f in "ab"))
+            if Path("a/result.json").exists():
+                self.assertEqual(*(json.loads(Path(f, "result.json").read_text())["rows"]
+                                   for f in "ab"))
         return text
 
     def test_every_script_explains_itself_and_refuses_numbers_out_of_range(self):
@@ -816,29 +896,16 @@ class Commands(Working):
         self.run_main(student, *self.words[:2], "--smoke", "--init", "teacher", "--out", "c")
         self.assertEqual(student.load_student("c/student.pt")[0].config, TINY)
 
-    def same_policies(self, *folders):
-        for folder in folders:
-            a, b = (load_checkpoint(f"{f}/{folder}policy.pt", "policy") for f in "ab")
-            self.assertEqual(*(list(c["solver"]) for c in (a, b)))
-            self.assertTrue(all(torch.equal(w, b["weights"][k]) for k, w in a["weights"].items()))
-            self.assertEqual(a["provenance"]["trained"], b["provenance"]["trained"])
-        return a
-
     def test_jumps_of_two_learners_resume_to_the_same_bits_and_are_sampled_and_evaluated(self):
-        self.patch(rl, LOG_EVERY=2)
-        for saves in (2, 5):                             # of 0, 2, 4 updates: in each of the two
-            text = self.resumes(rl, *self.job, "--gains", "channel", saves=saves)
-            kept = self.same_policies("", "student/")
+        self.patch(rl, LOG_EVERY=2)                      # saves after 0, 2, 4 updates of each
+        text = self.resumes(rl, *self.job, "--gains", "channel", kills=(2, 5, 6))
+        for folder in ("a", "a/learner-2"):
+            kept = load_checkpoint(f"{folder}/policy.pt", "policy")
             self.assertTrue(all(w.dtype == torch.float16 for w in kept["weights"].values()))
             self.assertEqual(len(kept["solver"][2][0]), sum(self.net.branches))
-            tables = [json.loads(Path(f, "result.json").read_text())["rows"] for f in "ab"]
-            self.assertEqual(*tables)
-            for f in "ab":
-                shutil.rmtree(f)
-        self.resumes(rl, *self.job, saves=6)             # when all was learned, and nothing told
         self.assertRegex(text, r"1\.000000 [^@]*closed[^@]*student: learned [^@]*wrote a/images")
-        for name in (*re.search(r"wrote (a/images.*)", text)[1].removeprefix("a/").split(", "),
-                     "learned.png", "student/learned.png"):
+        for name in (*re.search(r"wrote a/(images.*)", text)[1].split(", "), "learned.png",
+                     "learner-2/learned.png"):
             self.assertTrue(Path("a", name).exists(), name)
         text = self.run_main(sample, "--model", "a/policy.pt", "--n", "5", "--npz", "n/i.npz")
         self.assertIn("5 images", text)
@@ -847,36 +914,42 @@ class Commands(Working):
         self.assertRegex(text, r"a/policy, learned +3 [^@]*its target +3 +-?0\.0000 ± +0\.0000")
         self.assertTrue(Path("e/frontier.png").exists())
 
+    def policy(self, path, net, n_gains=0, K=3):
+        """A policy.pt that was distilled from the tiny teacher; n_gains None: as of --paper."""
+        solver = (baseline_solver("AB2", "uniform", K) if n_gains is None else
+                  by_hand("AB2", "uniform", n_gains, K).solver())
+        save_network(path, "policy", net, dict(teacher=checksum([self.tiny / "teacher.pt"]),
+                     trained=9), half=False, network=type(net).__name__, solver=[*solver])
+
     def test_weights_go_on_from_a_policy_and_resume_to_the_same_bits(self):
         self.patch(rl, LOG_EVERY=2)
-        first = f"{self.tiny}/student.pt"
-        self.run_main(rl, *self.words, "--smoke", "--out", "p", "--init", first)
-        started = load_checkpoint("p/policy.pt", "policy")
-        words = [*self.words, "--smoke", "--learn", "weights", "--group", "4", "--init",
-                 "p/policy.pt"]
-        text = self.resumes(rl, *words, "--eta", "0.3", saves=2)
-        self.assertRegex(text, r"1\.000000 [^@]*policy: before [^@]*policy: learned ")
-        learned = self.same_policies("")
-        self.assertEqual(list(learned["solver"]), list(started["solver"]))
-        self.assertTrue(all(w.dtype == torch.float32 for w in learned["weights"].values()))
-        self.assertEqual(learned["provenance"]["trained"], started["provenance"]["trained"]
-                         + rl.training_evaluations(rl.parse_args([*words, "--eta", "0.3"]), 8))
-        self.assertTrue(all(not torch.equal(w, started["weights"][k].float())
-                            for k, w in learned["weights"].items()))
+        self.policy("p.pt", self.first, len(self.first.branches))
+        words = [*self.words, "--smoke", "--learn", "weights", "--group", "4", "--init", "p.pt",
+                 "--eta", "0.3"]
+        text = self.resumes(rl, *words, kills=(2,))
+        self.assertRegex(text, r"1\.000000 [^@]*p: before [^@]*p: learned ")
+        old, new = (load_checkpoint(path, "policy") for path in ("p.pt", "a/policy.pt"))
+        self.assertEqual(list(new["solver"]), list(old["solver"]))
+        self.assertEqual(new["provenance"]["trained"], 9 + rl.training_evaluations(
+            rl.parse_args(words), 8))
+        for name, w in new["weights"].items():                     # in fp32: the steps are small
+            self.assertEqual(w.dtype, torch.float32)
+            self.assertFalse(torch.equal(w, old["weights"][name]), name)
         self.run_main(rl, *self.words, "--paper", "--smoke", "--out", "q", "--gains", "none")
-        self.assertEqual(rl.load_model("q/policy.pt")[1].times,
-                         baseline_solver("DDIM", json.loads(Path("q/result.json").read_text())[
-                             "rows"]["learned"]["start"].split()[1], 3).times)
+        row, = (row for row in json.loads(Path("q/result.json").read_text())["rows"]
+                if row["name"] == "learned")
+        start = row["start"].split()
+        self.assertEqual(start[0], "DDIM")                         # leans magnify noise
+        self.assertEqual(rl.load_model("q/policy.pt")[1].times, baseline_solver(*start, 3).times)
 
-    def test_gains_of_another_number_than_a_policy_has_are_refused_or_filled_in(self):
-        """--learn jumps goes on from a policy of any --gains, or says in a sentence why not."""
-        first = f"{self.tiny}/student.pt"
-        for i, (one, two) in enumerate(itertools.permutations(("none", "block", "channel"), 2)):
-            self.run_main(rl, *self.words, "--smoke", "--updates", "1", "--out", f"p{i}",
-                          "--gains", one, "--init", first)
+    def test_jumps_go_on_from_a_policy_of_other_gains_or_it_is_refused_in_a_sentence(self):
+        many = len(self.first.branches)
+        for n, gains in ((None, "none"), (None, "block"), (0, "block"), (many, "none"),
+                         (many, "channel")):
+            self.policy("p.pt", self.first, n)
             try:
-                self.run_main(rl, *self.words, "--smoke", "--out", f"q{i}", "--gains", two,
-                              "--init", f"p{i}/policy.pt")
+                text = self.run_main(rl, *self.words, "--smoke", "--gains", gains, "--init", "p.pt")
+                self.assertNotRegex(text, r"\bnan\b")
             except BadInput as error:
                 self.assertIn("--gains", str(error))
 
@@ -924,9 +997,7 @@ class Commands(Working):
         self.bad_input("no usable policy", rl.load_model, "q.pt")
 
     def test_who_learns_is_the_teachers_copy_a_student_or_a_policy(self):
-        save_network("p.pt", "policy", self.first, dict(
-            teacher=checksum([self.tiny / "teacher.pt"]), trained=9), network="JumpUNet",
-            solver=[*baseline_solver("DDIM", "uniform", 3)])
+        self.policy("p.pt", self.first, len(self.first.branches))
         known, learners, *_ = rl.load_inputs(rl.parse_args([*self.job, "p.pt"]), CPU)
         self.assertEqual([(type(net), solver is None, spent) for _, net, solver, spent in learners],
                          [(ddpm.UNet, True, 0), (student.JumpUNet, True, 5 * 3 + 3 * 7 * 2),
@@ -972,16 +1043,16 @@ class Commands(Working):
             *by_hand("DPM++", "quadratic", len(self.net.branches), 4).solver()])
         coach, plain_ = f"{self.tiny}/coach.pt", self.words[1]
         init = [*self.words, "--smoke", "--init"]
-        good = dict(teacher=checksum([self.tiny / "teacher.pt"]), trained=9)
-        save_network("two.pt", "policy", self.net, good, network="UNet",
-                     solver=[*baseline_solver("DDIM", "uniform", 2)])
+        self.policy("two.pt", self.net, K=2)
+        self.policy("plain.pt", self.net, None, K=2)
         for expected, module, *words in [
                 ("no checkpoint", rl, *init, "none.pt"),
                 ("cannot be read", rl, *init, "cut.pt"),
                 ("a student or policy is needed", rl, *init, coach),
                 ("not distilled from", rl, *self.job, "--teacher", "another.pt"),
                 ("not distilled from", rl, *init, "policy.pt"),
-                ("two.pt makes 2 jumps", rl, *init, "two.pt"),
+                ("two.pt has 2 jumps", rl, *init, "two.pt"),
+                ("plain.pt has 2 jumps", rl, *init, "plain.pt", "--learn", "weights"),
                 ("no checkpoint empty", rl, *self.job, "--encoders", "empty"),
                 ("'clip' is unknown", rl, *self.job, "--reward", "clip+mse"),
                 ("antithetic pairs", rl, *self.job, "--group", "3"),

@@ -23,9 +23,9 @@ from rl_distill import JUMPS_FASTER, STD, JumpPolicy, exploration_scale        #
 from teacher import TARGET, draw                                               # noqa: E402
 
 # Stds of the searches, in those of the policy gradient (rl_distill.STD) for each kind of number:
-SEARCH_NOISES, SEARCH_STD = 64, (3.0, 0.6)      # noises of each try; std, first and last try
+SEARCH_NOISES, SEARCH_STD = 64, (1.0, 0.2)      # noises of each try; std, first and last try
 POPULATION, ELITES = 16, 4                      # of a generation, De Boer et al. 2005
-CEM_STD = 4.0, 0.2                              # of the first generation; floor of all others
+CEM_STD = 1.0, 0.2                              # of the first generation; floor of all others
 PATHWISE_LR = 0.03                              # Adam's first rate of (logit rho, lean), falls to 0
 WEIGHTS_LR = 1e-5                               # the same of the network's weights
 BACKWARD = 2                                    # a backward pass counts as two evaluations

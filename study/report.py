@@ -68,7 +68,7 @@ def costs(rows):
         cells = [[str(K) for K in at],
                  [f"{same[0]['trained'] / 1000:.1f}" for same in at.values()],
                  dict.fromkeys(f"{same[0]['cloned'] / 1000:.0f}" for same in at.values()),
-                 [mean_std([row["minutes"] for row in same], ".1f") for same in at.values()],
+                 [f"{statistics.fmean(r['minutes'] for r in same):.1f}" for same in at.values()],
                  [f"{same[0]['numbers']:,d}" for same in at.values()],
                  ["yes" if any(same[0]["needs_gradient"] for same in at.values()) else "no"]]
         lines.append(f"| {init}, {name} | " + " | ".join("; ".join(cell) for cell in cells) + " |")
@@ -113,7 +113,7 @@ def picture(rows, path):
 
     def distance(same):
         return max(1e-4, -statistics.fmean(row["reward"] for row in same))  # 0: no place on a log
-    for (init, name), at in lines.items():
+    for i, ((init, name), at) in enumerate(lines.items()):
         baseline = all(row["group"] == "baseline" for same in at.values() for row in same)
         if baseline or name == arms.JUMPS:
             style = ":" if baseline and init == "teacher" else "--" if baseline else "-"
@@ -123,7 +123,7 @@ def picture(rows, path):
             y, x = distance(at[COMPARED]), at[COMPARED][0]["trained"]
             if x:
                 error = statistics.fmean(row["reward_error"] for row in at[COMPARED])
-                axes[1].errorbar(x, y, error, fmt="s" if baseline else "o", label=f"{init}, {name}")
+                axes[1].errorbar(x, y, error, fmt="os^D"[i // 10 % 4], label=f"{init}, {name}")
             else:
                 axes[1].axhline(y, color="grey", linestyle=":")
                 axes[1].annotate(f"{init}, {name}", (0, y), xycoords=("axes fraction", "data"),
