@@ -210,7 +210,8 @@ def numbers_of(solver, n_gains):
     """u (K, 2 + n_gains) of a Solver of lists, the inverse of solver_of(); no gains are gains 0."""
     times = torch.tensor(solver.times, dtype=torch.float64)
     logit_rho = torch.logit(times[1:] / times[:-1], eps=1e-6).float()
-    gains = torch.tensor(solver.gains or [[0.0] * n_gains] * len(logit_rho))
+    known = solver.gains and len(solver.gains[0]) > 0
+    gains = torch.tensor(solver.gains if known else [[0.0] * n_gains] * len(logit_rho))
     return torch.cat([torch.stack([logit_rho, torch.tensor(solver.leans)], 1), gains], 1)
 
 
@@ -464,26 +465,28 @@ def demo(out, seed):
     train_end, end = (sample(net, x, many, alpha_bar) for x in x_T)
     panels = {"1000 jumps": (end, many)}
 
-    def error(solver):
-        return (sample(net, x_T[1], solver, alpha_bar) - end).square().sum(1).mean().sqrt().item()
+    def error(solver, i=1, end=end):
+        return (sample(net, x_T[i], solver, alpha_bar) - end).square().sum(1).mean().sqrt().item()
     print("rms distance to where 1000 jumps end, best of three grids\n  NFE"
           + "".join(f"{kind:>10s}" for kind in SOLVERS) + "   learned   times | leans")
     for steps in (2, 3, 4, 6, 8, 20):
-        best = [min((baseline_solver(kind, grid, steps) for grid in GRIDS), key=error)
-                for kind in SOLVERS]
+        best = [min((baseline_solver(kind, grid, steps) for grid in GRIDS),
+                    key=lambda solver: error(solver, 0, train_end)) for kind in SOLVERS]
         rms, text = [error(solver) for solver in best], ""
         if steps == 3:
             learned = policy_gradient(net, x_T[0], train_end, best[0], alpha_bar, generator)
-            rms, text = [*rms, error(learned)], f"   {learned.times} | {learned.leans}"
+            rms, text = [*rms, error(learned)], "   {} {} {} {} | {:.2f} {:.2f} {:.2f}".format(
+                *learned.times, *learned.leans)
             panels.update({f"3 jumps, {name}": (sample(net, x_T[1], solver, alpha_bar), solver)
                            for name, solver in zip((*SOLVERS, "learned"), (*best, learned))})
         print(f"{steps:5d}" + "".join(f"{value:10.4f}" for value in rms) + text)
         log_line(out / "log.jsonl", nfe=steps, rms=rms)
     figure, axes = new_figure(1, 5, (14, 3))
-    for axis, name in zip(axes, ("3 jumps, DDIM", "3 jumps, AB2", "3 jumps, learned", *panels)):
+    shown = "3 jumps, DDIM", "3 jumps, AB2", "3 jumps, learned", "1000 jumps"
+    for axis, name in zip(axes, shown):
         axis.scatter(*panels[name][0].T, s=1)
         axis.set(title=name, xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal")
-        if name in ("3 jumps, DDIM", "3 jumps, learned"):
+        if name in shown[::2]:                             # DDIM, learned
             axes[4].plot(range(4), panels[name][1].times, "o-", label=name)
     axes[4].set(title="times", xlabel="jumps made", ylabel="t")
     axes[4].legend(fontsize=8)

@@ -248,8 +248,9 @@ def closed(reward, start):
     """(share, standard error) of the way from `start` to the target that `reward` has gone; both
     (B,), of the same noises; the target's reward is 0. The error is that of a ratio of means."""
     gain, left = reward - start, -start
-    share = (gain.mean() / left.mean()).item()
-    return share, standard_error(gain - share * left) / left.mean().item()
+    mean = left.mean().clamp(min=1e-9).item()               # the start may be the target itself
+    share = gain.mean().item() / mean
+    return share, standard_error(gain - share * left) / mean
 
 
 # ==== BASELINES AND THE TABLE =================================================================

@@ -125,9 +125,10 @@ def rollout(net, solver, z, group, eta, alpha_bar, generator):
     apart. With eta above 0 every landing explores, and they share the first evaluation alone.
 
     DEVIATES: with eta 0 only the last evaluation gets a gradient; earlier jumps use its weights.
-    Copies draw independently, so that their mean reward is an unbiased baseline of every landing.
-    An antithetic partner's would not be: after the first landing its scores are no longer opposite,
-    while its reward still knows the noise of both."""
+    Copies draw independently, so that their mean reward is a baseline without bias for every
+    landing (up to the factor 1 - 1 / group: it holds the copy's own). An antithetic partner's would
+    be biased: after the first landing its scores are no longer opposite, while its reward still
+    knows the noise of both."""
     times, leans, gains = per_image(solver, len(z), z.device)
     x, x0_last, landings, K = z, z, [], leans.shape[1]
     for k in range(K):
@@ -165,7 +166,7 @@ def clipped_surrogate(logp, logp_old, adv, clip_range):
     """-min(ratio A, clip(ratio, 1 - c, 1 + c) A), ratio = exp(logp - logp_old). Eq. 7, Schulman et
     al. 2017. All (B,). Returns (loss, ratio). At ratio 1, as in the first pass over a batch, its
     gradient is REINFORCE's; the clip acts from the second on."""
-    ratio = (logp - logp_old).exp()
+    ratio = (logp - logp_old).clamp(-20, 20).exp()                  # e^89 is no float any more
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.minimum(ratio * adv, clipped * adv), ratio.detach()
 
@@ -344,10 +345,10 @@ def load_inputs(args, device):
         origin = content["provenance"]
         if origin.get("teacher") != checksum([args.teacher]):
             raise BadInput(f"{path} was not distilled from {args.teacher}; give another one")
-        if solver and (len(solver.leans) != args.steps or args.learn == "jumps" and len(
-                solver.gains[0]) != number_of_gains(net, args.gains)):
-            raise BadInput(f"{path} has {len(solver.leans)} jumps of {len(solver.gains[0])} gains; "
-                           "give --steps and --gains that fit")
+        K, n = (len(solver.leans), len((solver.gains or [[]])[0])) if solver else (args.steps, 0)
+        if K != args.steps or args.learn == "jumps" and n not in (
+                0, number_of_gains(net, args.gains)):
+            raise BadInput(f"{path} has {K} jumps of {n} gains; give --steps and --gains that fit")
         trained = origin.get("trained", 0) if solver else cloning_evaluations(origin)
         learners.append(Learner(f"{Path(path).stem}: ", net, solver, trained))
     return teacher, learners, *load_reward(args.reward, args.encoders, device)
@@ -368,7 +369,7 @@ def parse_args(argv=None):
     a("--paper", dest="learn", action="store_const", const="paper",
       help="the weights, by every landing, from a copy of the teacher, as ReDiF's code *")
     a("--gains", choices=["none", "block", "channel"], default="block",
-      help="of the residual blocks, that u holds: 0, 11 or 928 numbers a jump")
+      help="what u holds of a residual block: no gain, one, or one of each channel (jumps)")
     a("--steps", type=number(int, 1, 64), default=3, help="K, evaluations per image, 1..16")
     a("--reward", default="feature+perceptual", help=f"sum of {', '.join(TERMS)}; term:weight")
     a = p.add_argument_group("how (* see the last lines)").add_argument
@@ -390,6 +391,8 @@ def parse_args(argv=None):
     args.updates = 4 if args.smoke else args.updates
     if args.learn == "jumps" and (args.group % 2 or args.eta > 0):
         p.error("jumps are drawn in antithetic pairs, without noise: --group is even and --eta 0")
+    if args.learn == "jumps" and args.steps == 1 and args.gains == "none":
+        p.error("one jump without gains has nothing to learn; give --steps or --gains")
     return args
 
 
@@ -408,8 +411,8 @@ def distil(learner, train_set, monitor_set, held_set, reward, args, out):
     trained += training_evaluations(args, min(args.noises, len(train_set[0])))
     save_network(out / "policy.pt", "policy", net, provenance(
         "rl_distill.py", args, seconds, z.device, start=rows[kind].name, trained=trained,
-        teacher=checksum([args.teacher])), half=args.learn == "jumps",   # fp16 loses small updates
-        network=type(net).__name__, solver=list(solver))
+        teacher=checksum([args.teacher])), network=type(net).__name__, solver=list(solver),
+        half=all(torch.equal(w.half().float(), w) for w in net.parameters()))   # loses nothing
     net, solver, _ = load_model(out / "policy.pt", z.device)       # what is measured is the file
     learned = Row(f"{name}learned", K, trained, *score(net, solver, z, target, reward, alpha_bar),
                   rows[kind])
@@ -439,7 +442,8 @@ def main(argv=None):
         if not i:
             plot_strips([(f"{row.nfe} evaluations, {row.name}", row.images)
                          for row in rows[1:] + rows[:1]], 12, out / "images.png")
-    print(f"\n{held} held-out noises, the same in all rows; 0 is the target's reward")
+    print(f"\n{held} held-out noises, of which ± is the standard error; one training seed; the "
+          f"training noises' targets took {noises * len(TARGET.leans):,} more evaluations")
     result = dict(rows=print_table(rows, judge), n=held, settings=settings(args),
                   minutes=(time.time() - began) / 60)
     write_whole(out / "result.json", json.dumps(result, indent=1).encode())

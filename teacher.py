@@ -84,7 +84,7 @@ def noise_and_targets(teacher, first_seed, n, device):
     the teacher makes of each, (n, 3, H, W) in [-1, 1]. Targets are drawn once and kept in runs/."""
     side = teacher.config["image_size"]
     z = seeded_noise(range(first_seed, first_seed + n), (3, side, side), device=device)
-    key = dict(weights=weights_checksum(teacher), times=TARGET.times, first_seed=first_seed, n=n)
+    key = dict(weights=weights_checksum(teacher), solver=list(TARGET), first_seed=first_seed, n=n)
     return z, kept("targets", key, lambda: draw(teacher, TARGET, z, linear_alpha_bar(device)),
                    device)
 

@@ -126,6 +126,9 @@ def kept(folder, key, make, device):
 
 def provenance(script, args, seconds, device, **more):
     """Where a checkpoint comes from: flags, minutes, hardware, torch version; plain values."""
-    flags = {k: Path(v).name or v if isinstance(v, str) else v for k, v in settings(args).items()}
+    def plain(v):
+        return [plain(x) for x in v] if isinstance(v, list) else (
+            Path(v).name or v if isinstance(v, str) else v)
+    flags = {k: plain(v) for k, v in settings(args).items()}
     return dict(script=script, settings=flags, minutes=round(seconds / 60, 1),
                 device=device_name(device), torch=str(torch.__version__), **more)

@@ -102,7 +102,8 @@ def claim_run(args, default, images=None):
     """Claim a run's folder, when all its inputs are read: --out, or the next free runs/default-N.
     BadInput: it is taken, or --resume finds other flags, checkpoints or training images."""
     now = {f"--{name.replace('_', '-')}": value for name, value in settings(args).items()}
-    files = checksum(value for value in now.values() if isinstance(value, str))
+    words = (value if isinstance(value, list) else [value] for value in now.values())
+    files = checksum(word for value in words for word in value if isinstance(word, str))
     if images is not None:
         now["training images"] = hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()[:12]
     text = json.dumps({**now, "checkpoints": files}, default=str)
@@ -186,7 +187,8 @@ def pick_device(name="auto"):
 
 def autocast(device):
     """bf16 where the hardware computes in it: GPUs from Ampere on, CPUs with AVX512-BF16."""
-    enabled = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()    # what has AMX has it
+    enabled = device.type == "cpu" and getattr(             # what has AMX has it
+        torch.cpu, "_is_avx512_bf16_supported", bool)()
     if device.type == "cuda":
         enabled = torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
