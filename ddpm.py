@@ -21,7 +21,7 @@ from torch import nn
 
 # For the demonstration and main alone:
 from harness.figures import new_figure
-from harness.runs import claim_run, log_line, parser_for, run_flags, run_main
+from harness.runs import claim_run, log_line, parser_for, pick_device, run_flags, run_main
 
 # ==============================================================================================
 # CONVENTIONS, used in every file
@@ -442,11 +442,11 @@ class MixtureNet:
 def policy_gradient(net, x_T, target, start, alpha_bar, generator, updates=200, std=0.1, rate=0.3):
     """The main job of rl_distill.py for points in the plane: times and leans from a reward alone,
     from the Solver `start` on. x_T: (N, 2), target: (N, 2), the ends to reach. Returns a Solver."""
-    mean = numbers_of(start, 0)                                     # (K, 2): logit rho, lean
+    mean, device = numbers_of(start, 0).to(x_T.device), x_T.device  # (K, 2): logit rho, lean
     for _ in range(updates):
         pick = torch.randint(len(x_T), (64,), generator=generator).repeat_interleave(2)
         noise = torch.randn(64, *mean.shape, generator=generator) * action_mask(len(mean), 0)
-        noise = torch.stack([noise, -noise], 1).flatten(0, 1)       # antithetic pairs, (128, K, 2)
+        noise = torch.stack([noise, -noise], 1).flatten(0, 1).to(device)    # pairs, (128, K, 2)
         x_0 = sample(net, x_T[pick], solver_of(mean + std * noise), alpha_bar)
         R = -(x_0 - target[pick]).square().sum(1)                   # reward
         A = R - R.reshape(-1, 2).mean(1).repeat_interleave(2)       # advantage over its pair
@@ -455,11 +455,12 @@ def policy_gradient(net, x_T, target, start, alpha_bar, generator, updates=200, 
     return Solver(*(rows[0].tolist() for rows in solver_of(mean[None])))
 
 
-def demo(out, seed):
+def demo(out, seed, device):
     """Solvers on a mixture of six, and one that is learned, against 1000 jumps; table and ddpm.png.
     """
-    alpha_bar, generator = linear_alpha_bar(), torch.Generator().manual_seed(seed)
-    angle, x_T = torch.arange(6) * math.pi / 3, torch.randn(2, POINTS, 2, generator=generator)
+    alpha_bar, generator = linear_alpha_bar(device), torch.Generator().manual_seed(seed)
+    angle = torch.arange(6, device=device) * math.pi / 3
+    x_T = torch.randn(2, POINTS, 2, generator=generator).to(device)
     net = MixtureNet(0.7 * torch.stack([angle.cos(), angle.sin()], 1), 0.07, alpha_bar)
     many = baseline_solver("DDIM", "uniform", T)
     train_end, end = (sample(net, x, many, alpha_bar) for x in x_T)
@@ -484,7 +485,7 @@ def demo(out, seed):
     figure, axes = new_figure(1, 5, (14, 3))
     shown = "3 jumps, DDIM", "3 jumps, AB2", "3 jumps, learned", "1000 jumps"
     for axis, name in zip(axes, shown):
-        axis.scatter(*panels[name][0].T, s=1)
+        axis.scatter(*panels[name][0].T.cpu(), s=1)
         axis.set(title=name, xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal")
         if name in shown[::2]:                             # DDIM, learned
             axes[4].plot(range(4), panels[name][1].times, "o-", label=name)
@@ -504,9 +505,9 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    out = claim_run(args, "ddpm")
+    device, out = pick_device(args.device), claim_run(args, "ddpm")
     print("config:", vars(args))
-    demo(out, args.seed)                                   # on the CPU: it is points, no images
+    demo(out, args.seed, device)
     print(f"wrote {out}/ddpm.png, log.jsonl")
 
 

@@ -270,7 +270,7 @@ def train(net, start, train_set, monitor_set, reward, args, out):
     else:
         learns = net.requires_grad_(True)
         groups = [dict(params=[*net.parameters()], lr=args.lr)]
-    optimizer = torch.optim.Adam(groups)
+    optimizer, rates = torch.optim.Adam(groups), [group["lr"] for group in groups]
     parts = dict(learns=learns, optimizer=optimizer, generator=generator)
     first, seconds = load_state(out / "state.pt", parts) if args.resume else (0, 0.0)
     seen, solver, began = None, learns.solver() if jumps else start, time.time() - seconds
@@ -279,8 +279,8 @@ def train(net, start, train_set, monitor_set, reward, args, out):
     for update in range(first, args.updates + 1):                   # 0: before the first
         if update > 0:
             left = 1 - (update - 1) / args.updates
-            for group, begun in zip(optimizer.param_groups, groups):
-                group["lr"] = begun["lr"] * left
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * left
             pick = torch.randperm(len(z), generator=generator)[:args.noises].to(device)
             some = z[pick], target.rows(pick), reward, optimizer, args
             seen = (update_jumps(net, learns, *some, std * (0.2 + 0.8 * left), alpha_bar, generator)
@@ -293,7 +293,7 @@ def train(net, start, train_set, monitor_set, reward, args, out):
                    leans=solver.leans, gains=solver.gains, seconds=seconds)
         text = ("{batch:7.3f} ±{std:6.3f} {ratio_t0:.6f}   {approx_kl:.1e}    {clipped:.2f}   "
                 "{in_group:.4f}".format(**row) if seen else " " * 52)
-        rms = torch.tensor(solver.gains or 0.0).square().mean().sqrt()
+        rms = torch.tensor(solver.gains or []).square().mean().nan_to_num().sqrt()
         print(f"{update:6d} {held:8.4f} {text}  ", *solver.times, "|",
               *(f"{lean:.2f}" for lean in solver.leans), f"| {rms:.3f}", flush=True)
         log_line(out / "log.jsonl", **row)

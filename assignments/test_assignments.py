@@ -55,7 +55,7 @@ KEPT = "centred = torch.where(centred.abs() > rounding, centred, 0.0)"
 SCALED = "return (centred / centred.square().mean().sqrt().clamp(min=1e-30)).reshape(-1)"
 GROUPS = "groups = reward.reshape(-1, group)"
 LANDING = "return -((x_next - mean) / expand_like(sigma, mean)).square().mean((1, 2, 3)) / 2"
-RATIO = "ratio = (logp - logp_old).exp()"
+RATIO = "ratio = (logp - logp_old).clamp(-20, 20).exp()"
 PPO = "return -torch.minimum(ratio * adv, clipped * adv), ratio.detach()"
 
 MISTAKES = {

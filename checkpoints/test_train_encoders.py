@@ -67,15 +67,12 @@ class Files(unittest.TestCase):
         patcher.start()
         self.addCleanup(patcher.stop)
 
-    def test_the_judges_file_holds_moments_of_all_and_features_of_some(self):
+    def test_the_judges_file_holds_moments_of_all_images(self):
         torch.manual_seed(0)
         judge = reward.Judge().eval()
         data = torch.randint(256, (40, 3, 32, 32), generator=rng()).byte()
         real = judge(data.float() / 127.5 - 1)[1].detach()
-        with mock.patch.object(encoders, "REFERENCE", 30), torch.no_grad():
-            file = encoders.judge_reference(judge, data)
-        same = torch.cdist(file["features"].float(), real) < 1e-2      # 30 different ones of the 40
-        self.assertEqual((same.sum(1).tolist(), same.any(0).sum().item()), ([1] * 30, 30))
+        file = encoders.judge_reference(judge, data)
         for got, expected in zip((file["mean"], file["covariance"]), reward.moments(real)):
             self.assertLess((got - expected).abs().max(), 1e-9)
 

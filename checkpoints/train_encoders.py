@@ -21,14 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # From the repository:
 from ddpm import parameter_count                                               # noqa: E402
 from teacher import LOG_EVERY                                                  # noqa: E402
-from reward import ENCODERS, NEIGHBOURS, encode, moments, term_scales          # noqa: E402
+from reward import ENCODERS, encode, moments, term_scales                      # noqa: E402
 from harness.checkpoints import (half_weights, load_state, provenance,         # noqa: E402
                                  save_checkpoint, save_state)
 from harness.images import load_images                                         # noqa: E402
 from harness.runs import (BadInput, autocast, claim_run, device_name,          # noqa: E402
                           log_line, number, parser_for, pick_device, run_flags, run_main)
 
-REFERENCE = 5000            # real images whose judge features are kept for precision/recall
 SAVE_EVERY = 200            # updates
 
 # ==== TRAINING ================================================================================
@@ -99,11 +98,10 @@ def accuracy(net, images, labels, batch=500):
 
 
 def judge_reference(net, images):
-    """Judge's features of the training images: moments of all, a random REFERENCE of them."""
+    """Moments of the judge's features of all training images."""
     features = torch.cat([encode(net, x.float() / 127.5 - 1) for x in images.split(500)])
     mean, covariance = moments(features)
-    pick = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:REFERENCE]
-    return dict(mean=mean, covariance=covariance, features=features[pick].half())
+    return dict(mean=mean, covariance=covariance)
 
 
 # ==== COMMAND LINE ============================================================================
@@ -127,9 +125,9 @@ def main(argv=None):
     args = parse_args(argv)
     device, most = pick_device(args.device), 600 if args.smoke else None
     sets = [x[:most] for x in (*load_images(args.data), *load_images(args.data, train=False))]
-    if len(sets[0]) <= NEIGHBOURS or len(sets[2]) == 0:
+    if len(sets[0]) < 2 or len(sets[2]) == 0:
         raise BadInput(f"--data {args.data} has {len(sets[0])} training and {len(sets[2])} test "
-                       f"images; the judge's metrics need more than {NEIGHBOURS} and at least 1")
+                       "images; at least 2 and 1 are needed")
     out = claim_run(args, "encoders", torch.cat([sets[0], sets[2]]))
     print("config:", vars(args))
     print(f"device {device_name(device)} | {len(sets[0])} images")

@@ -112,12 +112,14 @@ def kept(folder, key, make, device):
     dict of plain values. A file there that is damaged or of another key is told and made anew."""
     word = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     path = Path("runs", folder, f"{word}.pt")
-    try:
-        content = load_checkpoint(path, "kept") if path.exists() else dict(key=None)
-        if content["key"] == key:
-            return content["value"].to(device)
-    except BadInput as error:
-        print(f"{error}: made anew")
+    if path.exists():
+        try:
+            content = load_checkpoint(path, "kept")
+            if content["key"] == key:
+                return content["value"].to(device)
+            print(f"{path} is of something else: made anew")
+        except BadInput as error:
+            print(f"{error}: made anew")
     value = make()
     with contextlib.suppress(OSError):                        # a folder that cannot be written
         save_checkpoint(path, "kept", key=key, value=value.cpu())
