@@ -43,7 +43,8 @@ CLIP_JUMPS, CLIP_LANDING = 0.2, 1e-4    # PPO's clip range; of a density per dim
 SIGMA_FLOOR = 0.02                      # of the last landing in training, where DDIM's sigma is 0
 GRAD_CLIP = 1.0                         # largest norm of the gradient of the weights
 LOG_EVERY = 8                           # updates from one printed line to the next
-PRESETS = {                             # what --learn or --paper sets, unless a flag is given
+PRESETS = {                             # what --learn or --paper sets, unless a flag is given;
+    # noises: M of an update, of NOISES
     "jumps": dict(init=["teacher", "checkpoints/student.pt"], updates=240, noises=16, group=2,
                   epochs=1, lr=0.01, eta=0.0),
     "weights": dict(init=["checkpoints/policy.pt"], updates=20, noises=32, group=128, epochs=1,
@@ -204,7 +205,8 @@ def update_weights(net, solver, z, target, reward, optimizer, args, alpha_bar, g
     A landing is mean + sigma noise: the sum of A noise / sigma over the copies is an estimate of
     the reward's gradient at the mean, and one backward pass takes it into the weights.
     DEVIATES: with eta above 0 landings are weighted by sigma, as in ReDiF's code, since the score
-    goes as 1 / sigma: less variance, but no longer the gradient of the expected reward."""
+    goes as 1 / sigma: less variance, but no longer the gradient of the expected reward. And where a
+    jump leans, the estimate before counts as given, though the weights made it."""
     # SAMPLING
     rows = torch.arange(len(z), device=z.device).repeat_interleave(args.group)
     images, landings = rollout(net, solver, z, args.group, args.eta, alpha_bar, generator)
@@ -374,7 +376,6 @@ def parse_args(argv=None):
     a("--reward", default="feature+perceptual", help=f"sum of {', '.join(TERMS)}; term:weight")
     a = p.add_argument_group("how (* see the last lines)").add_argument
     a("--updates", type=number(int, 1), help="20..500 *")
-    a("--noises", type=number(int, 1, NOISES), help=f"M, of {NOISES}, in an update, 8..64 *")
     a("--group", type=number(int, 2), help="G, rollouts, or landings, of each noise, 2..512 *")
     a("--epochs", type=number(int, 1), help="PPO's passes over a batch; 1: REINFORCE *")
     a("--lr", type=number(float, 1e-9, 1), help="Adam's first rate, falls to 0: of gains 0.003.."
@@ -386,7 +387,7 @@ def parse_args(argv=None):
                         for name, preset in PRESETS.items())
     args = p.parse_args(argv)
     for name, value in PRESETS[args.learn].items():
-        if getattr(args, name) is None:
+        if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.updates = 4 if args.smoke else args.updates
     if args.learn == "jumps" and (args.group % 2 or args.eta > 0):

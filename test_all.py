@@ -886,6 +886,8 @@ class Surrogate(Case):
         self.assertEqual((self.gradient(self.old, 0.2) != 0).tolist(), [1, 1, 0, 0, 1, 1])
         self.close(self.gradient(self.logp, 0.2), -self.adv, 1e-6)
         self.close(self.gradient(self.old, math.inf), -self.adv * self.logp.exp(), 1e-6)
+        far, ratio = rl.clipped_surrogate(200 * self.logp, self.old, self.adv, 0.2)
+        self.assertTrue(far.isfinite().all() and ratio.isfinite().all() and far[5] > 1e6)
 
     def agree(self, pairs, signal):
         """Of independent (estimate, exact): equal within 4 standard errors, and not by being 0."""
@@ -1160,6 +1162,7 @@ class Results(Case):
         share = gain.mean() / way.mean()
         error = np.sqrt(np.sum((gain - share * way) ** 2) / (n - 1) / n) / way.mean()
         bootstrap = np.std([gain[i].mean() / way[i].mean() for i in again])
+        self.assertTrue(np.isfinite(reward.closed(*torch.zeros(2, 9))).all())  # starts at the end
         self.close(error / bootstrap, 1.0, 0.1)
         for i, ((name, x), row) in enumerate(zip(s.items(), table, strict=True)):
             spread, end = x.std(ddof=1) / math.sqrt(n), " +"

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-JOB = ["--init", "teacher", "--steps", "3", "--updates", "12", "--noises", "16", "--group", "8"]
+JOB = ["--init", "teacher", "--steps", "3", "--updates", "12", "--group", "8"]
 SHORTER = dict(NOISES=64, HELD=64, MONITOR=32, BASELINE_NOISES=32, LOG_EVERY=1)   # of rl_distill.py
 MASK = "action_mask(len(u), n_gains)"
 # (what stands in rl_distill.py, what the variant puts there)

@@ -103,8 +103,8 @@ class Files(unittest.TestCase):
         self.data = shapes_images(60, 8, seed=1)
         with self.assertRaisesRegex(BadInput, "resume with the same"):
             run("--smoke", "--out", self.folder / "a", "--resume")
-        self.data = shapes_images(5, 8)
-        with self.assertRaisesRegex(BadInput, "need more than 5"):
+        self.data = shapes_images(1, 8)
+        with self.assertRaisesRegex(BadInput, "at least 2 and 1 are needed"):
             run("--smoke", "--out", self.folder / "b")
         self.assertFalse((self.folder / "b").exists())
         for words in (["--epochs", "0"], ["--lr", "nan"], ["--help"]):

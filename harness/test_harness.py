@@ -137,9 +137,9 @@ class Folders(Case):
 
     def test_a_resumed_run_must_have_the_same_settings_images_and_checkpoints(self):
         Path("e").mkdir()
-        for file in ("t.pt", "e/coach.pt"):
+        for file in ("t.pt", "e/coach.pt", "i.pt", "j.pt"):
             Path(file).write_text(file)
-        same = dict(out="x", grid=("a", "b"), teacher="t.pt", encoders="e")
+        same = dict(out="x", grid=("a", "b"), teacher="t.pt", encoders="e", init=["i.pt", "j.pt"])
         images = torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
         changed = images.clone()
         changed[1, 2, 1, 1] = 1
@@ -151,7 +151,7 @@ class Folders(Case):
                        images)
         for other in (changed, images[:1], None):
             self.bad_input("x had training images", claim_run, flags(**same), "run", other)
-        for file in ("t.pt", "e/coach.pt"):
+        for file in ("t.pt", "e/coach.pt", "i.pt", "j.pt"):
             Path(file).write_text("another")
             self.bad_input("x had checkpoints", claim_run, flags(**same), "run", images)
             Path(file).write_text(file)
@@ -1057,6 +1057,7 @@ class Commands(Working):
                 ("'clip' is unknown", rl, *self.job, "--reward", "clip+mse"),
                 ("antithetic pairs", rl, *self.job, "--group", "3"),
                 ("antithetic pairs", rl, *self.job, "--eta", "0.3"),
+                ("nothing to learn", rl, *self.job, "--steps", "1", "--gains", "none"),
                 ("is not empty", rl, *self.job, "--out", "."),
                 ("--resume needs", rl, *self.job, "--resume"),
                 ("no checkpoint", sample, "--model", "none.pt"),

@@ -55,7 +55,9 @@ def toy_reward(images, target):
 
 
 def arguments(*words, noises=8, updates=24):
-    return rl_distill.parse_args([*words, "--noises", str(noises), "--updates", str(updates)])
+    args = rl_distill.parse_args([*words, "--updates", str(updates)])
+    args.noises = noises
+    return args
 
 
 class Competitors(unittest.TestCase):
