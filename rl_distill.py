@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 # From earlier files:
-from ddpm import (T, Solver, UNet, action_mask, estimate, expand_like, jump, linear_alpha_bar,
+from ddpm import (Solver, UNet, action_mask, estimate, expand_like, jump, linear_alpha_bar,
                   numbers_of, parameter_count, per_image, sample, solver_of)
 from teacher import HELD_OUT, TARGET, load_teacher, noise_and_targets
 from student import JumpUNet, cloning_evaluations, load_student
