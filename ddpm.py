@@ -137,8 +137,8 @@ class Solver(NamedTuple):
 
 
 def per_image(solver, n, device):
-    """The times, leans and gains of a Solver as tensors of n rows (gains None: 0 columns).
-    ValueError: the times do not decrease from T to 0, or the lengths do not fit."""
+    """The times, leans and gains of a Solver as tensors of n rows (gains None: 0 columns); the
+    first jump has nothing to lean on, so its lean is 0, whatever the Solver says. ValueError: the times do not decrease from T to 0, or the lengths do not fit."""
     K = len(solver.leans[0] if torch.is_tensor(solver.leans) else solver.leans)
     gains = [[]] * K if solver.gains is None else solver.gains
     times, leans, gains = (
@@ -147,7 +147,7 @@ def per_image(solver, n, device):
     if ((times[:, 0] != T).any() or (times[:, -1] != 0).any() or (times.diff(dim=1) >= 0).any()
             or times.shape[1] != K + 1 or gains.shape[1] != K):
         raise ValueError(f"times must decrease from {T} to 0, with a lean a jump, not {solver}")
-    return times, leans, gains
+    return times, leans * (torch.arange(K, device=device) > 0), gains
 
 
 def make_grid(name, steps):
@@ -206,6 +206,11 @@ def solver_of(u):
     return Solver(torch.stack(times, 1), leans, u[:, :, 2:])
 
 
+def lists_of(u):
+    """The Solver of lists of u (K, 2 + n), the same for every image: what is deployed and saved."""
+    return Solver(*(rows[0].tolist() for rows in solver_of(u[None])))
+
+
 def numbers_of(solver, n_gains):
     """u (K, 2 + n_gains) of a Solver of lists, the inverse of solver_of(); no gains are gains 0."""
     times = torch.tensor(solver.times, dtype=torch.float64)
@@ -251,7 +256,7 @@ def sample(net, x_T, solver, alpha_bar, eta=0.0, seeds=None, path=False):
     times, leans, gains = per_image(solver, len(x_T), x_T.device)
     x, x0_last, states = x_T, x_T, [x_T]
     for k in range(leans.shape[1]):
-        t, t_next, lean = times[:, k], times[:, k + 1], leans[:, k] * (k > 0)
+        t, t_next, lean = times[:, k], times[:, k + 1], leans[:, k]
         x0_hat = estimate(net, x, t, net(x, t, t_next, gains[:, k]), alpha_bar)
         x, sigma = jump(x, x0_hat, t, t_next, alpha_bar, lean, x0_last, eta)
         if eta > 0 and sigma.any():
@@ -452,7 +457,7 @@ def policy_gradient(net, x_T, target, start, alpha_bar, generator, updates=200, 
         A = R - R.reshape(-1, 2).mean(1).repeat_interleave(2)       # advantage over its pair
         A = A / A.square().mean().sqrt()
         mean = mean + rate * std * (A[:, None, None] * noise).mean(0)       # std^2 A score
-    return Solver(*(rows[0].tolist() for rows in solver_of(mean[None])))
+    return lists_of(mean)
 
 
 def demo(out, seed, device):

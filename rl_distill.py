@@ -24,12 +24,12 @@ from torch import nn
 
 # From earlier files:
 from ddpm import (Solver, UNet, action_mask, estimate, expand_like, jump, linear_alpha_bar,
-                  numbers_of, parameter_count, per_image, sample, solver_of)
+                  lists_of, numbers_of, parameter_count, per_image, sample, solver_of)
 from teacher import HELD_OUT, TARGET, load_teacher, noise_and_targets
-from student import JumpUNet, cloning_evaluations, load_student
+from student import JumpUNet, cloning_evaluations
 from reward import TERMS, Row, best_baselines, load_reward, print_table, rewards, score
-from harness.checkpoints import (load_checkpoint, load_network, load_state, provenance, rebuilding,
-                                 save_network, save_state)
+from harness.checkpoints import (frozen_network, load_checkpoint, load_state, provenance,
+                                 rebuilding, save_network, save_state)
 from harness.figures import plot_learned, plot_strips
 from harness.runs import (BadInput, autocast, checksum, claim_run, device_name, log_line, number,
                           parser_for, pick_device, run_flags, run_main, settings, write_whole)
@@ -43,8 +43,8 @@ CLIP_JUMPS, CLIP_LANDING = 0.2, 1e-4    # PPO's clip range; of a density per dim
 SIGMA_FLOOR = 0.02                      # of the last landing in training, where DDIM's sigma is 0
 GRAD_CLIP = 1.0                         # largest norm of the gradient of the weights
 LOG_EVERY = 8                           # updates from one printed line to the next
-PRESETS = {                             # what --learn or --paper sets, unless a flag is given;
-    # noises: M of an update, of NOISES
+# What --learn or --paper sets, unless a flag is given; noises: M of an update, of NOISES.
+PRESETS = {
     "jumps": dict(init=["teacher", "checkpoints/student.pt"], updates=240, noises=16, group=2,
                   epochs=1, lr=0.01, eta=0.0),
     "weights": dict(init=["checkpoints/policy.pt"], updates=20, noises=32, group=128, epochs=1,
@@ -87,7 +87,7 @@ class JumpPolicy(nn.Module):
     @torch.no_grad()
     def solver(self):
         """What is deployed: the mean, as a Solver of lists."""
-        return Solver(*(rows[0].tolist() for rows in solver_of(self.mean()[None])))
+        return lists_of(self.mean())
 
 
 # ==== LANDINGS, where the weights learn =======================================================
@@ -320,12 +320,12 @@ def diagnostics(seen, args):
 def load_model(path, device="cpu", kinds=("teacher", "student", "policy")):
     """Any checkpoint that makes images, frozen: (net, its own Solver or None, content)."""
     content = load_checkpoint(path, kinds)
-    with rebuilding(path, content["kind"]):
-        build = dict(UNet=UNet, JumpUNet=JumpUNet)[content.get("network", "UNet")]
-        solver = Solver(*content["solver"]) if content["kind"] == "policy" else None
-    net, _ = (load_student(path, device) if content["kind"] == "student" else
-              load_network(path, content["kind"], build, device))
-    return net, solver, content
+    kind = content["kind"]
+    with rebuilding(path, kind):
+        name = dict(teacher="UNet", student="JumpUNet").get(kind) or content["network"]
+        build = dict(UNet=UNet, JumpUNet=JumpUNet)[name]
+        net = frozen_network(build(**content["config"]), content["weights"], path, device)
+        return net, Solver(*content["solver"]) if kind == "policy" else None, content
 
 
 class Learner(NamedTuple):

@@ -323,6 +323,8 @@ class Sampler(Case):
         ends = [ddpm.sample(self.gaussian, randn(2, 2), ddpm.Solver([1000, 0], [lean]), AB, eta, s)
                 for lean, eta, s in ((0.0, 0.0, None), (0.0, 1.0, [3, 4]), (5.0, 0.0, None))]
         self.close(torch.stack(ends[1:]), torch.stack([ends[0]] * 2), 0)
+        solver = ddpm.Solver([1000, 500, 0], [5.0, 2.0])               # in rollouts too
+        self.close(ddpm.per_image(solver, 1, CPU)[1], [[0.0, 2.0]], 0)
 
     def test_estimates_of_images_stay_in_range(self):
         x, t, v = 3 * randn(3, 3, 8, 8), torch.tensor([1, 400, 1000]), randn(3, 3, 8, 8, seed=1)

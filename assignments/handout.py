@@ -77,9 +77,7 @@ VEILED = (
     ("ddpm.py", "is theirs:\n    of eps, ab |v - v_hat|^2.", "is theirs,\n    of eps."),
     ("student.py", "turns x_t by d = phi_t - phi_next:   x_next = cos(d) x_t - sin(d) v",
      "is a rotation (exercise 4)"),
-    ("README.md", "x0_hat + lean (x0_hat - x0_last)", "... (exercise 3)"),
-    ("README.md", "sqrt(ab') D + sqrt(1 - ab') eps(x_t, D)", "... (exercise 2)"),
-    ("README.md", "(reward - mean of its noise) / rms over the batch", "... (exercise 5)"),
+    ("README.md", "(reward - mean of the pair) / rms over the batch", "... (exercise 5)"),
     ("README.md", "min(ratio A, clip(ratio, 0.8, 1.2) A)", "... (exercise 6)"),
     ("assignments/README.md", "python assignments/handout.py ../my_redif         # by the lecturer:"
      " the repository with the exercises blank\ncd ../my_redif && ", ""))

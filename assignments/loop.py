@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from ddpm import estimate, linear_alpha_bar, per_image, sample                  # noqa: E402
 from harness.figures import new_figure, tile                                   # noqa: E402
 from harness.runs import run_main                                              # noqa: E402
-from reward import Reward, load_encoder                                        # noqa: E402
+from reward import load_reward                                                 # noqa: E402
 from rl_distill import load_model                                              # noqa: E402
 from teacher import HELD_OUT, noise_and_targets                                # noqa: E402
 from teacher import load_teacher                                               # noqa: E402
@@ -71,8 +71,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     net, solver, _ = load_model(args.policy, kinds="policy")
     teacher, _ = load_teacher("checkpoints/teacher.pt")
-    coach, content = load_encoder("checkpoints/coach.pt", "coach")
-    reward = Reward("feature+perceptual", coach, content["scales"])
+    reward, _ = load_reward("feature+perceptual", "checkpoints", "cpu")
     draw(net, solver, teacher, reward, args.seed, args.out)
     print(f"wrote {args.out}")
 

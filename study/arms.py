@@ -16,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # From the repository:
 import rl_distill                                                              # noqa: E402
-from ddpm import (SOLVERS, Solver, T, estimate, expand_like, jump, linear_alpha_bar,  # noqa: E402
-                  numbers_of, solver_of)
+from ddpm import (SOLVERS, T, estimate, expand_like, jump, linear_alpha_bar,   # noqa: E402
+                  lists_of, numbers_of, solver_of)
 from harness.runs import autocast                                              # noqa: E402
-from rl_distill import JUMPS_FASTER, STD, JumpPolicy, exploration_scale        # noqa: E402
+from rl_distill import (JUMPS_FASTER, STD, JumpPolicy, exploration_scale,       # noqa: E402
+                        number_of_gains)
 from teacher import TARGET, draw                                               # noqa: E402
 
 # Stds of the searches, in those of the policy gradient (rl_distill.STD) for each kind of number:
@@ -37,14 +38,9 @@ BACKWARD = 2                                    # a backward pass counts as two 
 
 def kinds_of_numbers(net, args):
     """(number of gains n of a jump, std (2 + n,) of every number, in the policy gradient)."""
-    n = dict(none=0, block=len(net.branches), channel=sum(net.branches))[args.gains]
+    n = number_of_gains(net, args.gains)
     std = torch.tensor([STD["jump"]] * 2 + [STD.get(args.gains)] * n)
     return n, exploration_scale(net, args.steps) * std
-
-
-def listed(u):
-    """The Solver of lists of u (K, 2 + n)."""
-    return Solver(*(rows[0].tolist() for rows in solver_of(u[None])))
 
 
 def pick(wanted, generator, z, target):
@@ -76,7 +72,7 @@ def random_search(net, start, train_set, reward, args, budget):
         value = mean_reward(net, u, *noises, reward)
         if value > highest:
             best, highest = u, value
-    return listed(best), tries * cost
+    return lists_of(best), tries * cost
 
 
 def cross_entropy(net, start, train_set, reward, args, budget):
@@ -94,7 +90,7 @@ def cross_entropy(net, start, train_set, reward, args, budget):
         values = torch.tensor([mean_reward(net, u, *noises, reward) for u in us])
         elites = us[values.topk(ELITES).indices]
         mean, std = elites.mean(0), torch.maximum(elites.std(0), CEM_STD[1] * unit)
-    return listed(mean), generations * cost
+    return lists_of(mean), generations * cost
 
 
 # ==== THE REWARD'S OWN GRADIENT ("pathwise") ==================================================
