@@ -138,7 +138,8 @@ class Solver(NamedTuple):
 
 def per_image(solver, n, device):
     """The times, leans and gains of a Solver as tensors of n rows (gains None: 0 columns); the
-    first jump has nothing to lean on, so its lean is 0, whatever the Solver says. ValueError: the times do not decrease from T to 0, or the lengths do not fit."""
+    first jump has nothing to lean on, so its lean is 0, whatever the Solver says. ValueError: times
+    that do not decrease from T to 0, or lengths that do not fit."""
     K = len(solver.leans[0] if torch.is_tensor(solver.leans) else solver.leans)
     gains = [[]] * K if solver.gains is None else solver.gains
     times, leans, gains = (
@@ -237,11 +238,17 @@ def seeded_noise(seeds, shape, stream=0, device="cpu"):
         int(seed) * NOISE_STREAMS + stream)) for seed in seeds]).to(device)
 
 
-def estimate(net, x_t, t, v, alpha_bar):
-    """x0_hat of a prediction v. Where the network predicts images (net.clip) it is kept in [-1, 1],
-    as in Ho et al.'s code; jump() then finds the epsilon that belongs to it."""
-    x0_hat, _ = x0_and_eps(x_t, t, v.float(), alpha_bar)
+def estimate(net, x_t, t, t_next, gains, alpha_bar):
+    """One network evaluation, as x0_hat (B, ...). Where it is an image (net.clip) it is kept in
+    [-1, 1], as in Ho et al.'s code; jump() then finds the epsilon that belongs to it."""
+    x0_hat, _ = x0_and_eps(x_t, t, net(x_t, t, t_next, gains).float(), alpha_bar)
     return x0_hat.clamp(-1, 1) if net.clip else x0_hat
+
+
+def step(net, x_t, x0_last, t, t_next, lean, gains, alpha_bar, eta=0.0):
+    """One network evaluation and one jump: mean (B, ...), sigma (B,), x0_hat (B, ...)."""
+    x0_hat = estimate(net, x_t, t, t_next, gains, alpha_bar)
+    return *jump(x_t, x0_hat, t, t_next, alpha_bar, lean, x0_last, eta), x0_hat
 
 
 @torch.no_grad()
@@ -256,12 +263,10 @@ def sample(net, x_T, solver, alpha_bar, eta=0.0, seeds=None, path=False):
     times, leans, gains = per_image(solver, len(x_T), x_T.device)
     x, x0_last, states = x_T, x_T, [x_T]
     for k in range(leans.shape[1]):
-        t, t_next, lean = times[:, k], times[:, k + 1], leans[:, k]
-        x0_hat = estimate(net, x, t, net(x, t, t_next, gains[:, k]), alpha_bar)
-        x, sigma = jump(x, x0_hat, t, t_next, alpha_bar, lean, x0_last, eta)
+        x, sigma, x0_last = step(net, x, x0_last, times[:, k], times[:, k + 1], leans[:, k],
+                                 gains[:, k], alpha_bar, eta)
         if eta > 0 and sigma.any():
             x = x + expand_like(sigma, x) * seeded_noise(seeds, x.shape[1:], k + 1, x.device)
-        x0_last = x0_hat
         states += [x] * path
     return states if path else x
 

@@ -17,14 +17,12 @@ import copy
 import json
 import time
 from pathlib import Path
-from typing import NamedTuple
-
 import torch
 from torch import nn
 
 # From earlier files:
-from ddpm import (Solver, UNet, action_mask, estimate, expand_like, jump, linear_alpha_bar,
-                  lists_of, numbers_of, parameter_count, per_image, sample, solver_of)
+from ddpm import (Solver, UNet, action_mask, expand_like, linear_alpha_bar, lists_of, numbers_of,
+                  parameter_count, per_image, sample, solver_of, step)
 from teacher import HELD_OUT, TARGET, load_teacher, noise_and_targets
 from student import JumpUNet, cloning_evaluations
 from reward import TERMS, Row, best_baselines, load_reward, print_table, rewards, score
@@ -32,7 +30,8 @@ from harness.checkpoints import (frozen_network, load_checkpoint, load_state, pr
                                  rebuilding, save_network, save_state)
 from harness.figures import plot_learned, plot_strips
 from harness.runs import (BadInput, autocast, checksum, claim_run, device_name, log_line, number,
-                          parser_for, pick_device, run_flags, run_main, settings, write_whole)
+                          parser_for, pick_device, read_log, run_flags, run_main, settings,
+                          write_whole)
 
 NOISES, BASELINE_NOISES = 128, 64       # training noises; those that choose the baseline solver
 HELD, MONITOR = 256, 64                 # held-out noises of the table; others, of the log
@@ -41,7 +40,6 @@ JUMPS_FASTER = 3                        # rate of (logit rho, lean), in that of 
 USUAL_STEPS, CLONED = 3, 0.4            # see exploration_scale
 CLIP_JUMPS, CLIP_LANDING = 0.2, 1e-4    # PPO's clip range; of a density per dimension, see there
 SIGMA_FLOOR = 0.02                      # of the last landing in training, where DDIM's sigma is 0
-GRAD_CLIP = 1.0                         # largest norm of the gradient of the weights
 LOG_EVERY = 8                           # updates from one printed line to the next
 # What --learn or --paper sets, unless a flag is given; noises: M of an update, of NOISES.
 PRESETS = {
@@ -92,20 +90,6 @@ class JumpPolicy(nn.Module):
 
 # ==== LANDINGS, where the weights learn =======================================================
 
-class Landing(NamedTuple):
-    """B states that were evaluated, and where G copies of each noise landed from them."""
-    state: tuple                        # x_t, x0_last (B, 3, H, W), t, t_next, lean (B,), gains
-    x_next: torch.Tensor                # (M * G, 3, H, W), M * G / B copies of each state in a row
-    sigma: torch.Tensor                 # (M * G,)
-    logp: torch.Tensor                  # (M * G,), at the time
-
-
-def landing_mean(net, x_t, x0_last, t, t_next, lean, gains, alpha_bar, eta):
-    """One evaluation and one jump: mean (B, 3, H, W), sigma (B,), x0_hat (B, 3, H, W)."""
-    x0_hat = estimate(net, x_t, t, net(x_t, t, t_next, gains), alpha_bar)
-    return *jump(x_t, x0_hat, t, t_next, alpha_bar, lean, x0_last, eta), x0_hat
-
-
 def landing_logp(mean, x_next, sigma):
     """log N(x_next; mean, sigma^2 I), only what depends on the mean, per dimension. mean, x_next:
     (B, C, H, W), sigma: (B,). Returns (B,).
@@ -119,7 +103,8 @@ def landing_logp(mean, x_next, sigma):
 @torch.no_grad()
 def rollout(net, solver, z, group, eta, alpha_bar, generator):
     """Images (M * group, 3, H, W) in [-1, 1] of `group` copies of each noise of z (M, 3, H, W), and
-    the Landings that explored.
+    the landings that explored: (state, x_next (M * group, 3, H, W), sigma, logp (M * group,)).
+    state: what step() was given, of B images; M * group / B copies in a row landed from each.
 
     Evaluations are dear, noise is cheap. With eta 0 all jumps but the last are deterministic: the
     copies of a noise share every state, every evaluation and the last mean, from which they land
@@ -134,7 +119,7 @@ def rollout(net, solver, z, group, eta, alpha_bar, generator):
     x, x0_last, landings, K = z, z, [], leans.shape[1]
     for k in range(K):
         state = x, x0_last, times[:, k], times[:, k + 1], leans[:, k], gains[:, k]
-        x_next, sigma, x0_hat = landing_mean(net, *state, alpha_bar, eta)
+        x_next, sigma, x0_hat = step(net, *state, alpha_bar, eta)
         if eta > 0 or k == K - 1:
             copies = group * len(z) // len(x)               # group where they part, afterwards 1
             mean, sigma, x0_hat, times, leans, gains = (
@@ -143,7 +128,7 @@ def rollout(net, solver, z, group, eta, alpha_bar, generator):
             sigma = sigma.clamp(min=SIGMA_FLOOR) if k == K - 1 else sigma
             noise = torch.randn(mean.shape, generator=generator).to(z.device)
             x_next = mean + expand_like(sigma, mean) * noise
-            landings.append(Landing(state, x_next, sigma, landing_logp(mean, x_next, sigma)))
+            landings.append((state, x_next, sigma, landing_logp(mean, x_next, sigma)))
         x, x0_last = x_next, x0_hat
     return x.clamp(-1, 1), landings
 
@@ -209,19 +194,20 @@ def update_weights(net, solver, z, target, reward, optimizer, args, alpha_bar, g
     jump leans, the estimate before counts as given, though the weights made it."""
     # SAMPLING
     rows = torch.arange(len(z), device=z.device).repeat_interleave(args.group)
-    images, landings = rollout(net, solver, z, args.group, args.eta, alpha_bar, generator)
+    with autocast(z.device):
+        images, landings = rollout(net, solver, z, args.group, args.eta, alpha_bar, generator)
     # ADVANTAGES
     R = rewards(reward, images, target, rows)
     adv = advantages(R, args.group)
     # TRAINING: one backward pass for all copies of a state
-    mean_sigma = torch.stack([landing.sigma.mean() for landing in landings]).mean()
+    mean_sigma = torch.stack([sigma.mean() for _, _, sigma, _ in landings]).mean()
     ratios = []
     for epoch in range(args.epochs + 1):                            # the last pass only looks
         optimizer.zero_grad()
         seen = []
         for state, x_next, sigma, logp_old in landings:
-            with torch.set_grad_enabled(epoch < args.epochs):
-                mean = landing_mean(net, *state, alpha_bar, args.eta)[0]
+            with torch.set_grad_enabled(epoch < args.epochs), autocast(z.device):
+                mean, *_ = step(net, *state, alpha_bar, args.eta)
                 mean = mean.repeat_interleave(len(x_next) // len(mean), 0)
                 loss, ratio = clipped_surrogate(landing_logp(mean, x_next, sigma), logp_old, adv,
                                                 CLIP_LANDING)
@@ -230,7 +216,6 @@ def update_weights(net, solver, z, target, reward, optimizer, args, alpha_bar, g
                 (loss * sigma / mean_sigma).mean().div(len(landings)).backward()
         ratios.append(torch.cat(seen))
         if epoch < args.epochs:
-            nn.utils.clip_grad_norm_(net.parameters(), GRAD_CLIP)
             optimizer.step()
     return R, ratios[0], ratios[-1]
 
@@ -328,20 +313,13 @@ def load_model(path, device="cpu", kinds=("teacher", "student", "policy")):
         return net, Solver(*content["solver"]) if kind == "policy" else None, content
 
 
-class Learner(NamedTuple):
-    """Who learns: one entry of --init."""
-    name: str                           # before its rows in the table; '' of the teacher's copy
-    net: nn.Module
-    solver: Solver                      # its own, where it goes on; None: a baseline solver
-    trained: int                        # network evaluations it has learned from
-
-
 def load_inputs(args, device):
-    """Read the checkpoints. Returns (teacher, list of Learners, reward, judge and its file)."""
+    """Read the checkpoints. Returns (teacher, learners, reward, (judge, its file)). A learner is
+    (name before its rows, net, its own Solver or None, evaluations that it has learned from)."""
     (teacher, _), learners = load_teacher(args.teacher, device), []
     for path in args.init:
         if path == "teacher":
-            learners.append(Learner("", copy.deepcopy(teacher), None, 0))
+            learners.append(("", copy.deepcopy(teacher), None, 0))
             continue
         net, solver, content = load_model(path, device, ("student", "policy"))
         origin = content["provenance"]
@@ -352,7 +330,7 @@ def load_inputs(args, device):
                 0, number_of_gains(net, args.gains)):
             raise BadInput(f"{path} has {K} jumps of {n} gains; give --steps and --gains that fit")
         trained = origin.get("trained", 0) if solver else cloning_evaluations(origin)
-        learners.append(Learner(f"{Path(path).stem}: ", net, solver, trained))
+        learners.append((f"{Path(path).stem}: ", net, solver, trained))
     return teacher, learners, *load_reward(args.reward, args.encoders, device)
 
 
@@ -424,7 +402,7 @@ def distil(learner, train_set, monitor_set, held_set, reward, args, out):
 
 def main(argv=None):
     args = parse_args(argv)
-    began, device = time.time(), pick_device(args.device)
+    began, device = time.time(), pick_device(args.device, trains=args.learn != "jumps")
     teacher, learners, reward, judge = load_inputs(args, device)
     out = claim_run(args, "rl_distill")
     print("config:", vars(args))
@@ -439,6 +417,8 @@ def main(argv=None):
     for i, learner in enumerate(learners):
         folder = out / f"learner-{i + 1}" if i else out
         folder.mkdir(exist_ok=True)
+        if args.resume and (past := read_log(folder / "log.jsonl")):
+            began -= past[-1]["seconds"]                        # the minutes before count as well
         rows += distil(learner, *sets, reward, args, folder)
         if not i:
             plot_strips([(f"{row.nfe} evaluations, {row.name}", row.images)

@@ -11,6 +11,7 @@ teacher's target), Frechet distance to training images in the judge's features, 
 samples.png, path.png or frontier.png, and log.jsonl, to --out.
 """
 import math
+import os
 import time
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from rl_distill import load_model
 from harness.checkpoints import save_npz
 from harness.figures import plot_panels, save_picture
 from harness.images import to_uint8
-from harness.runs import (BadInput, claim_run, device_name, log_line, number,
-                          parser_for, pick_device, run_flags, run_main)
+from harness.runs import (BadInput, claim_run, device_name, log_line, new_file, number, parser_for,
+                          pick_device, run_flags, run_main)
 
 # ==== PICTURES ================================================================================
 
@@ -104,7 +105,7 @@ def parse_args(argv=None):
     a("--grid", choices=GRIDS, help="its times (default: quadratic)")
     a("--eta", type=number(float, 0, 1), default=0.0, help="0 DDIM .. 1 DDPM")
     a("--n", type=number(int, 1), default=64, help="number of images")
-    a("--npz", help="also write the images to this .npz")
+    a("--npz", type=os.path.expanduser, help="also write the images to this .npz")
     a("--evaluate", action="store_true", help="the table over all baseline solvers, no pictures")
     a("--reward", default="feature+perceptual", help="with --evaluate, as in rl_distill.py")
     a("--teacher", default="checkpoints/teacher.pt", help="with --evaluate: who sets the target")
@@ -133,8 +134,8 @@ def main(argv=None):
         evaluate(args, models, reward, judge, teacher, out, device)
         print(f"{(time.time() - began) / 60:.1f} min\nwrote {out}/frontier.png, log.jsonl")
         return
-    if args.npz and Path(args.npz).exists():
-        raise BadInput(f"--npz {args.npz} exists already; give another name")
+    if args.npz:
+        new_file(args.npz)
     net, solver, content = load_model(args.model[0], device)
     if solver and (args.steps or args.solver or args.grid or args.eta):
         raise BadInput("--steps, --solver, --grid, --eta need a teacher or a student: a policy has "

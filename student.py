@@ -257,7 +257,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = pick_device(args.device)
+    device = pick_device(args.device, trains=True)
     teacher, _ = load_teacher(args.teacher, device)
     out = claim_run(args, "student")
     print("config:", vars(args))

@@ -7,7 +7,7 @@ Algorithm 1 (Ho et al. 2020). The result is the model to be distilled (ReDiF's i
     python teacher.py                          # CIFAR-10, downloaded on first use
     python teacher.py --data DIR               # any folder of class subfolders of images
     python teacher.py --init FILE              # goes on from the weights of another run
-    python teacher.py --data shapes --smoke    # nothing needed, seconds, numbers mean nothing
+    python teacher.py --smoke                  # nothing needed, seconds, numbers mean nothing
 
 Reads images; writes to --out: teacher.pt (EMA weights in fp16, for the other files), state.pt (all
 that --resume needs), samples.png, loss.png, log.jsonl. Next file: student.py.
@@ -163,12 +163,14 @@ def parse_args(argv=None):
         p.error("--paper-shape does not go with --init or --smoke, which have a shape of their own")
     if args.smoke:
         args.updates, args.batch_size = 4, 4
+        args.data = "shapes" if args.data == "cifar10" else args.data          # no download
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    device, start = pick_device(args.device), load_teacher(args.init)[0] if args.init else None
+    device = pick_device(args.device, trains=True)
+    start = load_teacher(args.init)[0] if args.init else None
     images, _ = load_images(args.data)
     out = claim_run(args, "teacher", images)
     print("config:", vars(args))

@@ -6,22 +6,27 @@
 Each exercise runs in a process of its own with a time limit, on the files of PATH alone. The right
 values come from formulas written out below in float64, never from the repository's functions; what
 is printed names the property that does not hold, the input and the worst entry, never a formula.
+A function gets clones of its inputs and must leave them as they are.
 Verdicts: passes, not attempted, wrong shape, wrong value, error. Exit code 0 if all pass, else 1.
 """
 import argparse
+import contextlib
+import functools
 import importlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from unittest import mock
 
 import torch
 
-TRIALS, SECONDS = 5, 60
+TRIALS, SECONDS, MOST_PRINTED = 5, 60, 10 ** 6          # bytes
 
 
 class Wrong(Exception):
@@ -375,16 +380,43 @@ EXERCISES = {1: (["ddpm"], exercise_1), 2: (["ddpm"], exercise_2), 3: (["ddpm"],
 # ==============================================================================================
 
 
+HANDED = ("q_sample", "simple_loss", "x0_and_eps", "ddim_sigma", "jump", "dpm_lean",
+          "average_velocity", "advantages", "landing_logp", "clipped_surrogate")
+
+
+def careful(function):
+    """The function, called with clones of its tensors; Wrong: it changed one of them."""
+    @functools.wraps(function)
+    def called(*args, **kwargs):
+        given = [*args, *kwargs.values()]
+        cloned = [x.clone() if isinstance(x, torch.Tensor) else x for x in given]
+        result = function(*cloned[:len(args)], **dict(zip(kwargs, cloned[len(args):])))
+        for before, after in zip(given, cloned):
+            if isinstance(before, torch.Tensor) and not torch.equal(before, after):
+                raise Wrong("wrong value", f"{function.__name__} leaves its inputs as they are: it "
+                            "works on results of its own, not in place", given=before, left=after)
+        return result
+    return called
+
+
+def last_line(error):
+    """Type and message of an exception, even of one whose message raises another."""
+    return traceback.format_exception_only(error)[-1].strip()[:300]
+
+
 def judge(modules, number, seed):
     """One exercise in its loaded modules: dict of verdict, property and what to show."""
     try:
-        EXERCISES[number][1](*modules, torch.Generator().manual_seed(seed * 100 + number))
+        with contextlib.ExitStack() as stack:
+            for module, name in ((m, name) for m in modules for name in HANDED if hasattr(m, name)):
+                stack.enter_context(mock.patch.object(module, name, careful(getattr(module, name))))
+            EXERCISES[number][1](*modules, torch.Generator().manual_seed(seed * 100 + number))
     except Wrong as wrong:
         return dict(verdict=wrong.verdict, property=wrong.rule, shown=wrong.shown)
     except NotImplementedError as error:
         return dict(verdict="not attempted", property=str(error), shown={})
-    except Exception as error:                      # whatever theirs raises
-        return dict(verdict="error", property=f"{type(error).__name__}: {error}"[:300], shown={})
+    except BaseException as error:                  # whatever theirs raises, sys.exit too
+        return dict(verdict="error", property=last_line(error), shown={})
     return dict(verdict="passes", property="", shown={})
 
 
@@ -392,31 +424,43 @@ def work(path, number, seed, answer):
     """In a process of its own: load the files of `path`, judge, write the answer."""
     sys.path.insert(0, str(path))
     torch.set_num_threads(1)
+    with contextlib.suppress(ImportError):          # Windows has none
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_PRINTED, MOST_PRINTED))
     try:
         modules = [importlib.import_module(name) for name in EXERCISES[number][0]]
         result = judge(modules, number, seed)
     except BaseException as error:                  # an import that fails or exits
-        result = dict(verdict="error", shown={}, property="importing the files: "
-                      f"{type(error).__name__}: {error}"[:300])
+        result = dict(verdict="error", shown={}, property=f"importing the files: {last_line(error)}")
     Path(answer).write_text(json.dumps(result), encoding="utf-8")
 
 
 def grade(path, number, seed, seconds=SECONDS):
     """One exercise of a folder, whatever its code does. Returns the dict of judge()."""
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
+        answer, printed = Path(folder, "answer.json"), Path(folder, "printed")
         words = [sys.executable, str(Path(__file__).resolve()), str(path), "--seed", str(seed),
                  "--only", str(number), "--answer", str(answer)]
+        with open(printed, "wb") as file:
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                                       cwd=folder, start_new_session=True,
+                                       env=dict(os.environ, PYTHONDONTWRITEBYTECODE="1"))
         try:
-            done = subprocess.run(words, timeout=seconds, capture_output=True, text=True,
-                                  stdin=subprocess.DEVNULL, cwd=folder,
-                                  env=dict(os.environ, PYTHONDONTWRITEBYTECODE="1"))
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
             return dict(verdict="error", property=f"no end after {seconds} s", shown={})
-        if not answer.exists():
-            last = (done.stderr.strip() or "no message").splitlines()[-1]
-            return dict(verdict="error", property=f"its process ended: {last}"[:300], shown={})
-        return json.loads(answer.read_text(encoding="utf-8"))
+        finally:                                    # with all that it has started
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+            process.wait()
+        try:
+            result = json.loads(answer.read_bytes())
+            return dict(verdict=str(result["verdict"]), property=str(result["property"]),
+                        shown=dict(result["shown"]))
+        except Exception:                           # none, half of one, or another's
+            text = printed.read_bytes()[-2000:].decode(errors="backslashreplace").strip()
+            last = (text or "no message").splitlines()[-1][:300]
+            return dict(verdict="error", property=f"its process left no answer: {last}", shown={})
 
 
 def main(argv=None):
@@ -430,14 +474,13 @@ def main(argv=None):
     path = Path(args.path).resolve()
     if not path.is_dir():
         p.error(f"there is no folder {path}")
-    missing = [f"{name}.py" for names, _ in EXERCISES.values() for name in names
-               if not (path / f"{name}.py").exists()]
-    if missing:
-        p.error(f"{path} has no {missing[0]}; give the folder of a handout")
+    if not any((path / f"{name}.py").exists() for names, _ in EXERCISES.values() for name in names):
+        p.error(f"{path} has no file of the exercises; give the folder of a handout")
     if args.answer:
         return work(path, args.only[0], args.seed, args.answer)
     if args.json and Path(args.json).exists():
         p.error(f"{args.json} exists already; give another name")
+    sys.stdout.reconfigure(errors="backslashreplace")           # of what theirs raises
     seed = torch.seed() % 10 ** 6 if args.seed is None else args.seed
     print(f"grading {path}, seed {seed}")
     results = {}

@@ -15,9 +15,14 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("*.py", "harness/*.py", "requirements.txt", "README.md", "LICENSE", "checkpoints/*",
-          "figures/*", "study/README.md", "assignments/README.md", "assignments/reading.md",
-          "assignments/grade.py", "assignments/bugs.py")
+COPIED = """ddpm.py teacher.py student.py reward.py rl_distill.py sample.py requirements.txt README.md
+LICENSE harness/__init__.py harness/checkpoints.py harness/figures.py harness/images.py
+harness/runs.py checkpoints/README.md checkpoints/coach.pt checkpoints/judge.pt
+checkpoints/policy.pt checkpoints/student.pt checkpoints/student_copy.pt checkpoints/teacher.pt
+checkpoints/teacher_earlier.pt checkpoints/train_encoders.py figures/ddpm.png figures/images.png
+figures/learned.png figures/loop.png figures/student.png figures/study.png figures/teacher.png
+figures/teacher_loss.png study/README.md assignments/README.md assignments/reading.md
+assignments/grade.py assignments/bugs.py""".split()        # nothing else, whatever lies about
 JUMP = """Mean (B, ...) and sigma (B,) of the jump t -> t_next.
 
 Without lean (exercise 2): if x0_hat is right, so that x_t is q_sample of it with some eps, then
@@ -111,22 +116,18 @@ def make(out, only):
     out, blanked = Path(out), []
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not an empty folder; give a new one")
-    for pattern in COPIED:
-        for path in sorted(p for p in ROOT.glob(pattern) if not p.name.startswith("test")):
-            if not path.is_file():
-                continue
-            target = out / path.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix not in (".py", ".md"):
-                shutil.copyfile(path, target)
-                continue
-            text = path.read_text(encoding="utf-8")
-            for file, given, instead in VEILED:
-                text = text.replace(given, instead) if path == ROOT / file else text
-            if path.parent == ROOT and path.suffix == ".py":
-                whole, text = text, blank(text, only)
-                blanked += [path.name] * (text != whole)
-            target.write_text(text, encoding="utf-8")
+    for path, target in ((ROOT / name, out / name) for name in COPIED):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix not in (".py", ".md"):
+            shutil.copyfile(path, target)
+            continue
+        text = path.read_text(encoding="utf-8")
+        for file, given, instead in VEILED:
+            text = text.replace(given, instead) if path == ROOT / file else text
+        if path.parent == ROOT and path.suffix == ".py":
+            whole, text = text, blank(text, only)
+            blanked += [path.name] * (text != whole)
+        target.write_text(text, encoding="utf-8")
     return blanked
 
 
@@ -139,6 +140,7 @@ def main(argv=None):
         blanked = make(args.out, set(args.only or EXERCISES))
     except (ValueError, OSError) as error:
         sys.exit(p.error(str(error)))
+    print("copied", *COPIED)
     print(f"wrote {args.out}; blank in {', '.join(blanked)}. Start with assignments/README.md")
 
 

@@ -42,7 +42,7 @@ def draw(net, solver, teacher, reward, seed, path):
     for k, (x_t, now, then) in enumerate(zip(states, solver.times, solver.times[1:])):
         t, t_next = torch.tensor([now]), torch.tensor([then])
         with torch.no_grad():
-            x0_hat = estimate(net, x_t, t, net(x_t, t, t_next, gains[:, k]), alpha_bar)
+            x0_hat = estimate(net, x_t, t, t_next, gains[:, k], alpha_bar)
         show(axes[0, k], x_t / 2, f"state $x_t$, t = {now}")
         show(axes[1, k], x0_hat, "the network's estimate")
         lean = f"lean = {solver.leans[k]:.2f}" if k else "nothing to lean on yet"

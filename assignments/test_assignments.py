@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import types
 import unittest
 from pathlib import Path
@@ -67,6 +68,7 @@ MISTAKES = {
          "ab = expand_like(alpha_bar[t - 1], x0)\n    " + Q),
         (ddpm, "ab = expand_like(alpha_bar[t], x0)\n    " + Q,
          "ab = expand_like(alpha_bar[t[:1]], x0)\n    " + Q),
+        (ddpm, Q, "return x0.mul_(ab.sqrt()).add_((1 - ab).sqrt() * eps)"),          # in place
         (ddpm, LOSS, "F.mse_loss(eps_hat, eps, reduction='sum')"),
         (ddpm, LOSS, "F.l1_loss(eps_hat, eps)"),
         (ddpm, LOSS, "F.mse_loss(eps_hat, x0)"),
@@ -118,6 +120,7 @@ MISTAKES = {
         (student, ANGLE, ANGLE + "\n    d = -d"),
     ],
     5: [
+        (rl_distill, CENTRED, "groups -= groups.mean(1, keepdim=True)\n    centred = groups"),
         (rl_distill, CENTRED, "centred = groups - groups.mean(0, keepdim=True)"),
         (rl_distill, CENTRED, "centred = groups"),
         (rl_distill, CENTRED, "centred = groups - groups.mean()"),
@@ -229,8 +232,17 @@ class Grader(unittest.TestCase):
                     self.assertEqual(set(verdicts(number, cheat)), {"wrong value"}, name)
 
     def test_whatever_the_code_does_the_grader_goes_on(self):
-        cases = {"while True: pass": "no end after", "import sys; sys.exit(0)": "importing",
-                 "import os; os._exit(3)": "its process ended", "def broken(:": "importing"}
+        cases = {
+            "while True: pass": "no end after", "import sys; sys.exit(0)": "importing",
+            "import os; os._exit(3)": "no answer", "def broken(:": "importing",
+            "import os; os.write(2, b'\\xff'); os._exit(3)": r"no answer: \xff",
+            "def q_sample(*a): raise ValueError('\\ud800')": "ValueError",
+            "class E(Exception):\n def __str__(self): raise self\ndef q_sample(*a): raise E()":
+                "E: <exception",
+            "def q_sample(*a): raise SystemExit(0)": "SystemExit",
+            "while True: print(9 * '9999999999')": "File too large",
+            "import sys, atexit; atexit.register(lambda: open(sys.argv[-1], 'w').write('{'))":
+                "no answer"}
         with tempfile.TemporaryDirectory() as folder:
             for name in MODULES:
                 Path(folder, f"{name}.py").write_text("")
@@ -239,6 +251,14 @@ class Grader(unittest.TestCase):
                 result = grade.grade(folder, 1, 0, seconds=5 if "while" in code else 60)
                 self.assertEqual(result["verdict"], "error", code)
                 self.assertIn(expected, result["property"])
+            mark, child = Path(folder, "mark"), "import time; time.sleep(1); open({!r}, 'w')"
+            Path(folder, "ddpm.py").write_text("import subprocess, sys\nsubprocess.Popen(["
+                                               f"sys.executable, '-c', {child.format(str(mark))!r}])")
+            grade.grade(folder, 1, 0)
+            time.sleep(1.5)
+            self.assertFalse(mark.exists(), "what it has started must end with it")
+            Path(folder, "student.py").unlink()
+            self.assertIn("No module named 'student'", grade.grade(folder, 4, 0)["property"])
             Path(folder, "ddpm.py").write_text("")            # and it falls back to nothing
             self.assertIn("no attribute 'q_sample'", grade.grade(folder, 1, 0)["property"])
 
@@ -292,9 +312,10 @@ class Handout(unittest.TestCase):
             quiet(handout.main, [folder + "/some", "--only", "2"])
             copied = {p.relative_to(folder + "/all") for p in Path(folder, "all").rglob("*.py")}
             self.assertFalse([p for p in copied if p.name.startswith("test")])   # have answers
-            for path in ROOT.glob("harness/*.py"):
-                name = path.relative_to(ROOT)
-                self.assertEqual(name in copied, not path.name.startswith("test"), name)
+            ours = [path for pattern in ("*.py", "harness/*.py", "figures/*.png", "checkpoints/*.pt")
+                    for path in ROOT.glob(pattern) if not path.name.startswith("test")]
+            self.assertEqual({p.relative_to(ROOT).as_posix() for p in ours} - {*handout.COPIED},
+                             set(), "forgotten in COPIED, or lies about: remove it")
             for name in (f"{name}.py" for name in TOP):
                 ours = (ROOT / name).read_text(encoding="utf-8")
                 both = [Path(folder, which, name).read_text(encoding="utf-8")

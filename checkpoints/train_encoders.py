@@ -123,7 +123,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device, most = pick_device(args.device), 600 if args.smoke else None
+    device, most = pick_device(args.device, trains=True), 600 if args.smoke else None
     sets = [x[:most] for x in (*load_images(args.data), *load_images(args.data, train=False))]
     if len(sets[0]) < 2 or len(sets[2]) == 0:
         raise BadInput(f"--data {args.data} has {len(sets[0])} training and {len(sets[2])} test "

@@ -30,7 +30,9 @@ def all_finite(content):
 def save_checkpoint(path, kind, **content):
     """Write tensors, plain values, dicts and lists; BadInput where a tensor is not finite."""
     if not all_finite(content):
-        raise BadInput(f"{path} is not finite; the last checkpoint is kept; try a lower rate")
+        raise BadInput(f"{path} would hold numbers that are not finite, and is not written"
+                       f"{' over the last good one' * Path(path).exists()}; start again with a "
+                       "lower --lr and a new --out")
     memory = io.BytesIO()
     torch.save({"format": FORMAT, "kind": kind, **content}, memory)
     write_whole(path, memory.getbuffer())
@@ -84,9 +86,16 @@ def save_state(path, parts, update, seconds):
     log.touch()
     saved = {name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
              for name, part in parts.items()}
+    device = device_of(parts)
     save_checkpoint(path, "state", parts=saved, update=update, seconds=seconds,
-                    log_bytes=log.stat().st_size, rng=torch.get_rng_state(),
-                    gpu_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])
+                    log_bytes=log.stat().st_size, rng=torch.get_rng_state(), device=device.type,
+                    gpu_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+
+def device_of(parts):
+    """The device of the networks among the parts of a run; CPU where there is none."""
+    nets = (part for part in parts.values() if isinstance(part, torch.nn.Module))
+    return next((p.device for net in nets for p in net.parameters()), torch.device("cpu"))
 
 
 def load_state(path, parts):
@@ -95,16 +104,21 @@ def load_state(path, parts):
     if not Path(path).exists():                # killed before the first: start from the beginning
         log.unlink(missing_ok=True)
         save_state(path, parts, 0, 0.0)
-    state = load_checkpoint(path, "state")
+    state, device = load_checkpoint(path, "state"), device_of(parts)
     with rebuilding(path, "state for this run"):
+        if state["device"] != device.type:
+            raise BadInput(f"{path} was made on {state['device']} and goes on there alone, not on "
+                           f"{device.type}: give --device {state['device']}")
         for name, part in parts.items():
             (getattr(part, "set_state", None) or part.load_state_dict)(state["parts"][name])
         torch.set_rng_state(state["rng"])
-        torch.cuda.set_rng_state_all(state["gpu_rng"])        # of no GPUs: none
-        log.touch()                                           # it may have been lost, or cut short
-        os.truncate(log, min(state["log_bytes"], log.stat().st_size))
-        print(f"resumed at update {state['update']}")
-        return state["update"], state["seconds"]
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["gpu_rng"], device)
+        update, seconds, log_bytes = int(state["update"]), state["seconds"], state["log_bytes"]
+    log.touch()                                               # it may have been lost, or cut short
+    os.truncate(log, min(log_bytes, log.stat().st_size))
+    print(f"resumed at update {update}")
+    return update, seconds
 
 
 def kept(folder, key, make, device):

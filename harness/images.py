@@ -31,6 +31,9 @@ def shapes_images(n=2000, size=32, seed=0):
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
+SPLITS = dict(train=("train", "training"), test=("test", "testing", "val", "valid", "validation"))
+
+
 def folder_images(root, known):
     """The central squares of all images below root/<class>/, upright, transparency on white: uint8
     (N, 32, 32, 3), and labels that count the subfolders of `known`. What is hidden, linked or no
@@ -63,12 +66,14 @@ def folder_images(root, known):
         print(f"left out {len(left_out)} files, hidden or no image of 8 bits:", *left_out[:9])
     if not images:
         raise BadInput(f"--data {root} has no readable image below its class subfolders")
+    print(f"read {len(images)} images of {len(names)} classes below {root}: {' '.join(names):.300}")
     return np.stack(images), labels
 
 
 def load_images(data, train=True):
     """--data cifar10 | shapes | DIR -> (images uint8 (N, 3, 32, 32), labels (N,)). DIR holds
-    DIR/train and DIR/test, or the class subfolders itself (then there is no test split)."""
+    subfolders named as SPLITS alone, with those of the classes in them, or these itself (then there
+    is no test split)."""
     if data == "shapes":
         return shapes_images(seed=0 if train else 1)
     if data == "cifar10":
@@ -77,6 +82,10 @@ def load_images(data, train=True):
             found = CIFAR10("data", train, download=True)     # a copy that is there is only checked
         images, labels = found.data, found.targets
     else:
-        known = Path(data, "train") if Path(data, "train").is_dir() else data
-        images, labels = folder_images(known if train else Path(data, "test"), known)
+        names = {path.name: path for path in Path(data).glob("[!.]*") if path.is_dir()}
+        split = {s: next((names[name] for name in names if name.lower() in SPLITS[s]), None)
+                 for s in SPLITS}
+        if not split["train"] or not {name.lower() for name in names} <= {*sum(SPLITS.values(), ())}:
+            split = dict(train=data, test=Path(data, "test"))        # its subfolders are the classes
+        images, labels = folder_images(split["train" if train else "test"], split["train"])
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import shlex
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -51,9 +53,10 @@ def parser_for(doc, example):
 def run_flags(p, trains=True):
     """Add the flags every script has; --resume and --smoke where it trains."""
     add = p.add_argument_group("the run").add_argument
-    add("--out", help="folder of the result, new or empty (default: the next free one in runs/)")
+    add("--out", type=os.path.expanduser,                                   # of --out=~/x too
+        help="folder of the result, new or empty (default: the next free one in runs/)")
     add("--seed", type=number(int, 0, 2 * 10 ** 9), default=0, help="of all that is drawn")
-    add("--device", default="auto", help="auto, cuda, mps or cpu")
+    add("--device", default="auto", help="auto (cuda or cpu), cuda, cpu, or mps (nothing trains)")
     if trains:
         add("--resume", action="store_true", help="go on with the run in --out")
         add("--smoke", action="store_true", help="tiny, seconds; its numbers mean nothing")
@@ -70,9 +73,12 @@ def find(path):
 
 
 def checksum(names):
-    """A short word that tells whether the files of these names, or the coach there, changed."""
+    """A short word that tells whether the files of these names, or the coach there, changed; a name
+    of no file or folder counts as it is."""
     files = [file for name in names for file in (find(name), find(f"{name}/coach.pt"))]
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files if f.is_file())).hexdigest()[:12]
+    words = [f.read_bytes() for f in files if f.is_file()]
+    words += [str(name).encode() for name in names if not find(name).exists()]
+    return hashlib.sha256(b"".join(words)).hexdigest()[:12]
 
 
 def weights_checksum(net):
@@ -100,22 +106,26 @@ def write_whole(path, data, new=False):
 
 def claim_run(args, default, images=None):
     """Claim a run's folder, when all its inputs are read: --out, or the next free runs/default-N.
-    BadInput: it is taken, or --resume finds other flags, checkpoints or training images."""
+    BadInput: it is taken, or --resume finds other flags, or other content where flags name files,
+    whatever they are called now. What the run did not write down is not compared."""
     now = {f"--{name.replace('_', '-')}": value for name, value in settings(args).items()}
-    words = (value if isinstance(value, list) else [value] for value in now.values())
-    files = checksum(word for value in words for word in value if isinstance(word, str))
+    lists = {k: value if isinstance(value, list) else [value] for k, value in now.items()}
+    content = {k: checksum(words) for k, words in lists.items() if all(
+        isinstance(word, str) for word in words) and any(find(word).exists() for word in words)}
     if images is not None:
         now["training images"] = hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()[:12]
-    text = json.dumps({**now, "checkpoints": files}, default=str)
+    text = json.dumps({**now, "content": content}, default=str)
     if getattr(args, "resume", False):
         path, now = Path(args.out or "", "config.json"), json.loads(text)
         if not args.out or not path.is_file():
             raise BadInput(f"--resume needs --out DIR of a run; no run to resume in {args.out}")
         with rebuilding(path, "settings"):
             old = {**json.loads(path.read_bytes())}
-        for k, was, wanted in ((k, old.get(k), now.get(k)) for k in {**old, **now}):
-            if was != wanted:
-                raise BadInput(f"{args.out} had {k} {was}, not {wanted}; resume with the same")
+            files = {**old.get("content", {})}
+        for k in now.keys() & old.keys() - {"content"}:
+            if (files[k] != content[k] if k in files and k in content else old[k] != now[k]):
+                raise BadInput(f"{args.out} had {k} {old[k]}{' of other content' * (k in content)}, "
+                               f"not {now[k]}; resume with the same")
         CLAIMED.append(path.parent)
         return path.parent
     numbered = (f"runs/{default}-{n}" if n > 1 else f"runs/{default}" for n in range(1, 10000))
@@ -127,6 +137,14 @@ def claim_run(args, default, images=None):
                 CLAIMED.append(folder)
                 return folder
     raise BadInput(f"{folder} is not empty, or no folder; give another --out, or go on by --resume")
+
+
+def new_file(path):
+    """Test, before the work, that a file can be written there; BadInput or OSError: it cannot."""
+    if Path(path).exists():
+        raise BadInput(f"{path} exists already; give another name")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=Path(path).parent).close()
 
 
 def log_line(path, /, **row):
@@ -150,37 +168,45 @@ def read_log(path):
 def run_main(main, memory="--batch-size"):
     """Run a script's main: bad input, or no memory for these flags, ends in one sentence and exit
     code 2, Ctrl-C in the command that goes on and 130."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")               # an ascii terminal has no ± or é
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:                         # closed, by 2>&-
+            setattr(sys, name, open(os.devnull, "w"))
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")   # an ascii terminal has no ± or é
     try:
         return main()
     except (BadInput, OSError) as error:                       # OSError: full disk, no rights, ...
         sentence, code = error, 2
     except (RuntimeError, MemoryError) as error:
-        if not any(sign in repr(error) for sign in ("of memory", "te memory", "ALLOC", "MemoryE")):
-            raise
         sentence, code = f"memory ran out; lower {memory}, or use another --device", 2
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            sentence = "torch.compile does not work here (a compiler may lack); leave out --compile"
+        elif not any(s in repr(error) for s in ("of memory", "te memory", "ALLOC", "MemoryE")):
+            raise
     except KeyboardInterrupt:
         sentence, code = "interrupted before a checkpoint; start it again, with a new --out", 130
         if CLAIMED and any(CLAIMED[-1].glob("state*.pt")):
             words = [word for word in sys.argv if word != "--resume"]
             if not any(word.startswith("--out") for word in words):
                 words += ["--out", str(CLAIMED[-1])]
-            sentence = f"interrupted; to go on: {shlex.join(['python', *words, '--resume'])}"
+            quoted = subprocess.list2cmdline if os.name == "nt" else shlex.join
+            sentence = f"interrupted; to go on: {quoted(['python', *words, '--resume'])}"
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
     sys.exit(code)
 
 
-def pick_device(name="auto"):
-    """'auto' takes cuda, then mps, then cpu; any other name must be usable here, else BadInput."""
+def pick_device(name="auto", trains=False):
+    """'auto' takes cuda, then cpu; any other name must be usable here, else BadInput. trains: are
+    networks trained? Not on mps, where several releases of torch get gradients wrong."""
     if name == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else mps
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
     except Exception:                                          # what is raised depends on the name
         raise BadInput(f"device '{name}' cannot be used here; try --device cpu") from None
+    if trains and torch.device(name).type == "mps":
+        raise BadInput("networks are not trained on mps, whose gradients several releases of torch "
+                       "get wrong; give --device cpu")
     torch.backends.cudnn.allow_tf32 = False                    # where we say fp32 we mean it
     return torch.device(name)
 

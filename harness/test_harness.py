@@ -91,9 +91,8 @@ class Folders(Case):
             images = torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
             self.assertEqual(claim_run(flags(lr=0.5), "run", images), Path("runs", expected))
         config = json.loads(Path("runs/run-4/config.json").read_text())
-        none, zeros = (hashlib.sha256(x).hexdigest()[:12] for x in (b"", bytes(24)))
-        self.assertEqual(config, {"--seed": 0, "--lr": 0.5, "checkpoints": none,
-                                  "training images": zeros})
+        self.assertEqual(config, {"--seed": 0, "--lr": 0.5, "content": {},
+                                  "training images": hashlib.sha256(bytes(24)).hexdigest()[:12]})
 
     def test_no_run_lands_in_the_folder_of_another_and_a_refused_one_leaves_nothing(self):
         Path("x").mkdir()
@@ -147,15 +146,18 @@ class Folders(Case):
         same["resume"] = True
         self.assertEqual(claim_run(flags(**same, device=7), "run", images), Path("x"))
         self.bad_input("--lr 0.001, not 0.5", claim_run, flags(**same, lr=0.5), "run", images)
-        self.bad_input("--clip-range None, not 1", claim_run, flags(**same, clip_range=1), "run",
-                       images)
-        for other in (changed, images[:1], None):
+        claim_run(flags(**same, clip_range=1), "run", images)       # of a later version
+        for other in (changed, images[:1]):
             self.bad_input("x had training images", claim_run, flags(**same), "run", other)
         for file in ("t.pt", "e/coach.pt", "i.pt", "j.pt"):
             Path(file).write_text("another")
-            self.bad_input("x had checkpoints", claim_run, flags(**same), "run", images)
+            self.bad_input("of other content, not", claim_run, flags(**same), "run", images)
             Path(file).write_text(file)
+        for file, name in (("t.pt", "./new.pt"), ("e", "new")):     # moved, spelled otherwise
+            Path(file).rename(name)
+        same |= dict(teacher="./new.pt", encoders="new/", init=["./i.pt", "j.pt"])
         self.assertEqual(claim_run(flags(**same), "run", images), Path("x"))
+        self.bad_input("had --init", claim_run, flags(**same | dict(init=["i.pt"])), "run", images)
 
     def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(self):
         for _ in range(2):
@@ -280,13 +282,18 @@ runs.run_main(main)"""
             out, error = one.communicate()
             self.assertEqual(out, "0.5 ? 0.1\nFalse\n", error)
             self.assertEqual(one.returncode, 2)
-            self.assertIn("is not finite", error)
+            self.assertIn("not finite, and is not written; start again", error)
             self.assertTrue(Path(f"{n}.png").exists())
 
     def test_devices_are_picked_and_unusable_ones_refused(self):
         for name in ("warp-drive", "cuda:99", "meta"):
             self.bad_input("cannot be used here", runs.pick_device, name)
         self.assertEqual(runs.pick_device("cpu"), torch.device("cpu"))
+        with mock.patch.object(torch, "zeros"), mock.patch.object(
+                torch.cuda, "is_available", bool):              # as on a Mac: nothing trains there
+            self.assertEqual(runs.pick_device("mps"), torch.device("mps"))
+            self.assertEqual(runs.pick_device("auto"), torch.device("cpu"))
+            self.bad_input("give --device cpu", runs.pick_device, "mps", trains=True)
         with mock.patch.object(torch.cpu, "_is_avx512_bf16_supported", bool), \
                 runs.autocast(torch.device("cpu")):
             self.assertFalse(torch.is_autocast_enabled("cpu"))
@@ -368,7 +375,7 @@ class Checkpoints(Case):
         net.running_mean[0] = adam.state[p]["exp_avg_sq"][1] = math.nan
         before = self.save(n=1).read_bytes()
         for bad in (net.state_dict(), adam.state_dict(), [(1, torch.tensor(math.inf).half())]):
-            self.bad_input("not finite; the last checkpoint is kept", self.save, bad=bad)
+            self.bad_input("over the last good one; start again", self.save, bad=bad)
             self.assertEqual(Path("a.pt").read_bytes(), before)
             torch.save({"format": "redif-3", "kind": "toy", "bad": bad}, "b.pt")
             self.bad_input("not finite", checkpoints.load_checkpoint, "b.pt", "toy")
@@ -519,6 +526,17 @@ class Resume(Case):
         checkpoints.save_state("state.pt", parts, 3, 1.0)
         self.bad_input("no usable state", load, "state.pt", {**parts, "net": torch.nn.Linear(4, 4)})
         self.bad_input("no usable state", load, "state.pt", {**parts, "more": []})
+        with mock.patch.object(os, "truncate", side_effect=PermissionError("read-only")), \
+                self.assertRaises(PermissionError):                 # the state itself is sound
+            quiet(load, "state.pt", parts)
+        gpu = mock.Mock(type="cuda")
+        with mock.patch.object(checkpoints, "device_of", lambda parts: gpu), mock.patch.multiple(
+                torch.cuda, get_rng_state=lambda device: torch.ones(2), set_rng_state=mock.DEFAULT
+                ) as put:
+            checkpoints.save_state("state.pt", parts, 3, 1.0)
+            quiet(load, "state.pt", parts)                          # of this device alone
+        self.assertEqual(put["set_rng_state"].call_args[0][1], gpu)
+        self.bad_input("was made on cuda and goes on there alone", load, "state.pt", parts)
 
     def test_a_second_network_of_a_run_keeps_the_log_of_the_first(self):
         runs.log_line("log.jsonl", update=1)
@@ -568,7 +586,8 @@ class Images(Case):
         self.assertEqual((data.shape, data.dtype, labels.tolist()),
                          ((2, 3, 32, 32), torch.uint8, [0, 1]))
         self.assertEqual(data[:, :, 5, 5].tolist(), [[200, 0, 0], [50, 50, 50]])
-        self.assertRegex(text, r"^left out 4 .*\._2.png .*3.png .*notes.txt .*loose.png\n$")
+        self.assertRegex(text, r"^left out 4 .*\._2.png .*3.png .*notes.txt .*loose.png\nread 2 images of "
+                         "2 classes below d: a b\n$")
 
     def test_a_hidden_folder_is_no_class_and_its_files_are_left_out(self):
         for name in ("d/.cache/x.png", "d/a/.old/y.png", "d/a/1.png", ".hidden/d/a/1.png"):
@@ -585,6 +604,12 @@ class Images(Case):
         self.assertEqual(images.load_images("d", train=False)[1].tolist(), [1, 2])
         self.write("d/test/emu/1.png")
         self.bad_input("'emu'", images.load_images, "d", train=False)
+        Path("d/train").rename("d/Training")
+        Path("d/test").rename("d/val")
+        self.assertEqual(images.load_images("d")[1].tolist(), [0, 1, 2])
+        self.write("d/other/1.png")                         # now these are classes themselves
+        self.write("d/val/1.png")
+        self.assertEqual({*images.load_images("d")[1].tolist()}, {0, 1, 2})
 
     def test_hostile_files_are_left_out_and_sound_ones_upright_and_opaque(self):
         exif, palette = Image.Exif(), Image.new("P", (9, 9), 1)
@@ -819,7 +844,8 @@ class Commands(Working):
             self.assertEqual(caught.exception.code, 0)
             self.assertIn("example: python", text.getvalue())
             for flag, value in itertools.product(
-                    [a.option_strings[0] for a in p._actions if a.type],
+                    [a.option_strings[0] for a in p._actions
+                     if a.type not in (None, os.path.expanduser)],
                     ["nan", "inf", "-inf", "-1", "1e400", "x", "", "1e-400j", "-0.5"]):
                 with self.subTest(flag=flag, value=value), self.assertRaises(SystemExit) as caught:
                     quiet(p.parse_args, [f"{flag}={value}"])
@@ -909,6 +935,10 @@ class Commands(Working):
             self.assertTrue(Path("a", name).exists(), name)
         text = self.run_main(sample, "--model", "a/policy.pt", "--n", "5", "--npz", "n/i.npz")
         self.assertIn("5 images", text)
+        with mock.patch.object(sample, "draw", side_effect=AssertionError("too late")):
+            for path, error in (("n/i.npz", BadInput), ("a/policy.pt/i.npz", OSError)):
+                with self.assertRaises(error):                      # before the work
+                    sample.main(["--model", "a/policy.pt", "--npz", path])
         text = self.run_main(sample, "--evaluate", "--n", "8", "--steps", "2", *self.words, "--out",
                              "e", "--model", "a/policy.pt", self.tiny / "teacher.pt")
         self.assertRegex(text, r"a/policy, learned +3 [^@]*its target +3 +-?0\.0000 ± +0\.0000")

@@ -46,7 +46,7 @@ PLANTED = [  # (module, what the source says, the mistake, the test that notices
      "Sampler.test_states_are_kept_only_where_the_path_is_asked_for"),
     (ddpm, "if net.clip else", "if not net.clip else",
      "Sampler.test_estimates_of_images_stay_in_range"),
-    (ddpm, "net(x, t, t_next, gains[:, k])", "net(x, t, t_next, gains[:1, k].expand(len(x), -1))",
+    (ddpm, "gains[:, k], alpha_bar, eta)", "gains[:1, k].expand(len(x), -1), alpha_bar, eta)",
      "Sampler.test_a_solver_a_row_is_image_by_image_what_its_lists_are"),
     (ddpm, ".clamp(min=K - 1 - k)", ".clamp(min=K - 2 - k)",
      "Numbers.test_times_decrease_and_leave_room_whatever_u"),

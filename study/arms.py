@@ -120,7 +120,7 @@ def smooth_rollout(net, u, z, schedule):
         last, gains, lean = k == len(u) - 1, u[k, 2:].expand(n, -1), lean.expand(n) * (k > 0)
         smooth = torch.sigmoid(logit_rho) * t
         t_next = torch.zeros_like(t) if last else times[k + 1] + (smooth - smooth.detach())
-        x0_hat = estimate(net, x, t, net(x, t, t_next, gains), schedule)
+        x0_hat = estimate(net, x, t, t_next, gains, schedule)
         if last:                             # D itself: in jump() sqrt(1 - ab') has no derivative
             return (x0_hat + expand_like(lean, x) * (x0_hat - x0_last)).clamp(-1, 1)
         x, _ = jump(x, x0_hat, t, t_next, schedule, lean, x0_last)

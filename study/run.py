@@ -267,6 +267,7 @@ def main(argv=None):
         return report.write([*rows.values()], len(todo(rows, args.seeds)), README)
     world, version = World(pick_device(args.device), args.smoke), commit()
     world.home.mkdir(parents=True, exist_ok=True)
+    open(world.results, "a").close()                            # it can be written, before the work
     left = todo(read_rows(world.results), args.seeds, args.only)
     print(f"{len(left)} samplers to do", flush=True)
     for arm, seed in left:
