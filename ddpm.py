@@ -212,7 +212,7 @@ def lists_of(u):
     return Solver(*(rows[0].tolist() for rows in solver_of(u[None])))
 
 
-def numbers_of(solver, n_gains):
+def action_of(solver, n_gains):
     """u (K, 2 + n_gains) of a Solver of lists, the inverse of solver_of(); no gains are gains 0."""
     times = torch.tensor(solver.times, dtype=torch.float64)
     logit_rho = torch.logit(times[1:] / times[:-1], eps=1e-6).float()
@@ -452,7 +452,7 @@ class MixtureNet:
 def policy_gradient(net, x_T, target, start, alpha_bar, generator, updates=200, std=0.1, rate=0.3):
     """The main job of rl_distill.py for points in the plane: times and leans from a reward alone,
     from the Solver `start` on. x_T: (N, 2), target: (N, 2), the ends to reach. Returns a Solver."""
-    mean, device = numbers_of(start, 0).to(x_T.device), x_T.device  # (K, 2): logit rho, lean
+    mean, device = action_of(start, 0).to(x_T.device), x_T.device  # (K, 2): logit rho, lean
     for _ in range(updates):
         pick = torch.randint(len(x_T), (64,), generator=generator).repeat_interleave(2)
         noise = torch.randn(64, *mean.shape, generator=generator) * action_mask(len(mean), 0)

@@ -104,7 +104,7 @@ class View(NamedTuple):
         return View(self.images[index], [m[index] for m in self.maps], self.features[index])
 
 
-def look(encoder, images):
+def view_of(encoder, images):
     """(B, 3, H, W) -> View, through a frozen encoder; gradients reach the images."""
     maps, features, _ = encoder(images)
     return View(images, maps, features)
@@ -170,13 +170,13 @@ class Reward:
     @torch.no_grad()
     def view(self, targets, batch=500):
         """View of targets (N, 3, H, W), which the coach sees once, however many images follow."""
-        views = [look(self.coach, x) for x in targets.split(batch)]
+        views = [view_of(self.coach, x) for x in targets.split(batch)]
         return View(targets, [torch.cat(m) for m in zip(*(v.maps for v in views))],
                     torch.cat([v.features for v in views]))
 
     def __call__(self, images, target):
         """Reward (B,) of images (B, 3, H, W) in [-1, 1]; target: the View of as many targets."""
-        seen = look(self.coach, images)
+        seen = view_of(self.coach, images)
         return sum(weight * TERMS[name](seen, target) / self.scales[name]
                    for name, weight in self.weights.items())
 
@@ -265,7 +265,7 @@ class Row(NamedTuple):
     start: "Row" = None             # of what was learned: the row it started from
 
 
-def score(net, solver, z, target, reward, alpha_bar):
+def deploy(net, solver, z, target, reward, alpha_bar):
     """Images (B, 3, H, W) that a solver makes of z, and their reward (B,). target: a View."""
     images = draw(net, solver, z, alpha_bar)
     return images, rewards(reward, images, target, torch.arange(len(z), device=z.device))
@@ -278,7 +278,7 @@ def best_baselines(net, steps, z, target, reward, alpha_bar):
     for kind in baseline_kinds(net, steps):
         for grid in GRIDS:
             solver = baseline_solver(kind, grid, steps)
-            mean = score(net, solver, z, target, reward, alpha_bar)[1].mean().item()
+            mean = deploy(net, solver, z, target, reward, alpha_bar)[1].mean().item()
             best[kind] = max(best.get(kind, (-float("inf"),)), (mean, grid, solver))
     return {kind: best[kind][1:] for kind in sorted(best, key=best.get, reverse=True)}
 
@@ -333,8 +333,8 @@ DISTORTIONS = ("noise", "blur", "shift", "wrong")
 @torch.no_grad()
 def term_scales(coach, images):
     """Std of every term over all distortions at levels 1/4, 1/2, 3/4, 1: {term: float}."""
-    generator, target = torch.Generator().manual_seed(0), look(coach, images)
-    seen = [look(coach, distort(images, kind, level, generator))
+    generator, target = torch.Generator().manual_seed(0), view_of(coach, images)
+    seen = [view_of(coach, distort(images, kind, level, generator))
             for kind in DISTORTIONS for level in (0.25, 0.5, 0.75, 1.0)]
     return {name: torch.cat([term(view, target) for view in seen]).std().item()
             for name, term in TERMS.items()}
@@ -344,11 +344,11 @@ def term_scales(coach, images):
 def show_rewards(images, coach, scales, path):
     """Print and draw each term's mean standardised reward of distorted images (B, 3, H, W).
     Returns {'distortion term': [reward at levels 0, 1/4, 1/2, 3/4, 1]}."""
-    levels, target, table, panels = (0.0, 0.25, 0.5, 0.75, 1.0), look(coach, images), {}, []
+    levels, target, table, panels = (0.0, 0.25, 0.5, 0.75, 1.0), view_of(coach, images), {}, []
     print(f"standardised reward of {len(images)} images (0: the teacher's), of levels", *levels)
     for kind in DISTORTIONS:
         generator = torch.Generator().manual_seed(0)
-        seen = [look(coach, distort(images, kind, level, generator)) for level in levels]
+        seen = [view_of(coach, distort(images, kind, level, generator)) for level in levels]
         curves = {name: [(term(view, target).mean() / scales[name]).item() for view in seen]
                   for name, term in TERMS.items()}
         for name, curve in curves.items():

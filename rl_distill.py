@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 # From earlier files:
-from ddpm import (Solver, UNet, action_mask, expand_like, linear_alpha_bar, lists_of, numbers_of,
+from ddpm import (Solver, UNet, action_mask, expand_like, linear_alpha_bar, lists_of, action_of,
                   parameter_count, per_image, sample, solver_of, step)
 from teacher import HELD_OUT, TARGET, load_teacher, noise_and_targets
 from student import JumpUNet, cloning_evaluations
-from reward import TERMS, Row, best_baselines, load_reward, print_table, rewards, score
+from reward import TERMS, Row, best_baselines, deploy, load_reward, print_table, rewards
 from harness.checkpoints import (frozen_network, load_checkpoint, load_state, provenance,
                                  rebuilding, save_network, save_state)
 from harness.figures import plot_learned, plot_strips
@@ -63,7 +63,7 @@ class JumpPolicy(nn.Module):
 
     def __init__(self, solver, n_gains):
         super().__init__()
-        u = numbers_of(solver, n_gains)
+        u = action_of(solver, n_gains)
         self.jumps, self.gains = nn.Parameter(u[:, :2]), nn.Parameter(u[:, 2:])
         self.register_buffer("mask", action_mask(len(u), n_gains), persistent=False)
 
@@ -275,7 +275,7 @@ def train(net, start, train_set, monitor_set, reward, args, out):
         if update % LOG_EVERY and update < args.updates:
             continue
         solver, seconds = learns.solver() if jumps else start, time.time() - began
-        held = score(net, solver, *monitor_set, reward, alpha_bar)[1].mean().item()
+        held = deploy(net, solver, *monitor_set, reward, alpha_bar)[1].mean().item()
         row = dict(update=update, held_out=held, **diagnostics(seen, args), times=solver.times,
                    leans=solver.leans, gains=solver.gains, seconds=seconds)
         text = ("{batch:7.3f} ±{std:6.3f} {ratio_t0:.6f}   {approx_kl:.1e}    {clipped:.2f}   "
@@ -382,7 +382,7 @@ def distil(learner, train_set, monitor_set, held_set, reward, args, out):
     alpha_bar = linear_alpha_bar(z.device)
     starts = {"before": ("", own)} if own else best_baselines(
         net, K, train_set[0][first], train_set[1].rows(first), reward, alpha_bar)
-    rows = {kind: Row(f"{name}{kind} {grid}".strip(), K, trained, *score(
+    rows = {kind: Row(f"{name}{kind} {grid}".strip(), K, trained, *deploy(
         net, solver, z, target, reward, alpha_bar)) for kind, (grid, solver) in starts.items()}
     kind = "DDIM" if args.eta > 0 and not own else next(iter(starts))   # leans magnify noise
     print(f"\n{parameter_count(net) / 1e6:.2f} M parameters start from {rows[kind].name}")
@@ -393,7 +393,7 @@ def distil(learner, train_set, monitor_set, held_set, reward, args, out):
         teacher=checksum([args.teacher])), network=type(net).__name__, solver=list(solver),
         half=all(torch.equal(w.half().float(), w) for w in net.parameters()))   # loses nothing
     net, solver, _ = load_model(out / "policy.pt", z.device)       # what is measured is the file
-    learned = Row(f"{name}learned", K, trained, *score(net, solver, z, target, reward, alpha_bar),
+    learned = Row(f"{name}learned", K, trained, *deploy(net, solver, z, target, reward, alpha_bar),
                   rows[kind])
     plot_learned(out, rows[kind], learned)
     print(f"learned in {seconds / 60:.1f} min, wrote {out}/policy.pt, state.pt, learned.png")

@@ -373,12 +373,12 @@ class Sampler(Case):
 
 
 class Numbers(Case):
-    def test_numbers_of_is_the_inverse_of_solver_of_for_all_baseline_solvers(self):
+    def test_action_of_is_the_inverse_of_solver_of_for_all_baseline_solvers(self):
         gains, counts = randn(64, 3).tolist(), (*range(1, 10), 16, 25, 33, 50, 63, 64)
         for kind, grid, K in itertools.product(ddpm.SOLVERS, ddpm.GRIDS, counts):
             solver = baseline_solver(kind, grid, K)
             for n, had in ((0, None), (3, None), (3, gains[:K])):
-                u = ddpm.numbers_of(solver._replace(gains=had), n)
+                u = ddpm.action_of(solver._replace(gains=had), n)
                 self.assertEqual((u.shape, u.dtype), ((K, 2 + n), torch.float32))
                 back = [part[0].tolist() for part in ddpm.solver_of(u[None])]
                 self.assertEqual(back, [*solver[:2], had or [[0.0] * n] * K], (kind, grid, K))
@@ -400,7 +400,7 @@ class Numbers(Case):
 
     def test_the_mask_is_of_what_changes_a_solver(self):
         for K, n in ((1, 0), (1, 2), (3, 0), (3, 2)):
-            u = ddpm.numbers_of(baseline_solver("DPM++", "uniform", K), n)[None]
+            u = ddpm.action_of(baseline_solver("DPM++", "uniform", K), n)[None]
             for where, acts in np.ndenumerate(ddpm.action_mask(K, n).numpy()):
                 moved = u.clone()
                 moved[0][where] += 0.5
@@ -665,7 +665,7 @@ class Rewards(Case):
     scales = dict(feature=0.005, perceptual=0.13, mse=0.15, histogram=0.22)
 
     def view(self, x):
-        return reward.look(COACH, x)
+        return reward.view_of(COACH, x)
 
     def test_no_reward_depends_on_the_batch(self):
         x, y = images(5), images(5, seed=1)
@@ -839,7 +839,7 @@ class Deployment(Nets):
             for pair in itertools.product(ddpm.SOLVERS, ddpm.GRIDS):
                 solver = baseline_solver(*pair, 3)
                 x = ddpm.sample(self.net, noise(6), solver, AB).clamp(-1, 1)
-                made, R = reward.score(self.net, solver, noise(6), target, minus_mse, AB)
+                made, R = reward.deploy(self.net, solver, noise(6), target, minus_mse, AB)
                 self.close(made, x)
                 self.close(R, minus_mse(x, target))
                 scores[pair] = R.mean().item()
@@ -1073,7 +1073,7 @@ class Loop(Nets):
             def forward(net, x, *args):
                 rows.append(len(x) * (3 if torch.is_grad_enabled() else 1))     # backward is two
                 return super().forward(x, *args)
-        self.patch(rl, score=lambda *args: (None, torch.zeros(1)))              # not the monitor
+        self.patch(rl, deploy=lambda *args: (None, torch.zeros(1)))              # not the monitor
         for (learn, eta), epochs, K in itertools.product(self.ways, "12", "13"):
             rows, words = [], (f"--learn {learn} --eta {eta} --epochs {epochs} --steps {K} "
                                "--updates 2 --group 4").split()
@@ -1106,7 +1106,7 @@ class Loop(Nets):
             learns = load_checkpoint(out / "state.pt", "state")["parts"]["learns"]
             if jumps:
                 u = torch.cat([learns["jumps"], learns["gains"]], 1)
-                self.assertEqual((u != ddpm.numbers_of(start, n)).tolist(),
+                self.assertEqual((u != ddpm.action_of(start, n)).tolist(),
                                  ddpm.action_mask(3, n).tolist())
                 self.close(solver.leans, [0.0, *learns["jumps"][1:, 1].tolist()], 0)
             else:

@@ -431,7 +431,8 @@ def work(path, number, seed, answer):
         modules = [importlib.import_module(name) for name in EXERCISES[number][0]]
         result = judge(modules, number, seed)
     except BaseException as error:                  # an import that fails or exits
-        result = dict(verdict="error", shown={}, property=f"importing the files: {last_line(error)}")
+        result = dict(verdict="error", shown={},
+                      property=f"importing the files: {last_line(error)}")
     Path(answer).write_text(json.dumps(result), encoding="utf-8")
 
 

@@ -15,8 +15,8 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = """ddpm.py teacher.py student.py reward.py rl_distill.py sample.py requirements.txt README.md
-LICENSE harness/__init__.py harness/checkpoints.py harness/figures.py harness/images.py
+COPIED = """ddpm.py teacher.py student.py reward.py rl_distill.py sample.py requirements.txt
+README.md LICENSE harness/__init__.py harness/checkpoints.py harness/figures.py harness/images.py
 harness/runs.py checkpoints/README.md checkpoints/coach.pt checkpoints/judge.pt
 checkpoints/policy.pt checkpoints/student.pt checkpoints/student_copy.pt checkpoints/teacher.pt
 checkpoints/teacher_earlier.pt checkpoints/train_encoders.py figures/ddpm.png figures/images.png

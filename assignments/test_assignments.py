@@ -252,8 +252,9 @@ class Grader(unittest.TestCase):
                 self.assertEqual(result["verdict"], "error", code)
                 self.assertIn(expected, result["property"])
             mark, child = Path(folder, "mark"), "import time; time.sleep(1); open({!r}, 'w')"
-            Path(folder, "ddpm.py").write_text("import subprocess, sys\nsubprocess.Popen(["
-                                               f"sys.executable, '-c', {child.format(str(mark))!r}])")
+            Path(folder, "ddpm.py").write_text(
+                "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', "
+                f"{child.format(str(mark))!r}])")
             grade.grade(folder, 1, 0)
             time.sleep(1.5)
             self.assertFalse(mark.exists(), "what it has started must end with it")
@@ -295,7 +296,7 @@ class Projector(unittest.TestCase):
             shown = loop.draw(*spy.call_args[0][:5], folder + "/again.png")
         self.assertEqual(solver, made.solver())
         z, target = loop.noise_and_targets(teacher, seed, 1, torch.device("cpu"))
-        _, R = reward.score(net, solver, z, rewarding.view(target), rewarding,
+        _, R = reward.deploy(net, solver, z, rewarding.view(target), rewarding,
                             ddpm.linear_alpha_bar())
         self.assertAlmostEqual(shown, R.item(), places=4)
 
@@ -312,7 +313,7 @@ class Handout(unittest.TestCase):
             quiet(handout.main, [folder + "/some", "--only", "2"])
             copied = {p.relative_to(folder + "/all") for p in Path(folder, "all").rglob("*.py")}
             self.assertFalse([p for p in copied if p.name.startswith("test")])   # have answers
-            ours = [path for pattern in ("*.py", "harness/*.py", "figures/*.png", "checkpoints/*.pt")
+            ours = [path for pattern in "*.py harness/*.py figures/*.png checkpoints/*.pt".split()
                     for path in ROOT.glob(pattern) if not path.name.startswith("test")]
             self.assertEqual({p.relative_to(ROOT).as_posix() for p in ours} - {*handout.COPIED},
                              set(), "forgotten in COPIED, or lies about: remove it")

@@ -85,7 +85,8 @@ def load_images(data, train=True):
         names = {path.name: path for path in Path(data).glob("[!.]*") if path.is_dir()}
         split = {s: next((names[name] for name in names if name.lower() in SPLITS[s]), None)
                  for s in SPLITS}
-        if not split["train"] or not {name.lower() for name in names} <= {*sum(SPLITS.values(), ())}:
-            split = dict(train=data, test=Path(data, "test"))        # its subfolders are the classes
+        known = {*sum(SPLITS.values(), ())}
+        if not split["train"] or not {name.lower() for name in names} <= known:
+            split = dict(train=data, test=Path(data, "test"))       # its subfolders are the classes
         images, labels = folder_images(split["train" if train else "test"], split["train"])
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)

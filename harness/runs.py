@@ -124,7 +124,7 @@ def claim_run(args, default, images=None):
             files = {**old.get("content", {})}
         for k in now.keys() & old.keys() - {"content"}:
             if (files[k] != content[k] if k in files and k in content else old[k] != now[k]):
-                raise BadInput(f"{args.out} had {k} {old[k]}{' of other content' * (k in content)}, "
+                raise BadInput(f"{args.out} had {k} {old[k]}{' of other content' * (k in files)}, "
                                f"not {now[k]}; resume with the same")
         CLAIMED.append(path.parent)
         return path.parent

@@ -586,8 +586,8 @@ class Images(Case):
         self.assertEqual((data.shape, data.dtype, labels.tolist()),
                          ((2, 3, 32, 32), torch.uint8, [0, 1]))
         self.assertEqual(data[:, :, 5, 5].tolist(), [[200, 0, 0], [50, 50, 50]])
-        self.assertRegex(text, r"^left out 4 .*\._2.png .*3.png .*notes.txt .*loose.png\nread 2 images of "
-                         "2 classes below d: a b\n$")
+        self.assertRegex(text, r"^left out 4 .*\._2.png .*3.png .*notes.txt .*loose.png\n"
+                         r"read 2 images of 2 classes below d: a b\n$")
 
     def test_a_hidden_folder_is_no_class_and_its_files_are_left_out(self):
         for name in ("d/.cache/x.png", "d/a/.old/y.png", "d/a/1.png", ".hidden/d/a/1.png"):
@@ -985,8 +985,8 @@ class Commands(Working):
 
     def test_training_monitor_and_table_share_no_noise(self):
         spies = [mock.Mock(side_effect=f) for f in (
-            rl.best_baselines, rl.train, rl.score, rl.print_table, seeded_noise)]
-        self.patch(rl, **dict(zip(("best_baselines", "train", "score", "print_table"), spies)))
+            rl.best_baselines, rl.train, rl.deploy, rl.print_table, seeded_noise)]
+        self.patch(rl, **dict(zip(("best_baselines", "train", "deploy", "print_table"), spies)))
         self.patch(teacher, seeded_noise=spies[-1])
         self.run_main(rl, *self.job)
         base, train, score, (rows, _) = (spy.call_args[0] for spy in spies[:4])

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # From the repository:
 import rl_distill                                                              # noqa: E402
 from ddpm import (SOLVERS, T, estimate, expand_like, jump, linear_alpha_bar,   # noqa: E402
-                  lists_of, numbers_of, solver_of)
+                  lists_of, action_of, solver_of)
 from harness.runs import autocast                                              # noqa: E402
 from rl_distill import (JUMPS_FASTER, STD, JumpPolicy, exploration_scale,       # noqa: E402
                         number_of_gains)
@@ -161,7 +161,7 @@ def pathwise(net, start, train_set, reward, args, budget):
 def pathwise_weights(net, start, train_set, reward, args, budget):
     """The same of the network's weights, at the jumps of `start`."""
     n_gains = len(start.gains[0]) if start.gains else 0
-    u = numbers_of(start, n_gains).to(train_set[0].device)
+    u = action_of(start, n_gains).to(train_set[0].device)
     groups = [dict(params=[*net.requires_grad_(True).parameters()], lr=WEIGHTS_LR)]
     spent = ascend(groups, lambda: u, net, train_set, reward, args, budget)
     net.requires_grad_(False)

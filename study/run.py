@@ -31,7 +31,7 @@ from ddpm import (GRIDS, action_mask, baseline_kinds, baseline_solver, linear_al
 from harness.checkpoints import kept, provenance, save_network
 from harness.runs import (ROOT, checksum, device_name, log_line, number, pick_device, read_log,
                           run_main, settings, weights_checksum)
-from reward import best_baselines, closed, judged, score, standard_error
+from reward import best_baselines, closed, deploy, judged, standard_error
 from rl_distill import load_inputs, load_model, training_evaluations
 from teacher import HELD_OUT, TARGET, noise_and_targets
 
@@ -87,7 +87,7 @@ class World:
         names = [(kind, grid) for kind in baseline_kinds(net, steps) for grid in GRIDS]
         key = dict(files=self.files, net=weights_checksum(net), steps=steps, n=n, names=names)
         return dict(zip(names, kept("study-baselines", key, lambda: torch.stack([
-            score(net, baseline_solver(*name, steps), *self.held_set, self.reward,
+            deploy(net, baseline_solver(*name, steps), *self.held_set, self.reward,
                   self.alpha_bar)[1] for name in names]), self.device)))
 
     def strongest(self, init, steps):
@@ -215,7 +215,7 @@ def row_of(arm, seed, world, version):
         else:
             net, solver, content = load_model(play(arm, seed, world), world.device)
             more.update(content["study"])                           # measured is the file
-        images, reward = score(net, solver, z, target, world.reward, world.alpha_bar)
+        images, reward = deploy(net, solver, z, target, world.reward, world.alpha_bar)
         share, error = closed(reward, best)
         against = dict(start=name, start_reward=best.mean().item(), closed=share,
                        closed_error=error)
