@@ -105,9 +105,9 @@ class View(NamedTuple):
 
 
 def view_of(encoder, images):
-    """(B, 3, H, W) -> View, through a frozen encoder; gradients reach the images."""
+    """(B, 3, H, W) -> View in fp32, through a frozen encoder; gradients reach the images."""
     maps, features, _ = encoder(images)
-    return View(images, maps, features)
+    return View(images, [m.float() for m in maps], features.float())
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ The reward is likeness to the teacher's image of the same noise, the method ReDi
                      whose mean it is; --paper sets all that the paper's code does
 
     python rl_distill.py                    # bundled weights, no data, no internet, minutes
-    python rl_distill.py --learn weights    # goes on from the bundled policy; --init FILE: yours
+    python rl_distill.py --learn weights
+    python rl_distill.py --learn weights --init checkpoints/policy.pt --lr 1e-5     # both
 
 Reads --teacher, --encoders, --init; writes to --out: policy.pt, state.pt (for --resume), log.jsonl,
 images.png, learned.png, result.json. Next file: sample.py.
@@ -45,8 +46,8 @@ LOG_EVERY = 8                           # updates from one printed line to the n
 PRESETS = {
     "jumps": dict(init=["teacher", "checkpoints/student.pt"], updates=240, noises=16, group=2,
                   epochs=1, lr=0.01, eta=0.0),
-    "weights": dict(init=["checkpoints/policy.pt"], updates=20, noises=32, group=128, epochs=1,
-                    lr=1e-5, eta=0.0),
+    "weights": dict(init=["teacher"], updates=100, noises=32, group=128, epochs=1, lr=3e-5,
+                    eta=0.0),
     "paper": dict(init=["teacher"], updates=200, noises=8, group=8, epochs=1, lr=3e-5, eta=0.3)}
 
 # ==== POLICY OF THE JUMPS =====================================================================
@@ -196,8 +197,8 @@ def update_weights(net, solver, z, target, reward, optimizer, args, alpha_bar, g
     rows = torch.arange(len(z), device=z.device).repeat_interleave(args.group)
     with autocast(z.device):
         images, landings = rollout(net, solver, z, args.group, args.eta, alpha_bar, generator)
+        R = rewards(reward, images, target, rows)
     # ADVANTAGES
-    R = rewards(reward, images, target, rows)
     adv = advantages(R, args.group)
     # TRAINING: one backward pass for all copies of a state
     mean_sigma = torch.stack([sigma.mean() for _, _, sigma, _ in landings]).mean()

@@ -227,10 +227,14 @@ def arms():
     out += [Arm("pathwise", "pathwise", "teacher", K, method="pathwise") for K in (2, 3, 4, 6)]
     out += [Arm("pathwise", "pathwise weights, from learned jumps", "teacher", K, weights,
                 "learned", "pathwise weights") for K in (3, 4)]
-    out += [Arm("weights", f"weights, from {words}", init, K, weights, start)
-            for init, words, start in (
-                ("teacher", "learned jumps", "learned"), ("teacher", "DDIM", "DDIM"),
-                ("student", "DDIM", "DDIM"), ("copy", "DDIM", "DDIM")) for K in FEW]
+    out += [Arm("weights", "weights", "teacher", K,
+                (*weights, "--updates", str(240 * K // (K + 4)))) for K in FEW]     # as the jumps
+    out += [Arm("weights", f"weights, from {words}", init, K, (*weights, *more.split()), start)
+            for init, words, start, steps, more in (
+                ("teacher", "learned jumps", "learned", FEW, "--lr 1e-5 --updates 60"),
+                ("teacher", "DDIM", "DDIM", (3,), ""),
+                ("student", "DDIM", "DDIM", FEW, "--lr 3e-6 --updates 60"),
+                ("copy", "DDIM", "DDIM", FEW, "--lr 3e-6 --updates 60")) for K in steps]
     return out + [
         Arm("channel", "policy gradient, channel gains", "teacher", 3, channel),
         Arm("channel", "the same, from learned block gains", "teacher", 3, channel, "learned"),
