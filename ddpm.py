@@ -197,14 +197,13 @@ def solver_of(u):
     """The Solver, one row per image, of u (B, K, 2 + n): of every jump logit rho, lean, n gains.
 
     t_next = round(rho t), but at most t - 1, and high enough for the jumps to come to still fall.
-    The last jump lands at 0 and the first has no lean, whatever u says."""
+    The last jump lands at 0, whatever u says."""
     K, times = u.shape[1], [torch.full_like(u[:, 0, 0], T).long()]
     for k in range(K - 1):
         t_next = (torch.sigmoid(u[:, k, 0]) * times[-1]).round().long().clamp(min=K - 1 - k)
         times.append(torch.minimum(t_next, times[-1] - 1))
     times.append(torch.zeros_like(times[0]))
-    leans = torch.cat([torch.zeros_like(u[:, :1, 1]), u[:, 1:, 1]], 1)
-    return Solver(torch.stack(times, 1), leans, u[:, :, 2:])
+    return Solver(torch.stack(times, 1), u[:, :, 1], u[:, :, 2:])
 
 
 def lists_of(u):
@@ -430,7 +429,7 @@ class MixtureNet:
 
     x_t given i is N(sqrt(ab) mean_i, ab std^2 + 1 - ab), so that
     E[x0 | x_t] = sum_i p(i | x_t) (mean_i + ab^(1/2) std^2 (x_t - sqrt(ab) mean_i) / variance)."""
-    clip, branches = False, []
+    clip = False
 
     def __init__(self, means, std, alpha_bar):
         self.means, self.std, self.alpha_bar = means, std, alpha_bar           # means: (M, D)

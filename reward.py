@@ -158,7 +158,8 @@ TERMS = {"feature": feature_reward, "perceptual": perceptual_reward, "mse": mse_
 
 
 class Reward:
-    """Weighted sum of standardised terms, sum_i w_i r_i / scale_i: at most 0, the target's own.
+    """Weighted sum of standardised terms, sum_i w_i r_i / scale_i: at most 0, the target's own (up
+    to rounding).
 
     spec: 'feature+perceptual' or with weights 'feature:2+mse:0.5'. scale_i is the term's standard
     deviation over distorted real images (measured once, stored with the coach), so that weights of

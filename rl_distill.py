@@ -4,8 +4,8 @@ The reward is likeness to the teacher's image of the same noise, the method ReDi
 2512.22802): roll out, compare within a group, make what was better likelier. Two policies:
     --learn jumps    ours: action u = (logit rho, lean, a gain for every residual block) of every
                      jump, Normal(u; mean, std^2); the few numbers of the mean learn, in minutes
-    --learn weights  the paper's: action x_next, N(x_next; mean, sigma^2 I); the network learns
-                     whose mean it is; --paper sets all that the paper's code does
+    --learn weights  the paper's: action x_next, N(x_next; mean, sigma^2 I); the weights of the
+                     network that computes the mean learn; --paper: with the settings of its code
 
     python rl_distill.py                    # bundled weights, no data, no internet, minutes
     python rl_distill.py --learn weights
@@ -36,19 +36,19 @@ from harness.runs import (BadInput, autocast, checksum, claim_run, device_name, 
 
 NOISES, BASELINE_NOISES = 128, 64       # training noises; those that choose the baseline solver
 HELD, MONITOR = 256, 64                 # held-out noises of the table; others, of the log
+GAINS = ("none", "block", "channel")    # see number_of_gains
 STD = dict(jump=0.05, block=0.08, channel=0.15)     # of u at first, 0.02..0.2; falls to a fifth
-JUMPS_FASTER = 3                        # rate of (logit rho, lean), in that of the gains
+JUMPS_FASTER = 3                        # how much faster than the gains logit rho and lean learn
 USUAL_STEPS, CLONED = 3, 0.4            # see exploration_scale
-CLIP_JUMPS, CLIP_LANDING = 0.2, 1e-4    # PPO's clip range; of a density per dimension, see there
+CLIP_JUMPS, CLIP_LANDING = 0.2, 1e-4    # PPO's clip range of u; of x_next, see landing_logp
 SIGMA_FLOOR = 0.02                      # of the last landing in training, where DDIM's sigma is 0
 LOG_EVERY = 8                           # updates from one printed line to the next
 # What --learn or --paper sets, unless a flag is given; noises: M of an update, of NOISES.
 PRESETS = {
     "jumps": dict(init=["teacher", "checkpoints/student.pt"], updates=240, noises=16, group=2,
-                  epochs=1, lr=0.01, eta=0.0),
-    "weights": dict(init=["teacher"], updates=100, noises=32, group=128, epochs=1, lr=3e-5,
-                    eta=0.0),
-    "paper": dict(init=["teacher"], updates=200, noises=8, group=8, epochs=1, lr=3e-5, eta=0.3)}
+                  lr=0.01, eta=0.0),
+    "weights": dict(init=["teacher"], updates=100, noises=32, group=128, lr=3e-5, eta=0.0),
+    "paper": dict(init=["teacher"], updates=200, noises=8, group=8, lr=3e-5, eta=0.3)}
 
 # ==== POLICY OF THE JUMPS =====================================================================
 
@@ -57,10 +57,11 @@ class JumpPolicy(nn.Module):
     """Normal over u (K, 2 + n): of each of K jumps logit rho, lean, and n gains; see solver_of().
 
     u is drawn for all jumps before the first evaluation and reads no state: exploration in
-    parameters, an evolution strategy (PGPE, Sehnke et al. 2010; OpenAI-ES, Salimans et al. 2017,
+    parameters (PGPE, Sehnke et al. 2010), an evolution strategy (OpenAI-ES, Salimans et al. 2017,
     arXiv 1703.03864). Few numbers make it work: the cosine of the estimated gradient with the true
-    one goes as sqrt(rollouts / numbers). Gains are an adapter, as LoRA (arXiv 2106.09685) is in
-    ReDiF's code. DEVIATES: there the times are fixed, and x_next is the only action."""
+    one goes as sqrt(rollouts / numbers), as long as that is small. Gains are an adapter, as LoRA
+    (arXiv 2106.09685) is in ReDiF's code. DEVIATES: there the times are fixed, and x_next is the
+    only action."""
 
     def __init__(self, solver, n_gains):
         super().__init__()
@@ -96,8 +97,9 @@ def landing_logp(mean, x_next, sigma):
     (B, C, H, W), sigma: (B,). Returns (B,).
 
     DEVIATES: a *mean* over the 3072 dimensions where the density has their sum, as in ReDiF's and
-    DDPO's code; the ratio of the sums would leave every clip range at once. Hence a clip range of
-    1e-4, of the order of 0.2 / 3072."""
+    DDPO's code. Hence a clip range of 1e-4, of the order of 0.2 / 3072. Even so one step of Adam at
+    the rates that learn here takes nearly every ratio beyond it: the weights get a single pass over
+    a batch, in which the ratio is 1 and the gradient REINFORCE's."""
     return -((x_next - mean) / expand_like(sigma, mean)).square().mean((1, 2, 3)) / 2
 
 
@@ -113,9 +115,8 @@ def rollout(net, solver, z, group, eta, alpha_bar, generator):
 
     DEVIATES: with eta 0 only the last evaluation gets a gradient; earlier jumps use its weights.
     Copies draw independently, so that their mean reward is a baseline without bias for every
-    landing (up to the factor 1 - 1 / group: it holds the copy's own). An antithetic partner's would
-    be biased: after the first landing its scores are no longer opposite, while its reward still
-    knows the noise of both."""
+    landing (up to the factor 1 - 1 / group: it holds the copy's own). Opposite pairs would be
+    biased with eta above 0, and with eta 0 they brought nothing (measured at 3 jumps)."""
     times, leans, gains = per_image(solver, len(z), z.device)
     x, x0_last, landings, K = z, z, [], leans.shape[1]
     for k in range(K):
@@ -160,7 +161,7 @@ def clipped_surrogate(logp, logp_old, adv, clip_range):
 
 # ==== ONE UPDATE: sampling, advantages, training ==============================================
 # z: (M, 3, H, W), target: the View of the training targets of these noises. Returns the rewards
-# (M * G,) and the ratios of all actions before and after it.
+# (M * G,) and the ratios of all actions before it and, where that costs no evaluation, after it.
 
 def update_jumps(net, policy, z, target, reward, optimizer, args, std, alpha_bar, generator):
     """Draw u in pairs, make images, move the mean towards the u that beat their noise's others."""
@@ -188,8 +189,8 @@ def update_jumps(net, policy, z, target, reward, optimizer, args, std, alpha_bar
 def update_weights(net, solver, z, target, reward, optimizer, args, alpha_bar, generator):
     """Land in groups, move the weights so that the better landings of a group become likelier.
 
-    A landing is mean + sigma noise: the sum of A noise / sigma over the copies is an estimate of
-    the reward's gradient at the mean, and one backward pass takes it into the weights.
+    A landing is mean + sigma noise: the mean of A noise / sigma over the copies goes along the
+    gradient of the expected reward at the mean, and one backward pass takes it into the weights.
     DEVIATES: with eta above 0 landings are weighted by sigma, as in ReDiF's code, since the score
     goes as 1 / sigma: less variance, but no longer the gradient of the expected reward. And where a
     jump leans, the estimate before counts as given, though the weights made it."""
@@ -197,28 +198,23 @@ def update_weights(net, solver, z, target, reward, optimizer, args, alpha_bar, g
     rows = torch.arange(len(z), device=z.device).repeat_interleave(args.group)
     with autocast(z.device):
         images, landings = rollout(net, solver, z, args.group, args.eta, alpha_bar, generator)
-        R = rewards(reward, images, target, rows)
+        R = rewards(reward, images, target, rows)           # off by 5 % of their std in a group
     # ADVANTAGES
     adv = advantages(R, args.group)
     # TRAINING: one backward pass for all copies of a state
+    optimizer.zero_grad()
     mean_sigma = torch.stack([sigma.mean() for _, _, sigma, _ in landings]).mean()
     ratios = []
-    for epoch in range(args.epochs + 1):                            # the last pass only looks
-        optimizer.zero_grad()
-        seen = []
-        for state, x_next, sigma, logp_old in landings:
-            with torch.set_grad_enabled(epoch < args.epochs), autocast(z.device):
-                mean, *_ = step(net, *state, alpha_bar, args.eta)
-                mean = mean.repeat_interleave(len(x_next) // len(mean), 0)
-                loss, ratio = clipped_surrogate(landing_logp(mean, x_next, sigma), logp_old, adv,
-                                                CLIP_LANDING)
-            seen.append(ratio)
-            if epoch < args.epochs:
-                (loss * sigma / mean_sigma).mean().div(len(landings)).backward()
-        ratios.append(torch.cat(seen))
-        if epoch < args.epochs:
-            optimizer.step()
-    return R, ratios[0], ratios[-1]
+    for state, x_next, sigma, logp_old in landings:
+        with autocast(z.device):
+            mean, *_ = step(net, *state, alpha_bar, args.eta)
+        mean = mean.repeat_interleave(len(x_next) // len(mean), 0)
+        loss, ratio = clipped_surrogate(landing_logp(mean, x_next, sigma), logp_old, adv,
+                                        CLIP_LANDING)
+        (loss * sigma / mean_sigma).mean().div(len(landings)).backward()
+        ratios.append(ratio)
+    optimizer.step()
+    return R, torch.cat(ratios), None
 
 
 # ==== LOOP ====================================================================================
@@ -229,8 +225,9 @@ def number_of_gains(net, kind):
 
 
 def exploration_scale(net, steps):
-    """Factor of STD and of the rates of u: the more jumps, and the nearer to the target the network
-    is by cloning, the smaller."""
+    """Factor of STD and of the rates of u, by tries on noises of their own: the more jumps, the
+    less each may move (unscaled, six close 39 % and not 52); a clone has less to gain than that
+    costs."""
     return (CLONED if isinstance(net, JumpUNet) else 1) * USUAL_STEPS / max(2, steps)
 
 
@@ -238,10 +235,10 @@ def training_evaluations(args, M):
     """Network evaluations of all updates of M noises; a backward pass counts as two."""
     if args.learn == "jumps":
         return args.updates * M * args.group * args.steps
-    later = args.steps - 1                          # all copies share the first evaluation,
-    states = M + M * later * (args.group if args.eta > 0 else 1)        # with eta 0 all of them,
-    explored = states if args.eta > 0 else M        # of which the last one explores
-    return args.updates * (states + (3 * args.epochs + 1) * explored)
+    if args.eta == 0:                   # copies share all evaluations; the last is made again
+        return args.updates * M * (args.steps + 3)
+    states = M + M * args.group * (args.steps - 1)          # copies share the first evaluation
+    return args.updates * 4 * states
 
 
 def train(net, start, train_set, monitor_set, reward, args, out):
@@ -262,8 +259,8 @@ def train(net, start, train_set, monitor_set, reward, args, out):
     parts = dict(learns=learns, optimizer=optimizer, generator=generator)
     first, seconds = load_state(out / "state.pt", parts) if args.resume else (0, 0.0)
     seen, solver, began = None, learns.solver() if jumps else start, time.time() - seconds
-    print("update held-out   batch ± std   ratio_t0 approx_kl clipped in-group  times | leans | rms"
-          " of gains")
+    print("update held-out   batch ± std   in-group ratio_t0 " + "approx_kl clipped " * jumps
+          + " times | leans | rms of gains")
     for update in range(first, args.updates + 1):                   # 0: before the first
         if update > 0:
             left = 1 - (update - 1) / args.updates
@@ -279,8 +276,8 @@ def train(net, start, train_set, monitor_set, reward, args, out):
         held = deploy(net, solver, *monitor_set, reward, alpha_bar)[1].mean().item()
         row = dict(update=update, held_out=held, **diagnostics(seen, args), times=solver.times,
                    leans=solver.leans, gains=solver.gains, seconds=seconds)
-        text = ("{batch:7.3f} ±{std:6.3f} {ratio_t0:.6f}   {approx_kl:.1e}    {clipped:.2f}   "
-                "{in_group:.4f}".format(**row) if seen else " " * 52)
+        text = ("{batch:7.3f} ±{std:6.3f}   {in_group:.4f} {ratio_t0:.6f}" + "   {approx_kl:.1e}   "
+                " {clipped:.2f} " * jumps).format(**row) if seen else " " * (34 + 19 * jumps)
         rms = torch.tensor(solver.gains or []).square().mean().nan_to_num().sqrt()
         print(f"{update:6d} {held:8.4f} {text}  ", *solver.times, "|",
               *(f"{lean:.2f}" for lean in solver.leans), f"| {rms:.3f}", flush=True)
@@ -293,11 +290,12 @@ def diagnostics(seen, args):
     """What is printed of an update's rewards and ratios: see README, Columns. A dict of floats."""
     if seen is None:
         return {}
-    (R, before, after), clip = seen, CLIP_JUMPS if args.learn == "jumps" else CLIP_LANDING
-    values = dict(batch=R.mean(), std=R.std(), ratio_t0=before[(before - 1).abs().argmax()],
-                  approx_kl=(after - 1 - after.log()).mean(),
-                  clipped=((after - 1).abs() > clip).float().mean(),
-                  in_group=R.reshape(-1, args.group).std(1).mean())
+    R, before, after = seen
+    values = dict(batch=R.mean(), std=R.std(), in_group=R.reshape(-1, args.group).std(1).mean(),
+                  ratio_t0=before[(before - 1).abs().argmax()])
+    if after is not None:
+        values.update(approx_kl=(after - 1 - after.log()).mean(),
+                      clipped=((after - 1).abs() > CLIP_JUMPS).float().mean())
     return {name: value.item() for name, value in values.items()}
 
 
@@ -311,7 +309,11 @@ def load_model(path, device="cpu", kinds=("teacher", "student", "policy")):
         name = dict(teacher="UNet", student="JumpUNet").get(kind) or content["network"]
         build = dict(UNet=UNet, JumpUNet=JumpUNet)[name]
         net = frozen_network(build(**content["config"]), content["weights"], path, device)
-        return net, Solver(*content["solver"]) if kind == "policy" else None, content
+        solver = Solver(*content["solver"]) if kind == "policy" else None
+        if solver:                                                  # ValueError if impossible
+            *_, gains = per_image(solver, 1, device)
+            [number_of_gains(net, k) for k in GAINS].index(gains.shape[2])
+        return net, solver, content
 
 
 def load_inputs(args, device):
@@ -345,18 +347,20 @@ def parse_args(argv=None):
     a("--encoders", default="checkpoints", help="folder of coach.pt and judge.pt")
     a("--init", nargs="+", help="who learns, one after the other: 'teacher' (a copy of it), or a "
       "file of student.py or of this script, which goes on from its jumps *")
-    a = p.add_argument_group("what is learned").add_argument
-    a("--learn", choices=["jumps", "weights"], default="jumps", help="which action, see above")
-    a("--paper", dest="learn", action="store_const", const="paper",
-      help="the weights, by every landing, from a copy of the teacher, as ReDiF's code *")
-    a("--gains", choices=["none", "block", "channel"], default="block",
+    group = p.add_argument_group("what is learned")
+    a, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    either("--learn", choices=["jumps", "weights"], default="jumps", help="which action, see above")
+    either("--paper", dest="learn", action="store_const", const="paper",
+           help="the weights, by every landing, with the settings of ReDiF's code *")
+    a("--gains", choices=GAINS, default="block",
       help="what u holds of a residual block: no gain, one, or one of each channel (jumps)")
     a("--steps", type=number(int, 1, 64), default=3, help="K, evaluations per image, 1..16")
     a("--reward", default="feature+perceptual", help=f"sum of {', '.join(TERMS)}; term:weight")
     a = p.add_argument_group("how (* see the last lines)").add_argument
     a("--updates", type=number(int, 1), help="20..500 *")
     a("--group", type=number(int, 2), help="G, rollouts, or landings, of each noise, 2..512 *")
-    a("--epochs", type=number(int, 1), help="PPO's passes over a batch; 1: REINFORCE *")
+    a("--epochs", type=number(int, 1), default=1,
+      help="PPO's passes over a batch, of jumps; 1 is REINFORCE")
     a("--lr", type=number(float, 1e-9, 1), help="Adam's first rate, falls to 0: of gains 0.003.."
       "0.03 (rho and lean three times it), of weights 1e-6..1e-4 *")
     a("--eta", type=number(float, 0, 1), help="of the weights' landings before the last, Eq. 16 "
@@ -364,13 +368,13 @@ def parse_args(argv=None):
     run_flags(p)
     p.epilog += "".join(f" *  --{'learn ' * (name != 'paper')}{name}: {preset}"
                         for name, preset in PRESETS.items())
+    p.set_defaults(**PRESETS[p.parse_args(argv).learn])             # where no flag is given
     args = p.parse_args(argv)
-    for name, value in PRESETS[args.learn].items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
     args.updates = 4 if args.smoke else args.updates
     if args.learn == "jumps" and (args.group % 2 or args.eta > 0):
         p.error("jumps are drawn in antithetic pairs, without noise: --group is even and --eta 0")
+    if args.learn != "jumps" and (args.epochs > 1 or args.gains != "block"):
+        p.error("--epochs and --gains go with --learn jumps: the weights learn in a single pass")
     if args.learn == "jumps" and args.steps == 1 and args.gains == "none":
         p.error("one jump without gains has nothing to learn; give --steps or --gains")
     return args
@@ -406,10 +410,10 @@ def main(argv=None):
     began, device = time.time(), pick_device(args.device, trains=args.learn != "jumps")
     teacher, learners, reward, judge = load_inputs(args, device)
     out = claim_run(args, "rl_distill")
+    noises, watched, held = (8, 8, 8) if args.smoke else (NOISES, MONITOR, HELD)
     print("config:", vars(args))
     print(f"device {device_name(device)} | {args.steps} evaluations per image, "
-          f"{args.updates} updates of {args.noises} noises x {args.group}")
-    noises, watched, held = (8, 8, 8) if args.smoke else (NOISES, MONITOR, HELD)
+          f"{args.updates} updates of {min(args.noises, noises)} noises x {args.group}")
     sets = [(z, reward.view(target)) for z, target in (
         noise_and_targets(teacher, *seeds, device) for seeds in (
             (0, noises), (HELD_OUT + 10 ** 6, watched), (HELD_OUT, held)))]

@@ -133,13 +133,13 @@ class PathPool:
     def __init__(self, teacher, size, alpha_bar, device):
         self.teacher, self.alpha_bar, self.device = teacher, alpha_bar, device
         self.chunk = max(1, min(256, size // 4))       # on all devices alike
-        self.size, self.made = size // self.chunk * self.chunk, 0
+        self.size, self.made, self.least = size // self.chunk * self.chunk, 0, 0
         side = teacher.config["image_size"]
         self.paths = torch.zeros(self.size, len(TARGET.times), 3, side, side, device=device)
 
     def grow(self, wanted):
         """Run the teacher from new noise until `wanted` paths were made; the oldest make room."""
-        while self.made < wanted:
+        while self.made < max(wanted, self.least):
             seeds = range(CLONE_SEEDS + self.made, CLONE_SEEDS + self.made + self.chunk)
             slot, z = self.made % self.size, seeded_noise(seeds, self.paths.shape[2:])
             with autocast(self.device):
@@ -157,8 +157,7 @@ class PathPool:
         return dict(made=self.made)
 
     def load_state_dict(self, saved):
-        self.made = max(0, saved["made"] - self.size)
-        self.grow(saved["made"])
+        self.made, self.least = max(0, saved["made"] - self.size), saved["made"]
 
 
 def clone(net, ema, teacher, args, out, device):

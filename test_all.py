@@ -404,8 +404,8 @@ class Numbers(Case):
             for where, acts in np.ndenumerate(ddpm.action_mask(K, n).numpy()):
                 moved = u.clone()
                 moved[0][where] += 0.5
-                self.assertEqual(acts, any(not torch.equal(a, b) for a, b in zip(
-                    ddpm.solver_of(u), ddpm.solver_of(moved))), (K, where))
+                self.assertEqual(acts, any(not torch.equal(a, b) for a, b in zip(*(
+                    ddpm.per_image(ddpm.solver_of(x), 1, CPU) for x in (u, moved)))), (K, where))
 
     def test_a_policy_gradient_improves_on_its_start_for_points_it_has_not_seen(self):
         x, began = randn(2, 300, 2), time.process_time()
@@ -622,7 +622,8 @@ class Cloning(Case):
             pool.grow(3)
             self.assertEqual({*pool.draw(50, rng()).tolist()}, {0, 1, 2, 3})
             pool.grow(10)
-            again.load_state_dict(dict(made=10))
+            again.load_state_dict(dict(made=10))                   # as after a kill
+            again.grow(1)
             for newest in ([8, 9, *range(2, 8)], [*range(8, 12), *range(4, 8)]):
                 seeds = student.CLONE_SEEDS + torch.tensor(newest)
                 self.close(pool.paths[:, 0], ddpm.seeded_noise(seeds, (3, 8, 8)), 0)
@@ -994,10 +995,11 @@ class Loop(Nets):
     def test_each_epochs_gradient_is_that_of_eq_7_row_by_row(self):
         """Against torch.distributions, every copy evaluated. The first is REINFORCE's."""
         for (learn, eta), old, last in itertools.product(self.ways, (self.net, self.first), (1, 2)):
+            if learn == "weights" and last == 2:                       # they get a single pass
+                continue
             net, mask, pairs = copy.deepcopy(old), ddpm.action_mask(3, len(old.branches)), []
-            rate, clip = ((1e-3, rl.CLIP_JUMPS) if learn == "jumps" else
-                          (1e-4 if eta else 1e-6, rl.CLIP_LANDING))
-            it = self.update(learn, net, eta, lr=rate if last == 2 else 0.0, epochs=last)
+            clip = rl.CLIP_JUMPS if learn == "jumps" else rl.CLIP_LANDING
+            it = self.update(learn, net, eta, lr=1e-3 if last == 2 else 0.0, epochs=last)
             if learn == "jumps":
                 policies = it.policy, by_hand("DPM++", "uniform", len(net.branches))
                 pairs = [(*((Normal(policy.mean(), it.std).log_prob(it.drawn) * mask).sum((1, 2))
@@ -1021,6 +1023,7 @@ class Loop(Nets):
                 inside = ratio.clamp(1 - clip, 1 + clip)
                 total = total - (torch.minimum(ratio * adv, inside * adv) * weight).mean()
                 ratios.append(ratio.detach())
+            it.ratios = [r for r in it.ratios if r is not None]        # after: of jumps alone
             most = max((r - 1).abs().max().item() for r in (*it.ratios, *ratios))
             self.close(torch.cat(ratios), it.ratios[last - 1], most / 100, (learn, eta))
             self.close(it.ratios[0], torch.ones(12 * len(pairs)), 1e-6, (learn, eta))
@@ -1055,7 +1058,7 @@ class Loop(Nets):
         must point where the noise points that its own target is."""
         for learn, eta in (("jumps", "0"), ("weights", "0"), ("weights", "0.01")):
             seen, words = [], ["--group", "4", "--updates", "2", "--learn", learn, "--eta", eta,
-                               "--gains", "none"]
+                               *["--gains", "none"] * (learn == "jumps")]
             with mock.patch.object(rl, "advantages", mock.Mock(side_effect=rl.advantages)) as adv:
                 self.train(Toy(0.0, 0.0), *words, scale=0.3, score=lambda x, y: (
                     seen.append((x, y.images)), minus_mse(x, y))[1])
@@ -1075,6 +1078,8 @@ class Loop(Nets):
                 return super().forward(x, *args)
         self.patch(rl, deploy=lambda *args: (None, torch.zeros(1)))              # not the monitor
         for (learn, eta), epochs, K in itertools.product(self.ways, "12", "13"):
+            if learn == "weights" and epochs == "2":
+                continue
             rows, words = [], (f"--learn {learn} --eta {eta} --epochs {epochs} --steps {K} "
                                "--updates 2 --group 4").split()
             self.train(Counting(), *words, start=baseline_solver("DDIM", "uniform", int(K)))
@@ -1083,7 +1088,7 @@ class Loop(Nets):
     def test_rates_fall_to_0_the_std_to_a_fifth_and_what_is_masked_never_moves(self):
         start = baseline_solver("DPM++", "quadratic", 3)
         for learn, gains, n in (("jumps", "block", 2), ("jumps", "channel", 5),
-                                ("weights", "none", 0)):
+                                ("weights", "block", 0)):
             def watched(*args, real=getattr(rl, f"update_{learn}")):
                 optimizer, = (a for a in args if isinstance(a, torch.optim.Optimizer))
                 spied.append(([g["lr"] for g in optimizer.param_groups], args[-3]))
@@ -1094,7 +1099,7 @@ class Loop(Nets):
                 solver, _, out = self.train(
                     net, *f"--learn {learn} --gains {gains} --updates 4 --lr 0.01".split(),
                     *["--group", "4"], start=start)
-            first = torch.tensor([rl.STD["jump"]] * 2 + [rl.STD.get(gains, 0.0)] * n)
+            first = torch.tensor([rl.STD["jump"]] * 2 + [rl.STD[gains]] * n)
             scale = rl.exploration_scale(net, 3) if jumps else 1
             for (rates, std), left in zip(spied, (1, 0.75, 0.5, 0.25), strict=True):
                 most = [rl.JUMPS_FASTER, 1] if jumps else [1]
@@ -1134,17 +1139,16 @@ class Loop(Nets):
 
     def test_the_printed_columns_are_what_they_say(self):
         R, before, after = randn(12), 1 + 1e-3 * randn(12), (0.3 * randn(12, seed=1)).exp()
-        for learn, clip in (("jumps", rl.CLIP_JUMPS), ("weights", rl.CLIP_LANDING),
-                            ("paper", rl.CLIP_LANDING)):
-            found = rl.diagnostics((R, before, after), flags(learn=learn))
-            for name, value in dict(
-                    batch=np.mean(R.tolist()), std=np.std(R.tolist(), ddof=1),
-                    approx_kl=np.mean([r - 1 - math.log(r) for r in after.tolist()]),
-                    ratio_t0=max(before.tolist(), key=lambda r: abs(r - 1)),
-                    clipped=np.mean([abs(r - 1) > clip for r in after.tolist()]),
-                    in_group=np.mean([np.std(R[i:i + 4].tolist(), ddof=1) for i in (0, 4, 8)])
-                    ).items():
-                self.close(found.pop(name), value, 1e-5, name)
+        expected = dict(
+            batch=np.mean(R.tolist()), std=np.std(R.tolist(), ddof=1),
+            in_group=np.mean([np.std(R[i:i + 4].tolist(), ddof=1) for i in (0, 4, 8)]),
+            ratio_t0=max(before.tolist(), key=lambda r: abs(r - 1)),
+            approx_kl=np.mean([r - 1 - math.log(r) for r in after.tolist()]),
+            clipped=np.mean([abs(r - 1) > rl.CLIP_JUMPS for r in after.tolist()]))
+        for looked in (after, None):
+            found = rl.diagnostics((R, before, looked), flags())
+            for name in [*expected][:None if looked is not None else 4]:
+                self.close(found.pop(name), expected[name], 1e-5, name)
             self.assertEqual(found, {})
 
 

@@ -35,7 +35,7 @@ def rebuilding(path, what):
 def number(kind, low, high=math.inf):
     """argparse type: an int or float within low..high, both included; never NaN or infinite."""
     def number(text):
-        if low <= kind(text) <= high and math.isfinite(kind(text)):
+        if low <= kind(text) <= high and kind(text) != math.inf:
             return kind(text)
         raise argparse.ArgumentTypeError(f"must be between {low} and {high}, not {text}")
     return number
@@ -55,8 +55,8 @@ def run_flags(p, trains=True):
     add = p.add_argument_group("the run").add_argument
     add("--out", type=os.path.expanduser,                                   # of --out=~/x too
         help="folder of the result, new or empty (default: the next free one in runs/)")
-    add("--seed", type=number(int, 0, 2 * 10 ** 9), default=0, help="of all that is drawn")
-    add("--device", default="auto", help="auto (cuda or cpu), cuda, cpu, or mps (nothing trains)")
+    add("--seed", type=number(int, 0, 2 * 10 ** 9), default=0, help="of all that is drawn at random")
+    add("--device", default="auto", help="auto (cuda, or else cpu), cuda, cpu or mps")
     if trains:
         add("--resume", action="store_true", help="go on with the run in --out")
         add("--smoke", action="store_true", help="tiny, seconds; its numbers mean nothing")

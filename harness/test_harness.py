@@ -876,7 +876,7 @@ class Commands(Working):
     def test_bundled_files_are_found_from_another_folder(self):
         rl.load_inputs(rl.parse_args([]), CPU)
         path, = sample.parse_args([]).model
-        self.assertEqual(rl.parse_args(["--learn", "weights"]).init, [path])
+        self.assertEqual(sample.parse_args([]).model, [path])
         self.assertIsNotNone(sample.load_model(path, CPU)[1])
 
     def test_the_commands_of_readme_and_sources_parse(self):
@@ -965,7 +965,7 @@ class Commands(Working):
         for name, w in new["weights"].items():                     # in fp32: the steps are small
             self.assertEqual(w.dtype, torch.float32)
             self.assertFalse(torch.equal(w, old["weights"][name]), name)
-        self.run_main(rl, *self.words, "--paper", "--smoke", "--out", "q", "--gains", "none")
+        self.run_main(rl, *self.words, "--paper", "--smoke", "--out", "q")
         row, = (row for row in json.loads(Path("q/result.json").read_text())["rows"]
                 if row["name"] == "learned")
         start = row["start"].split()

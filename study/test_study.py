@@ -89,7 +89,7 @@ class Competitors(unittest.TestCase):
             self.assertTrue(name != "pathwise weights" or found == start)
 
     def test_the_evaluations_of_the_policy_gradient_are_those_that_its_network_sees(self):
-        for words in ([], ["--learn", "weights"], ["--paper", "--epochs", "2"]):
+        for words in ([], ["--learn", "weights"], ["--paper"]):
             net, start, train_set = self.problem()
             args = arguments("--steps", "3", "--group", "4", *words, updates=2)
             with tempfile.TemporaryDirectory() as out, mock.patch("builtins.print"), \
