@@ -1,4 +1,4 @@
-"""Exercises 7 and 8: the main job, shortened, in groups of eight, a line changed.
+"""Exercises 9 and 10: the main job, shortened, in groups of eight, a line changed.
 
     python assignments/bugs.py none       # as it should be
     python assignments/bugs.py a          # with silent mistake a (or b)

@@ -22,7 +22,7 @@ checkpoints/policy.pt checkpoints/student.pt checkpoints/student_copy.pt checkpo
 checkpoints/teacher_earlier.pt checkpoints/train_encoders.py figures/ddpm.png figures/images.png
 figures/learned.png figures/loop.png figures/student.png figures/study.png figures/teacher.png
 figures/teacher_loss.png study/README.md assignments/README.md assignments/reading.md
-assignments/grade.py assignments/bugs.py""".split()        # nothing else, whatever lies about
+assignments/grade.py assignments/bugs.py assignments/yours.py""".split()        # nothing else, whatever lies about
 JUMP = """Mean (B, ...) and sigma (B,) of the jump t -> t_next.
 
 Without lean (exercise 2): if x0_hat is right, so that x_t is q_sample of it with some eps, then
@@ -71,10 +71,21 @@ mean, x_next: (B, C, H, W), sigma: (B,).""",
 
 Eq. 7, Schulman et al. 2017, with its sign turned. A better action may become more likely, and a
 worse one less, until the ratio has moved by clip_range; from there on the gradient is 0.
-clip_range = inf does not clip at all. logp, logp_old, adv: (B,)."""}}
+clip_range = inf does not clip at all. logp, logp_old, adv: (B,)."""},
+    7: {"policy_gradient": """Times and leans from a reward alone, from the Solver `start` on.
+
+REINFORCE, Adam left out. The action is u (K, 2) of action_of(start, 0): logit rho and lean of every
+jump, Normal(mean, std^2), where action_mask() says which entries act. Each update takes from
+`generator` first 64 indices of x_T (torch.randint), then normal noise (64, K, 2) (torch.randn); every
+point is rolled out twice, with opposite noise, by sample() and solver_of(). Reward: minus the
+squared distance of where it ends to its target. Advantage: less the mean of its pair, over the rms
+of the batch. The mean moves by rate times std^2 times the average over the batch of advantage times
+score; the score is the derivative of the log density of u by its mean. Returned is lists_of(mean).
+x_T, target: (N, 2)."""}}
 
 
 # (file, what would give an answer away, instead); in README.md where it stands there
+TWENTY_LINES = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
 VEILED = (
     ("ddpm.py", "x_t = sqrt(ab) x0 + sqrt(1 - ab) eps, and\n"
      "#            v = sqrt(ab) eps - sqrt(1 - ab) x0 (Salimans & Ho 2022, appendix D)",
@@ -83,6 +94,7 @@ VEILED = (
     ("student.py", "turns x_t by d = phi_t - phi_next:   x_next = cos(d) x_t - sin(d) v",
      "is a rotation (exercise 4)"),
     ("README.md", "(reward - mean of the pair) / rms over the batch", "... (exercise 5)"),
+    ("README.md", TWENTY_LINES, "(exercise 7)\n"),
     ("README.md", "min(ratio A, clip(ratio, 0.8, 1.2) A)", "... (exercise 6)"),
     ("assignments/README.md", "python assignments/handout.py ../my_redif         # by the lecturer:"
      " the repository with the exercises blank\ncd ../my_redif && ", ""))
