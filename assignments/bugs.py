@@ -1,7 +1,7 @@
 """Exercises 9 and 10: the main job, shortened, in groups of eight, a line changed.
 
     python assignments/bugs.py none       # as it should be
-    python assignments/bugs.py a          # with silent mistake a (or b)
+    python assignments/bugs.py a          # with silent mistake a (or b, c, d)
     python assignments/bugs.py a --show   # the changed line: after you have made up your mind
     python assignments/bugs.py wide       # ten times the exploration; 'rho', 'lean', 'gains': of
                                           # one alone
@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 JOB = ["--init", "teacher", "--steps", "3", "--updates", "12", "--group", "8"]
+MORE = {"d": ["--learn", "weights", "--group", "32"]}                # of the paper's action
 SHORTER = dict(NOISES=64, HELD=64, MONITOR=32, BASELINE_NOISES=32, LOG_EVERY=1)   # of rl_distill.py
 MASK = "action_mask(len(u), n_gains)"
 # (what stands in rl_distill.py, what the variant puts there)
@@ -23,6 +24,10 @@ VARIANTS = {
     "a": [("policy.logp(u, std), logp_old",
            "policy.logp(u, vars(policy).setdefault('first_std', std)), logp_old")],
     "b": [("repeat_interleave(args.group)\n    u = policy", "repeat(args.group)\n    u = policy")],
+    "c": [("    # ADVANTAGES\n    R = rewards(reward, images, target, rows)",
+           "    # ADVANTAGES\n    R = rewards(reward, images, target, rows.flip(0))")],
+    "d": [("noise = torch.randn(mean.shape, generator=generator)",
+           "noise = torch.randn(z.shape, generator=generator).repeat_interleave(group, 0)")],
     "wide": [("std * (0.2", "10 * std * (0.2")],
     "rho": [(MASK, MASK + " & (torch.arange(2 + n_gains) == 0)")],
     "lean": [(MASK, MASK + " & (torch.arange(2 + n_gains) == 1)")],
@@ -55,7 +60,7 @@ def main(argv=None):
     module.__file__ = str(ROOT / "rl_distill.py")
     exec(compile(source, module.__file__, "exec"), module.__dict__)
     vars(module).update(SHORTER)
-    run_main(lambda: module.main([*JOB, *more]), "--group")
+    run_main(lambda: module.main([*JOB, *MORE.get(args.which, []), *more]), "--group")
 
 
 if __name__ == "__main__":

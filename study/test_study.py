@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import arms                                     # puts the repository on the path   # noqa: E402
+import estimators                                                              # noqa: E402
 import report                                                                  # noqa: E402
 import run                                                                     # noqa: E402
 # From the repository:
@@ -233,6 +234,26 @@ class Books(unittest.TestCase):
         with self.assertRaises(report.BadInput), contextlib.redirect_stdout(io.StringIO()):
             Path("none.md").write_text("no markers")
             report.write([], 0, Path("none.md"))
+
+
+class Estimators(unittest.TestCase):
+    def test_both_policy_gradients_point_along_the_pathwise_one(self):
+        net, z = tiny(), seeded_noise(range(4), (3, 4, 4))
+        goal = view(sample(net, z, baseline_solver("DDIM", "uniform", 20), ALPHA_BAR).clamp(-1, 1))
+        start = baseline_solver("AB2", "quadratic", 3)
+        u = action_of(start, len(net.branches))
+        std, generator = torch.full((u.shape[1],), 0.05), torch.Generator().manual_seed(0)
+        std[0] = 1e-3                               # of rho: times this near round to the same
+        exact = estimators.pathwise_jumps(net, u, z, goal, toy_reward)
+        few, many = (estimators.cosine(estimators.pair_estimates(
+            net, u, std, z, goal, toy_reward, pairs, generator).mean(0)[:, 1:], exact[:, 1:])
+            for pairs in (4, 2000))
+        self.assertTrue(few < many and many > 0.9, (few, many))
+        self.assertEqual((exact != 0).tolist(), action_mask(3, len(net.branches)).tolist())
+        net.requires_grad_(True)
+        few, many = (estimators.cosine(*estimators.weights_gradients(
+            net, start, z, goal, toy_reward, group, generator)) for group in (4, 1024))
+        self.assertTrue(few < many and many > 0.9, (few, many))
 
 
 if __name__ == "__main__":
