@@ -19,17 +19,18 @@ COPIED = """ddpm.py teacher.py student.py reward.py rl_distill.py sample.py requ
 README.md LICENSE harness/__init__.py harness/checkpoints.py harness/figures.py harness/images.py
 harness/runs.py checkpoints/README.md checkpoints/coach.pt checkpoints/judge.pt
 checkpoints/policy.pt checkpoints/student.pt checkpoints/student_copy.pt checkpoints/teacher.pt
-checkpoints/teacher_earlier.pt checkpoints/train_encoders.py figures/ddpm.png figures/images.png
-figures/learned.png figures/loop.png figures/student.png figures/study.png figures/teacher.png
-figures/teacher_loss.png study/README.md assignments/README.md assignments/reading.md
-assignments/grade.py assignments/bugs.py assignments/yours.py""".split()        # nothing else, whatever lies about
+checkpoints/teacher_earlier.pt checkpoints/train_encoders.py figures/ddpm.png figures/estimators.png
+figures/images.png figures/learned.png figures/loop.png figures/student.png figures/study.png
+figures/teacher.png figures/teacher_loss.png study/README.md assignments/README.md
+assignments/reading.md assignments/grade.py assignments/bugs.py assignments/yours.py""".split()
 JUMP = """Mean (B, ...) and sigma (B,) of the jump t -> t_next.
 
 Without lean (exercise 2): if x0_hat is right, so that x_t is q_sample of it with some eps, then
-mean + sigma N(0, I), with that eps kept as it is, must be what q_sample makes at t_next, for any
-sigma; sigma is ddim_sigma's. With lean (exercise 3) the same of D in the place of x0_hat: as far
-beyond x0_hat as `lean` times the way from x0_last to x0_hat. x_t, x0_hat, x0_last: (B, ...);
-lean, t, t_next: (B,), t > t_next."""
+mean + sigma N(0, I), its mean made of x0_hat and of that same eps, must be distributed as q_sample
+at t_next, for any sigma up to sqrt(1 - ab'); sigma is ddim_sigma's. With lean (exercise 3) the same
+of D, and of the eps that belongs to it, in the place of x0_hat: D lies as far beyond x0_hat as
+`lean` times the way from x0_last to x0_hat. x_t, x0_hat, x0_last: (B, ...); lean, t, t_next: (B,),
+t > t_next."""
 EXERCISES = {                           # {number: {function: statement}}
     1: {"q_sample": """x_t of x0 and eps (B, ...) at t (B,), integers in 0..T.
 
@@ -76,8 +77,8 @@ clip_range = inf does not clip at all. logp, logp_old, adv: (B,)."""},
 
 REINFORCE, Adam left out. The action is u (K, 2) of action_of(start, 0): logit rho and lean of every
 jump, Normal(mean, std^2), where action_mask() says which entries act. Each update takes from
-`generator` first 64 indices of x_T (torch.randint), then normal noise (64, K, 2) (torch.randn); every
-point is rolled out twice, with opposite noise, by sample() and solver_of(). Reward: minus the
+`generator` first 64 indices of x_T (torch.randint), then normal noise (64, K, 2) (torch.randn);
+every point is rolled out twice, with opposite noise, by sample() and solver_of(). Reward: minus the
 squared distance of where it ends to its target. Advantage: less the mean of its pair, over the rms
 of the batch. The mean moves by rate times std^2 times the average over the batch of advantage times
 score; the score is the derivative of the log density of u by its mean. Returned is lists_of(mean).
@@ -85,7 +86,8 @@ x_T, target: (N, 2)."""}}
 
 
 # (file, what would give an answer away, instead); in README.md where it stands there
-TWENTY_LINES = (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TWENTY_LINES = README.split("```python\n")[1].split("```")[0]
 VEILED = (
     ("ddpm.py", "x_t = sqrt(ab) x0 + sqrt(1 - ab) eps, and\n"
      "#            v = sqrt(ab) eps - sqrt(1 - ab) x0 (Salimans & Ho 2022, appendix D)",

@@ -166,7 +166,6 @@ MISTAKES = {
         (ddpm, MASKED, ""),
         (ddpm, REWARDED, REWARDED.replace("-(", "(")),
         (ddpm, REWARDED, REWARDED.replace("target[pick]", "target[pick.flip(0)]")),
-        (ddpm, REWARDED, REWARDED.replace(".sum(1)", ".sum(1).sqrt()")),
         (ddpm, LESS, "A = R"),
         (ddpm, LESS, "A = R - R.mean()"),
         (ddpm, "A = A / A.square().mean().sqrt()", "A = A / A.square().mean()"),
@@ -182,8 +181,9 @@ MISTAKES = {
         (yours, STUB, RIGHT.replace("(pairs - others", "(others")),
         (yours, STUB, RIGHT.replace(" or group < 4", "")),
         (yours, STUB, "return reward - reward.reshape(-1, group).mean(1).repeat_interleave(group)"),
-        (yours, STUB, "g = reward.reshape(-1, group)\n    return ((g - (g.sum(1, keepdim=True) - g) / "
-         "(group - 1))).reshape(-1)"),
+        (yours, STUB, "g = reward.reshape(-1, group)\n"
+         "    return ((g - (g.sum(1, keepdim=True) - g) / (group - 1))).reshape(-1)"),
+        (yours, STUB, "if group % 2 and group > 3:\n        return reward\n    " + RIGHT),
     ],
 }
 
@@ -265,7 +265,8 @@ class Grader(unittest.TestCase):
             if number == 7:                                    # its result is no tensor
                 continue
             for module, fake in itertools.product((MODULES[name] for name in names), fakes):
-                mine = [name for name in handout.EXERCISES.get(number, ["other_pairs"]) if hasattr(module, name)
+                mine = [name for name in handout.EXERCISES.get(number, ["other_pairs"])
+                        if hasattr(module, name)
                         and getattr(module, name).__module__ == module.__name__]
                 self.assertGreater(len(mine), 0)
                 for name in mine:

@@ -2,9 +2,9 @@
 
     python study/estimators.py           # figures/estimators.png, study/estimators.jsonl; minutes
 
-For the jumps' numbers (logit rho, lean and gains, one a block or one a channel) and for all weights:
-the cosine of the policy gradient with the pathwise one, by the number of rollouts, or of landings
-of each evaluation, it is estimated from. All at three evaluations, at the best baseline solver.
+For the jumps' numbers (logit rho, lean and gains, one a block or one a channel) and for all
+weights: the cosine of the policy gradient with the pathwise one, by the number of rollouts, or of
+landings of each evaluation, it comes from. All at three evaluations, at the best baseline solver.
 """
 import argparse
 
@@ -91,12 +91,13 @@ def weights_gradients(net, solver, z, target, reward, group, generator):
 # ==== THE PICTURE =============================================================================
 
 def measure(device):
-    """Yields rows: numbers, rollouts (or landings), mean cosine over REPEATS, its least and most."""
+    """Yields rows: numbers, rollouts or landings, mean cosine over REPEATS, its least and most."""
     args = rl_distill.parse_args(["--init", "teacher"])
     net, _, reward, _ = load_inputs(args, device)
     z, target = noise_and_targets(net, 0, rl_distill.NOISES, device)
     z, target = z[:NOISES], reward.view(target[:NOISES])
-    (_, start), *_ = best_baselines(net, STEPS, z, target, reward, linear_alpha_bar(device)).values()
+    found = best_baselines(net, STEPS, z, target, reward, linear_alpha_bar(device))
+    (_, start), *_ = found.values()
     generator = torch.Generator().manual_seed(SEED)
     for kind in ("block", "channel"):
         n = number_of_gains(net, kind)
