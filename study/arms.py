@@ -224,11 +224,11 @@ def arms():
     for name in ("random search", "cross-entropy"):
         out += [Arm("search", name, "teacher", K, method=name) for K in (2, 3, 4)]
         out += [Arm("search", f"{name}, channel gains", "teacher", 3, channel, method=name)]
-    out += [Arm("pathwise", "pathwise", "teacher", K, method="pathwise") for K in (2, 3, 4, 6)]
-    out += [Arm("pathwise", "pathwise weights, from learned jumps", "teacher", K, weights,
-                "learned", "pathwise weights") for K in (3, 4)]
-    out += [Arm("weights", "weights", "teacher", K,
-                (*weights, "--updates", str(240 * K // (K + 4)))) for K in FEW]     # as the jumps
+    out += [Arm("pathwise", "pathwise", "teacher", K, method="pathwise") for K in (2, 3, 4)]
+    for K in FEW:                       # about as many evaluations as the jumps
+        more = (*weights, "--updates", str(240 * K // (K + 4)))
+        out += [Arm("weights", "weights", "teacher", K, more),
+                Arm("pathwise", "pathwise weights", "teacher", K, more, method="pathwise weights")]
     out += [Arm("weights", f"weights, from {words}", init, K, (*weights, *more.split()), start)
             for init, words, start, steps, more in (
                 ("teacher", "learned jumps", "learned", FEW, "--lr 1e-5 --updates 60"),
