@@ -106,7 +106,7 @@ def tables(rows, missing):
 # ==== FIGURE ==================================================================================
 
 def picture(rows, path):
-    """Distance to the target against K, of baselines, policy gradient and students; and against
+    """Distance to the target against K, of baselines and both policy gradients; and against
     training evaluations at K = COMPARED, of every method."""
     figure, axes = new_figure(1, 2, (15, 5))
     lines = lines_of(rows)
@@ -115,7 +115,7 @@ def picture(rows, path):
         return max(1e-4, -statistics.fmean(row["reward"] for row in same))  # 0: no place on a log
     for i, ((init, name), at) in enumerate(lines.items()):
         baseline = all(row["group"] == "baseline" for same in at.values() for row in same)
-        if baseline or name == arms.JUMPS:
+        if baseline or name in (arms.JUMPS, "weights"):
             style = ":" if baseline and init == "teacher" else "--" if baseline else "-"
             axes[0].plot([*at], [distance(same) for same in at.values()], "o" + style, markersize=4,
                          label=f"{init}, {name}")
