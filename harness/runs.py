@@ -55,7 +55,7 @@ def run_flags(p, trains=True):
     add = p.add_argument_group("the run").add_argument
     add("--out", type=os.path.expanduser,                                   # of --out=~/x too
         help="folder of the result, new or empty (default: the next free one in runs/)")
-    add("--seed", type=number(int, 0, 2 * 10 ** 9), default=0, help="of all that is drawn at random")
+    add("--seed", type=number(int, 0, 2 * 10 ** 9), default=0, help="of chance; start noises are fixed")
     add("--device", default="auto", help="auto (cuda, or else cpu), cuda, cpu or mps")
     if trains:
         add("--resume", action="store_true", help="go on with the run in --out")
