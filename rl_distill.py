@@ -198,7 +198,7 @@ def update_weights(net, solver, z, target, reward, optimizer, args, alpha_bar, g
     rows = torch.arange(len(z), device=z.device).repeat_interleave(args.group)
     with autocast(z.device):
         images, landings = rollout(net, solver, z, args.group, args.eta, alpha_bar, generator)
-        R = rewards(reward, images, target, rows)           # off by 5 % of their std in a group
+        R = rewards(reward, images, target, rows)           # off by up to 7 % of a group's std
     # ADVANTAGES
     adv = advantages(R, args.group)
     # TRAINING: one backward pass for all copies of a state
@@ -231,6 +231,13 @@ def exploration_scale(net, steps):
     return (CLONED if isinstance(net, JumpUNet) else 1) * USUAL_STEPS / max(2, steps)
 
 
+def first_std(net, args):
+    """(number of gains n of a jump, std (2 + n,) of u at the first update)."""
+    n = number_of_gains(net, args.gains)
+    std = torch.tensor([STD["jump"]] * 2 + [STD.get(args.gains)] * n)
+    return n, exploration_scale(net, args.steps) * std
+
+
 def training_evaluations(args, M):
     """Network evaluations of all updates of M noises; a backward pass counts as two."""
     if args.learn == "jumps":
@@ -247,8 +254,8 @@ def train(net, start, train_set, monitor_set, reward, args, out):
     (z, target), device, jumps = train_set, train_set[0].device, args.learn == "jumps"
     alpha_bar, generator = linear_alpha_bar(device), torch.Generator().manual_seed(args.seed)
     if jumps:
-        scale, n_gains = exploration_scale(net, args.steps), number_of_gains(net, args.gains)
-        std = scale * torch.tensor([STD["jump"]] * 2 + [STD.get(args.gains)] * n_gains).to(device)
+        (n_gains, std), scale = first_std(net, args), exploration_scale(net, args.steps)
+        std = std.to(device)
         learns = JumpPolicy(start, n_gains).to(device)
         groups = [dict(params=[learns.jumps], lr=scale * args.lr * JUMPS_FASTER),
                   dict(params=[learns.gains], lr=scale * args.lr)]
@@ -312,7 +319,8 @@ def load_model(path, device="cpu", kinds=("teacher", "student", "policy")):
         solver = Solver(*content["solver"]) if kind == "policy" else None
         if solver:                                                  # ValueError if impossible
             *_, gains = per_image(solver, 1, device)
-            [number_of_gains(net, k) for k in GAINS].index(gains.shape[2])
+            if gains.shape[2] not in [number_of_gains(net, kind) for kind in GAINS]:
+                raise ValueError("gains that do not fit the network")
         return net, solver, content
 
 

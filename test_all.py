@@ -946,7 +946,7 @@ def flags(**more):
 
 
 class Loop(Nets):
-    ways = [("jumps", 0.0), ("weights", 0.0), ("weights", 0.3)]
+    passes = [("jumps", 0.0, 1), ("jumps", 0.0, 2), ("weights", 0.0, 1), ("weights", 0.3, 1)]
 
     def update(self, learn, net, eta=0.0, z=None, lr=0.0, epochs=1, group=4):
         """An update from DPM++ on uniform times, in fp32. Returns what is in it."""
@@ -994,8 +994,7 @@ class Loop(Nets):
 
     def test_each_epochs_gradient_is_that_of_eq_7_row_by_row(self):
         """Against torch.distributions, every copy evaluated. The first is REINFORCE's."""
-        for (learn, eta), old, last in itertools.product(self.ways, (self.net, self.first), (1, 2)):
-            last = last if learn == "jumps" else 1                     # weights: a single pass
+        for (learn, eta, last), old in itertools.product(self.passes, (self.net, self.first)):
             net, mask, pairs = copy.deepcopy(old), ddpm.action_mask(3, len(old.branches)), []
             clip = rl.CLIP_JUMPS if learn == "jumps" else rl.CLIP_LANDING
             it = self.update(learn, net, eta, lr=1e-3 if last == 2 else 0.0, epochs=last)
@@ -1075,8 +1074,7 @@ class Loop(Nets):
                 rows.append(len(x) * (3 if torch.is_grad_enabled() else 1))     # backward is two
                 return super().forward(x, *args)
         self.patch(rl, deploy=lambda *args: (None, torch.zeros(1)))              # not the monitor
-        for (learn, eta), epochs, K in itertools.product(self.ways, "12", "13"):
-            epochs = epochs if learn == "jumps" else "1"
+        for (learn, eta, epochs), K in itertools.product(self.passes, "13"):
             rows, words = [], (f"--learn {learn} --eta {eta} --epochs {epochs} --steps {K} "
                                "--updates 2 --group 4").split()
             self.train(Counting(), *words, start=baseline_solver("DDIM", "uniform", int(K)))

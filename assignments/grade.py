@@ -67,7 +67,6 @@ def same(theirs, wanted, rule, tolerance=1e-4, **inputs):
         raise Wrong("wrong value", rule, farthest_off=(
             f"at {at}: {theirs[at].item():.6g} for {wanted[at].item():.6g}, allowed +- "
             f"{allowed:.1e}"), **shown)
-    return theirs
 
 
 def pair(value, rule):
@@ -216,12 +215,34 @@ def exercise_2(ddpm, g):
                         eta=1.0, t_next=then, t=t[~mean.isfinite().reshape(-1)])
 
 
+class GaussianNet:
+    """What the best network says of points from N(mean, std^2), and where its flow ends."""
+    clip = False
+
+    def __init__(self, mean, std):
+        self.mean, self.std, self.ab = mean, std, alpha_bars()
+
+    def x0(self, x, t):
+        """E[x0 | x_t = x], (B, 2) in float64."""
+        a = wide(self.ab[t], x)
+        return self.mean + a.sqrt() * self.std ** 2 / (a * self.std ** 2 + 1 - a) * (
+            x - a.sqrt() * self.mean)
+
+    def __call__(self, x, t, *_):
+        a = wide(self.ab[t], x)
+        return ((a.sqrt() * x - self.x0(x, t)) / (1 - a).sqrt()).float()
+
+    def end(self, x_T):
+        a = self.ab[1000]
+        return self.mean + self.std * (x_T - a.sqrt() * self.mean) / (
+            a * self.std ** 2 + 1 - a).sqrt()
+
+
 def gaussian_errors(ddpm, g):
     """How far 16, 32 and 64 jumps of theirs, even in lambda, end from the flow of a Gaussian."""
     ab, std = alpha_bars(), 0.2 + 0.2 * torch.rand((), generator=g).item()
     x_T, mean, errors = draw(g, 64, 2), draw(g, 2), []
-    a = ab[1000]
-    exact = mean + std * (x_T - a.sqrt() * mean) / (a * std ** 2 + 1 - a).sqrt()
+    net = GaussianNet(mean, std)
     level = torch.logit(ab[1:]) / 2
     for steps in (16, 32, 64):
         wanted = torch.linspace(level[-1], level[0], steps + 1, dtype=torch.float64)
@@ -229,13 +250,11 @@ def gaussian_errors(ddpm, g):
         x, x0_last, last = x_T, x_T, grid[0]
         for now, then in zip(grid, grid[1:]):
             t_last, t, t_next = (torch.full((64,), s) for s in (last, now, then))
-            a = ab[now]
-            x0 = mean + a.sqrt() * std ** 2 / (a * std ** 2 + 1 - a) * (x - a.sqrt() * mean)
-            x0 = x0.float()
+            x0 = net.x0(x, t).float()
             lean = ddpm.dpm_lean(t, t_next, t_last, ab.float())
             x, _ = ddpm.jump(x, x0, t, t_next, ab.float(), lean=lean, x0_last=x0_last)
             x0_last, last = x0, now
-        errors.append((x - exact).square().mean().sqrt().item())
+        errors.append((x - net.end(x_T)).square().mean().sqrt().item())
     return errors
 
 
@@ -371,25 +390,6 @@ def exercise_6(rl_distill, g):
                  **told)
 
 
-class GaussianNet:
-    """What the best network says of points from N(mean, std^2), and where its flow ends."""
-    clip = False
-
-    def __init__(self, mean, std):
-        self.mean, self.std, self.ab = mean, std, alpha_bars()
-
-    def __call__(self, x, t, *_):
-        a = wide(self.ab[t], x)
-        x0 = self.mean + a.sqrt() * self.std ** 2 / (a * self.std ** 2 + 1 - a) * (
-            x - a.sqrt() * self.mean)
-        return ((a.sqrt() * x - x0) / (1 - a).sqrt()).float()
-
-    def end(self, x_T):
-        a = self.ab[1000]
-        return (self.mean + self.std * (x_T - a.sqrt() * self.mean) / (
-            a * self.std ** 2 + 1 - a).sqrt()).float()
-
-
 def lent_jump(x_t, x0_hat, t, t_next, alpha_bar, lean=None, x0_last=None, eta=0.0):
     """Exercise 7 is graded with it, so as not to wait for 2 and 3."""
     D = x0_hat if lean is None else x0_hat + wide(lean, x_t) * (x0_hat - x0_last)
@@ -432,16 +432,16 @@ def exercise_7(ddpm, g):
             rate *= 3 if updates == 100 else 100
             net = GaussianNet(draw(g, 2), 0.1 + 0.2 * torch.rand((), generator=g).item())
             x_T, fresh, seed = draw(g, 200, 2), draw(g, 200, 2), whole(g, 0, 10 ** 6)
+            target = net.end(x_T).float()
             start = ddpm.baseline_solver("DDIM", "uniform", K)
             first = ddpm.action_of(start, 0)
-            solver = ddpm.policy_gradient(net, x_T, net.end(x_T), start, alpha_bars().float(),
+            solver = ddpm.policy_gradient(net, x_T, target, start, alpha_bars().float(),
                                           torch.Generator().manual_seed(seed), updates, std, rate)
             if not isinstance(solver, ddpm.Solver) or not isinstance(solver.times, list):
                 raise Wrong("wrong shape", "policy_gradient returns a Solver of lists, made by "
                             "lists_of", yours=solver)
             theirs, right = ddpm.action_of(solver, 0), learned(
-                net, x_T, net.end(x_T), first, torch.Generator().manual_seed(seed), updates, std,
-                rate)
+                net, x_T, target, first, torch.Generator().manual_seed(seed), updates, std, rate)
             told = dict(K=K, updates=updates, std=std, rate=rate)
             if updates == 100:
                 before, mine, best = (
@@ -469,13 +469,10 @@ def exercise_8(yours, g):
     for _ in range(TRIALS):
         M, G = whole(g, 2, 3), 2 * whole(g, 2, 4)
         r, told = draw(g, M * G), dict(group=G)
-        rows = []
-        for i in range(M * G):                      # how each reward moves all advantages
-            moved = r.clone()
-            moved[i] += 1
-            rows.append(f(moved, G) - same(f(r, G), r, "an advantage for each reward", math.inf,
-                                           reward=r, **told))
-        effect = torch.stack(rows, 1)               # [of the advantage, of the reward]
+        before = f(r, G)
+        same(before, r, "an advantage for each reward", math.inf, reward=r, **told)
+        # how each reward moves all advantages: [of the advantage, of the reward]
+        effect = torch.stack([f(r + raised, G) - before for raised in torch.eye(M * G)], 1)
         member = torch.arange(M * G)
         own, pair_, group = (member[:, None] // n == member // n for n in (1, 2, G))
         zero = torch.zeros(())
@@ -489,7 +486,7 @@ def exercise_8(yours, g):
         others = effect[group & ~pair_]
         same(others, others.mean().expand_as(others), "all others of the group count alike", 1e-3,
              **told)
-        same(f(r + 7, G), f(r, G), "a shift of all rewards changes nothing", 1e-3, **told)
+        same(f(r + 7, G), before, "a shift of all rewards changes nothing", 1e-3, **told)
         same(f(torch.zeros(M * G), G), torch.zeros(M * G), "equal rewards give 0", 0, **told)
     for size in (2, 3, 5):
         try:

@@ -19,8 +19,8 @@ import rl_distill                                                              #
 from ddpm import (SOLVERS, T, estimate, expand_like, jump, linear_alpha_bar,   # noqa: E402
                   lists_of, action_of, solver_of)
 from harness.runs import autocast                                              # noqa: E402
-from rl_distill import (JUMPS_FASTER, STD, JumpPolicy, exploration_scale,       # noqa: E402
-                        number_of_gains)
+from rl_distill import (JUMPS_FASTER, JumpPolicy, exploration_scale,            # noqa: E402
+                        first_std, number_of_gains)
 from teacher import TARGET, draw                                               # noqa: E402
 
 # Stds of the searches, in those of the policy gradient (rl_distill.STD) for each kind of number:
@@ -34,13 +34,6 @@ BACKWARD = 2                                    # a backward pass counts as two 
 # ==== COMPETITORS =============================================================================
 # (net, start Solver of lists, (z (N, 3, H, W), View of the targets), reward, args of rl_distill.py,
 # budget in network evaluations) -> (Solver of lists, evaluations spent). Weights: net is changed.
-
-
-def kinds_of_numbers(net, args):
-    """(number of gains n of a jump, std (2 + n,) of every number, in the policy gradient)."""
-    n = number_of_gains(net, args.gains)
-    std = torch.tensor([STD["jump"]] * 2 + [STD.get(args.gains)] * n)
-    return n, exploration_scale(net, args.steps) * std
 
 
 def pick(wanted, generator, z, target):
@@ -60,8 +53,7 @@ def mean_reward(net, u, z, target, reward):
 def random_search(net, start, train_set, reward, args, budget):
     """Gaussian steps around the best so far, whose std falls linearly; keep what scores higher on a
     fixed choice of the training noises. (1 + 1)-evolution strategy, Rechenberg 1973."""
-    generator, (n, std) = torch.Generator().manual_seed(args.seed), kinds_of_numbers(
-        net, args)
+    generator, (n, std) = torch.Generator().manual_seed(args.seed), first_std(net, args)
     policy, noises = JumpPolicy(start, n), pick(SEARCH_NOISES, generator, *train_set)
     cost = len(noises[0]) * args.steps
     best, tries = policy.mean().detach(), max(1, budget // cost)
@@ -78,8 +70,7 @@ def random_search(net, start, train_set, reward, args, budget):
 def cross_entropy(net, start, train_set, reward, args, budget):
     """Mean and std of each number become those of the best quarter of a generation; a generation
     shares fresh noises. Cross-entropy method, De Boer et al. 2005. The last mean is deployed."""
-    generator, (n, unit) = torch.Generator().manual_seed(args.seed), kinds_of_numbers(
-        net, args)
+    generator, (n, unit) = torch.Generator().manual_seed(args.seed), first_std(net, args)
     policy, size = JumpPolicy(start, n), min(args.noises, len(train_set[0]))
     mean, cost = policy.mean().detach(), POPULATION * size * args.steps
     std, generations = CEM_STD[0] * unit.expand_as(mean), max(1, budget // cost)
@@ -150,7 +141,7 @@ def ascend(groups, numbers, net, train_set, reward, args, budget):
 
 def pathwise(net, start, train_set, reward, args, budget):
     """The reward's own gradient of the numbers of the jumps."""
-    policy = JumpPolicy(start, kinds_of_numbers(net, args)[0]).to(train_set[0].device)
+    policy = JumpPolicy(start, number_of_gains(net, args.gains)).to(train_set[0].device)
     rate = PATHWISE_LR * exploration_scale(net, args.steps)
     groups = [dict(params=[policy.jumps], lr=rate),
               dict(params=[policy.gains], lr=rate / JUMPS_FASTER)]

@@ -13,11 +13,12 @@ import torch
 import arms                                     # puts the repository on the path
 # From the repository:
 import rl_distill
-from ddpm import action_mask, action_of, linear_alpha_bar, sample, solver_of, step
+from ddpm import (action_mask, action_of, linear_alpha_bar, parameter_count, sample, solver_of,
+                  step)
 from harness.figures import plot_panels
 from harness.runs import ROOT, autocast, log_line, pick_device, run_main
 from reward import best_baselines, rewards
-from rl_distill import STD, landing_logp, load_inputs, number_of_gains, rollout
+from rl_distill import first_std, landing_logp, load_inputs, rollout
 from teacher import noise_and_targets
 
 STEPS, NOISES, SEED = 3, 64, 0
@@ -74,13 +75,13 @@ def weights_gradients(net, solver, z, target, reward, group, generator):
         slope = torch.zeros_like(mean)
         for some, x, m, s in zip(*(v.split(256) for v in (rows, x_next, at, sigma))):
             leaf = (x if pathwise else m).clone().requires_grad_()
-            with torch.no_grad():
-                R = reward(x.clamp(-1, 1), target.rows(some))
             if pathwise:
                 reward(leaf.clamp(-1, 1), target.rows(some)).sum().backward()
             else:
-                level = R.reshape(-1, min(group, len(R))).mean(1).repeat_interleave(
-                    min(group, len(R)))
+                with torch.no_grad():
+                    R = reward(x.clamp(-1, 1), target.rows(some))
+                n = min(group, len(R))
+                level = R.reshape(-1, n).mean(1).repeat_interleave(n)
                 (landing_logp(leaf, x, s) * leaf[0].numel() * (R - level)).sum().backward()
             slope.index_add_(0, some, leaf.grad / group / len(z))
         found.append(torch.cat([g.flatten() for g in torch.autograd.grad(
@@ -90,33 +91,35 @@ def weights_gradients(net, solver, z, target, reward, group, generator):
 
 # ==== THE PICTURE =============================================================================
 
+def row(what, numbers, samples, found):
+    """What is logged of the cosines of estimates from as many rollouts, or landings."""
+    return dict(what=what, numbers=numbers, samples=samples, cosine=sum(found) / len(found),
+                least=min(found), most=max(found))
+
+
 def measure(device):
-    """Yields rows: numbers, rollouts or landings, mean cosine over REPEATS, its least and most."""
+    """Yields the row() of every estimator and number of samples, over REPEATS."""
     args = rl_distill.parse_args(["--init", "teacher"])
     net, _, reward, _ = load_inputs(args, device)
     z, target = noise_and_targets(net, 0, rl_distill.NOISES, device)
     z, target = z[:NOISES], reward.view(target[:NOISES])
-    found = best_baselines(net, STEPS, z, target, reward, linear_alpha_bar(device))
-    (_, start), *_ = found.values()
+    baselines = best_baselines(net, STEPS, z, target, reward, linear_alpha_bar(device))
+    (_, start), *_ = baselines.values()
     generator = torch.Generator().manual_seed(SEED)
-    for kind in ("block", "channel"):
-        n = number_of_gains(net, kind)
-        std = torch.tensor([STD["jump"]] * 2 + [STD[kind]] * n, device=device)
-        u = action_of(start, n).to(device)
+    for args.gains in ("block", "channel"):
+        n, std = first_std(net, args)
+        u, std = action_of(start, n).to(device), std.to(device)
         numbers = action_mask(STEPS, n).sum().item()
         exact = pathwise_jumps(net, u, z, target, reward) * std     # in units of the exploration
         for count in ROLLOUTS:
             found = [cosine(pair_estimates(net, u, std, z, target, reward, count // 2, generator)
                             .mean(0) * std, exact) for _ in range(REPEATS)]
-            yield dict(what=f"jumps, {numbers:,} numbers", numbers=numbers, samples=count,
-                       cosine=sum(found) / REPEATS, least=min(found), most=max(found))
-    net.requires_grad_(True)
-    numbers = sum(p.numel() for p in net.parameters())
+            yield row(f"jumps, {numbers:,} numbers", numbers, count, found)
+    numbers = parameter_count(net.requires_grad_(True))
     for count in LANDINGS:
         found = [cosine(*weights_gradients(net, start, z[i * 8:i * 8 + 8], target.rows(
             slice(i * 8, i * 8 + 8)), reward, count, generator)) for i in range(REPEATS)]
-        yield dict(what=f"weights, {numbers:,}, 8 noises", numbers=numbers, samples=count,
-                   cosine=sum(found) / REPEATS, least=min(found), most=max(found))
+        yield row(f"weights, {numbers:,}, 8 noises", numbers, count, found)
 
 
 def main(argv=None):
@@ -126,11 +129,11 @@ def main(argv=None):
     args = p.parse_args(argv)
     path, lines = ROOT / "study" / "estimators.jsonl", {}
     path.unlink(missing_ok=True)
-    for row in measure(pick_device(args.device)):
-        log_line(path, **row)
+    for found in measure(pick_device(args.device)):
+        log_line(path, **found)
         print("{what:32s} {samples:6d}  cosine {cosine:6.3f}  ({least:.3f} .. {most:.3f})".format(
-            **row), flush=True)
-        lines.setdefault(row["what"], []).append(row)
+            **found), flush=True)
+        lines.setdefault(found["what"], []).append(found)
     plot_panels([("rollouts, or landings of an evaluation", "cosine with the pathwise gradient", [
         (what, [r["samples"] for r in rows], [r["cosine"] for r in rows], "o-")
         for what, rows in lines.items()])], args.out, xscale="log", yscale="log")
