@@ -14,19 +14,16 @@ Reads --teacher; writes to --out: student.pt (fp16), state.pt (for --resume), sa
 teacher, then 1, 2, 4, 8 steps), loss.png, log.jsonl. Next file: reward.py.
 """
 import copy
-import time
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 # From earlier files:
 from ddpm import (T, UNet, baseline_solver, linear_alpha_bar, parameter_count, sample, seeded_noise,
                   expand_like, time_embedding, zeroed)
-from teacher import (GRAD_CLIP, HELD_OUT, LOG_EVERY, TARGET, compiled, draw, ema_update,
-                     learning_rate, load_teacher, noise_and_targets)
-from harness.checkpoints import load_network, load_state, provenance, save_network, save_state
+from teacher import HELD_OUT, TARGET, compiled, draw, fit, load_teacher, noise_and_targets
+from harness.checkpoints import load_network, provenance, save_network
 from harness.figures import plot_loss, save_picture
 from harness.runs import (autocast, checksum, claim_run, device_name, log_line, number,
                           parser_for, pick_device, run_flags, run_main)
@@ -37,7 +34,6 @@ LAND_SHARE = 1 / 2          # share of jumps that land at t = 0, where every dep
 SHORTEST_JUMP = 10          # shortest jump trained (rounding noise grows as 1 / sin(d))
 POOL, JUMPS_PER_PATH = 1024, 64         # teacher paths kept; jumps drawn from each
 CLONE_SEEDS = 10 ** 6       # seeds of cloning's noise count up from here
-SAVE_EVERY = 400            # updates
 
 # ==============================================================================================
 # A JUMP IS A ROTATION. With sqrt(ab_t) = cos(phi_t), DDIM's update (Eq. 12, Song et al. 2020, at
@@ -162,42 +158,20 @@ class PathPool:
 
 def clone(net, ema, teacher, args, out, device):
     """Regress net on the teacher's paths, average it into ema. Returns (seconds, paths made)."""
-    alpha_bar = linear_alpha_bar(device)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    pool_size = 8 if args.smoke else POOL
-    fast, teacher = compiled(net, args.compile), compiled(teacher, args.compile)
-    pool = PathPool(teacher, pool_size, alpha_bar, device)
-    parts = dict(net=net, ema=ema, optimizer=optimizer, generator=generator, pool=pool)
-    first, seconds_before = load_state(out / "state.pt", parts) if args.resume else (0, 0.0)
-    start, losses = time.time(), []
-    for update in tqdm(range(first, args.updates), initial=first, total=args.updates,
-                       mininterval=5, desc="clone"):
-        pool.grow(max(pool_size // 4, update * args.batch_size // JUMPS_PER_PATH))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(update, args.updates, args.lr)
+    alpha_bar, size = linear_alpha_bar(device), 8 if args.smoke else POOL
+    pool = PathPool(compiled(teacher, args.compile), size, alpha_bar, device)
+
+    def loss_of(net, update, generator):
+        pool.grow(max(size // 4, update * args.batch_size // JUMPS_PER_PATH))
         t, t_next = draw_jumps(args.batch_size, generator)
         rows = pool.draw(args.batch_size, generator)
-        with autocast(device):
-            loss = clone_loss(fast, pool.paths, rows, t, t_next, alpha_bar)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), GRAD_CLIP)
-        optimizer.step()
-        ema_update(ema, net, update)
+        return clone_loss(net, pool.paths, rows, t, t_next, alpha_bar)
 
-        losses.append(loss.detach())
-        done, seconds = update + 1, seconds_before + time.time() - start
-        if done % LOG_EVERY == 0 or done == args.updates:
-            log_line(out / "log.jsonl", update=done, jumps=done * args.batch_size, paths=pool.made,
-                     loss=torch.stack(losses).mean().item(), seconds=seconds)
-            losses.clear()
-        if done % SAVE_EVERY == 0 or done == args.updates:
-            save_network(out / "student.pt", "student", ema, provenance(
-                "student.py", args, seconds, device, updates=done, teacher_paths=pool.made,
-                teacher=checksum([args.teacher]), target=f"{len(TARGET.leans)} quadratic steps"))
-            save_state(out / "state.pt", parts, done, seconds)      # last: its files are there
-    return seconds_before + time.time() - start, pool.made
+    def save(updates, seconds):
+        save_network(out / "student.pt", "student", ema, provenance(
+            "student.py", args, seconds, device, updates=updates, teacher_paths=pool.made,
+            teacher=checksum([args.teacher]), target=f"{len(TARGET.leans)} quadratic steps"))
+    return fit(net, ema, loss_of, save, args, out, device, "jumps", pool=pool), pool.made
 
 
 def cloning_evaluations(origin):

@@ -89,27 +89,24 @@ def noise_and_targets(teacher, first_seed, n, device):
                    device)
 
 
-# ==== ALGORITHM 1, Ho et al. 2020 =============================================================
+# ==== TRAINING ================================================================================
 
-def train(net, ema, images, args, out, device):
-    """Train net on images, average it into ema; goes on from out/state.pt. Returns seconds."""
-    alpha_bar = linear_alpha_bar(device)
+def fit(net, ema, loss_of, save, args, out, device, unit, **parts):
+    """Minimise loss_of(net, update, generator) over net, average it into ema: the loop of teacher
+    and student. save(updates, seconds) writes what is handed on; with --resume it goes on from
+    out/state.pt, which keeps `parts` as well; unit: of the batch, in the log. Returns seconds."""
     generator = torch.Generator(device).manual_seed(args.seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    parts = dict(net=net, ema=ema, optimizer=optimizer, generator=generator)
+    parts = dict(net=net, ema=ema, optimizer=optimizer, generator=generator, **parts)
     fast = compiled(net, args.compile)
     first, seconds_before = load_state(out / "state.pt", parts) if args.resume else (0, 0.0)
     start, losses = time.time(), []
-    progress = tqdm(range(first, args.updates), initial=first, total=args.updates, mininterval=5,
-                    desc="teacher", unit_scale=args.batch_size, unit="img")
-    for update in progress:
+    for update in tqdm(range(first, args.updates), initial=first, total=args.updates, mininterval=5,
+                       unit_scale=args.batch_size, unit=f" {unit}"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, args.updates, args.lr)
-        x0 = draw_batch(images, args.batch_size, generator)
-        t = draw_times(len(x0), generator)
-        eps = torch.randn(x0.shape, generator=generator, device=device)
         with autocast(device):
-            loss = simple_loss(fast, x0, t, eps, alpha_bar)
+            loss = loss_of(fast, update, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), GRAD_CLIP)
@@ -119,17 +116,32 @@ def train(net, ema, images, args, out, device):
         losses.append(loss.detach())           # stays on the device: reading it would wait
         done, seconds = update + 1, seconds_before + time.time() - start
         if done % LOG_EVERY == 0 or done == args.updates:
-            log_line(out / "log.jsonl", update=done, images=done * args.batch_size,
+            log_line(out / "log.jsonl", update=done, **{unit: done * args.batch_size},
                      loss=torch.stack(losses).mean().item(), grad_norm=grad_norm.item(),
                      lr=group["lr"], seconds=seconds)
             losses.clear()
         if done % SAVE_EVERY == 0 or done == args.updates:
-            save_network(out / "teacher.pt", "teacher", ema, provenance(
-                "teacher.py", args, seconds, device, updates=done,
-                images=done * args.batch_size, ema=EMA_DECAY))
-            save_samples(out / "samples.png", ema, device, n=4 if args.smoke else 64)
+            save(done, seconds)
             save_state(out / "state.pt", parts, done, seconds)      # last: its files are there
     return seconds_before + time.time() - start
+
+
+def train(net, ema, images, args, out, device):
+    """Algorithm 1, Ho et al. 2020, on images (N, 3, H, W) uint8. Returns seconds."""
+    alpha_bar = linear_alpha_bar(device)
+
+    def loss_of(net, update, generator):
+        x0 = draw_batch(images, args.batch_size, generator)
+        t = draw_times(len(x0), generator)
+        eps = torch.randn(x0.shape, generator=generator, device=device)
+        return simple_loss(net, x0, t, eps, alpha_bar)
+
+    def save(updates, seconds):
+        save_network(out / "teacher.pt", "teacher", ema, provenance(
+            "teacher.py", args, seconds, device, updates=updates,
+            images=updates * args.batch_size, ema=EMA_DECAY))
+        save_samples(out / "samples.png", ema, device, n=4 if args.smoke else 64)
+    return fit(net, ema, loss_of, save, args, out, device, "images")
 
 
 def load_teacher(path, device="cpu"):

@@ -636,8 +636,8 @@ class Cloning(Case):
         torch.manual_seed(0)
         net, ema, out = student.JumpUNet(**TINY), student.JumpUNet(**TINY), self.folder()
         args, few = train_args(updates=32, batch_size=16), baseline_solver("DDIM", "quadratic", 4)
-        with mock.patch.multiple(student, LOG_EVERY=8, TARGET=few), mock.patch.object(
-                teacher, "WARMUP", 4), mock.patch.object(
+        with mock.patch.object(student, "TARGET", few), mock.patch.multiple(
+                teacher, LOG_EVERY=8, WARMUP=4), mock.patch.object(
                 student, "seeded_noise", wraps=student.seeded_noise) as spy:
             (_, made), _ = quiet(student.clone, net, ema, TEACHER, args, out, CPU)
         seen = [seed for call in spy.call_args_list for seed in call.args[0]]

@@ -41,13 +41,28 @@ def number(kind, low, high=math.inf):
     return number
 
 
+class Parser(argparse.ArgumentParser):
+    """With --resume the defaults are the flags that the run in --out had."""
+
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        if getattr(args, "resume", False):
+            path = Path(args.out or "", "config.json")
+            if not args.out or not path.is_file():
+                raise BadInput(f"--resume needs --out DIR of a run; no run to resume in {args.out}")
+            with rebuilding(path, "settings"):
+                self.set_defaults(**json.loads(path.read_bytes())["flags"])
+            args = super().parse_args(argv)
+        return args
+
+
 def parser_for(doc, example):
     """The argument parser every script starts from: defaults are shown, one example at the end."""
     class Help(argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action):
             return super()._get_help_string(action) if action.default else action.help
-    return argparse.ArgumentParser(description=(doc or "").split("\n")[0],       # -OO has no doc
-                                   epilog=f"example: {example}", formatter_class=Help)
+    return Parser(description=(doc or "").split("\n")[0],                      # -OO has no doc
+                  epilog=f"example: {example}", formatter_class=Help)
 
 
 def run_flags(p, trains=True):
@@ -58,7 +73,7 @@ def run_flags(p, trains=True):
     add("--seed", type=number(int, 0, 2 * 10 ** 9), default=0, help="of chance; start noises are fixed")
     add("--device", default="auto", help="auto (cuda, or else cpu), cuda, cpu or mps")
     if trains:
-        add("--resume", action="store_true", help="go on with the run in --out")
+        add("--resume", action="store_true", help="go on with the run in --out, with its flags")
         add("--smoke", action="store_true", help="tiny, seconds; its numbers mean nothing")
 
 
@@ -73,12 +88,10 @@ def find(path):
 
 
 def checksum(names):
-    """A short word that tells whether the files of these names, or the coach there, changed; a name
-    of no file or folder counts as it is."""
+    """A short word that tells whether the files of these names, or the coach there, changed; what
+    names no file does not count."""
     files = [file for name in names for file in (find(name), find(f"{name}/coach.pt"))]
-    words = [f.read_bytes() for f in files if f.is_file()]
-    words += [str(name).encode() for name in names if not find(name).exists()]
-    return hashlib.sha256(b"".join(words)).hexdigest()[:12]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files if f.is_file())).hexdigest()[:12]
 
 
 def weights_checksum(net):
@@ -106,26 +119,18 @@ def write_whole(path, data, new=False):
 
 def claim_run(args, default, images=None):
     """Claim a run's folder, when all its inputs are read: --out, or the next free runs/default-N.
-    BadInput: it is taken, or --resume finds other flags, or other content where flags name files,
-    whatever they are called now. What the run did not write down is not compared."""
-    now = {f"--{name.replace('_', '-')}": value for name, value in settings(args).items()}
-    lists = {k: value if isinstance(value, list) else [value] for k, value in now.items()}
-    content = {k: checksum(words) for k, words in lists.items() if all(
-        isinstance(word, str) for word in words) and any(find(word).exists() for word in words)}
-    if images is not None:
-        now["training images"] = hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()[:12]
-    text = json.dumps({**now, "content": content}, default=str)
+    BadInput: it is taken, or the run that is to go on began with other images or checkpoints."""
+    flags = settings(args)
+    words = [word for value in flags.values() for word in (
+        value if isinstance(value, list) else [value]) if isinstance(word, str)]
+    content = [checksum(words)] if images is None else [
+        checksum(words), hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()[:12]]
     if getattr(args, "resume", False):
-        path, now = Path(args.out or "", "config.json"), json.loads(text)
-        if not args.out or not path.is_file():
-            raise BadInput(f"--resume needs --out DIR of a run; no run to resume in {args.out}")
+        path = Path(args.out, "config.json")
         with rebuilding(path, "settings"):
-            old = {**json.loads(path.read_bytes())}
-            files = {**old.get("content", {})}
-        for k in now.keys() & old.keys() - {"content"}:
-            if (files[k] != content[k] if k in files and k in content else old[k] != now[k]):
-                raise BadInput(f"{args.out} had {k} {old[k]}{' of other content' * (k in files)}, "
-                               f"not {now[k]}; resume with the same")
+            if json.loads(path.read_bytes())["content"] != content:
+                raise BadInput(f"{args.out} began with images or checkpoints of other content; "
+                               "give those")
         CLAIMED.append(path.parent)
         return path.parent
     numbered = (f"runs/{default}-{n}" if n > 1 else f"runs/{default}" for n in range(1, 10000))
@@ -133,6 +138,7 @@ def claim_run(args, default, images=None):
         with contextlib.suppress(FileExistsError):             # taken, perhaps a moment ago
             folder.mkdir(parents=True, exist_ok=bool(args.out))
             if all(file.suffix == ".tmp" for file in folder.iterdir()):
+                text = json.dumps(dict(flags=flags, content=content), default=str)
                 write_whole(folder / "config.json", text.encode(), new=True)
                 CLAIMED.append(folder)
                 return folder
@@ -186,11 +192,9 @@ def run_main(main, memory="--batch-size"):
     except KeyboardInterrupt:
         sentence, code = "interrupted before a checkpoint; start it again, with a new --out", 130
         if CLAIMED and any(CLAIMED[-1].glob("state*.pt")):
-            words = [word for word in sys.argv if word != "--resume"]
-            if not any(word.startswith("--out") for word in words):
-                words += ["--out", str(CLAIMED[-1])]
-            quoted = subprocess.list2cmdline if os.name == "nt" else shlex.join
-            sentence = f"interrupted; to go on: {quoted(['python', *words, '--resume'])}"
+            quoted = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
+            words = "python", sys.argv[0], "--out", str(CLAIMED[-1]), "--resume"
+            sentence = f"interrupted; to go on: {quoted(words)}"
     print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
     sys.exit(code)
 
