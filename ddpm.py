@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # For the demonstration and main alone:
-from harness.figures import new_figure
+from harness.figures import plot_points
 from harness.runs import claim_run, log_line, parser_for, pick_device, run_flags, run_main
 
 # ==============================================================================================
@@ -465,42 +465,32 @@ def policy_gradient(net, x_T, target, start, alpha_bar, generator, updates=200, 
 
 
 def demo(out, seed, device):
-    """Solvers on a mixture of six, and one that is learned, against 1000 jumps; table and ddpm.png.
+    """Solvers on a mixture of six, and one that is learned, against 1000 jumps; table and picture.
     """
     alpha_bar, generator = linear_alpha_bar(device), torch.Generator().manual_seed(seed)
-    angle = torch.arange(6, device=device) * math.pi / 3
-    x_T = torch.randn(2, POINTS, 2, generator=generator).to(device)
-    net = MixtureNet(0.7 * torch.stack([angle.cos(), angle.sin()], 1), 0.07, alpha_bar)
-    many = baseline_solver("DDIM", "uniform", T)
-    train_end, end = (sample(net, x, many, alpha_bar) for x in x_T)
-    panels = {"1000 jumps": (end, many)}
+    corner = torch.arange(6, device=device) * math.pi / 3
+    net = MixtureNet(0.7 * torch.stack([corner.cos(), corner.sin()], 1), 0.07, alpha_bar)
+    x_T = torch.randn(2, POINTS, 2, generator=generator).to(device)     # to learn from; to measure
+    ends = [sample(net, x, baseline_solver("DDIM", "uniform", T), alpha_bar) for x in x_T]
 
-    def error(solver, i=1, end=end):
-        return (sample(net, x_T[i], solver, alpha_bar) - end).square().sum(1).mean().sqrt().item()
+    def rms(solver, i=1):
+        return (sample(net, x_T[i], solver, alpha_bar) - ends[i]).square().sum(1).mean().sqrt()
     print("rms distance to where 1000 jumps end, best of three grids\n  NFE"
           + "".join(f"{kind:>10s}" for kind in SOLVERS) + "   learned   times | leans")
     for steps in (2, 3, 4, 6, 8, 20):
-        best = [min((baseline_solver(kind, grid, steps) for grid in GRIDS),
-                    key=lambda solver: error(solver, 0, train_end)) for kind in SOLVERS]
-        rms, text = [error(solver) for solver in best], ""
+        solvers, text = {kind: min((baseline_solver(kind, grid, steps) for grid in GRIDS),
+                                   key=lambda solver: rms(solver, 0)) for kind in SOLVERS}, ""
         if steps == 3:
-            learned = policy_gradient(net, x_T[0], train_end, best[0], alpha_bar, generator)
-            rms, text = [*rms, error(learned)], "   {} {} {} {} | {:.2f} {:.2f} {:.2f}".format(
-                *learned.times, *learned.leans)
-            panels.update({f"3 jumps, {name}": (sample(net, x_T[1], solver, alpha_bar), solver)
-                           for name, solver in zip((*SOLVERS, "learned"), (*best, learned))})
-        print(f"{steps:5d}" + "".join(f"{value:10.4f}" for value in rms) + text)
-        log_line(out / "log.jsonl", nfe=steps, rms=rms)
-    figure, axes = new_figure(1, 5, (14, 3))
-    shown = "3 jumps, DDIM", "3 jumps, AB2", "3 jumps, learned", "1000 jumps"
-    for axis, name in zip(axes, shown):
-        axis.scatter(*panels[name][0].T.cpu(), s=1)
-        axis.set(title=name, xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal")
-        if name in shown[::2]:                             # DDIM, learned
-            axes[4].plot(range(4), panels[name][1].times, "o-", label=name)
-    axes[4].set(title="times", xlabel="jumps made", ylabel="t")
-    axes[4].legend(fontsize=8)
-    figure.savefig(out / "ddpm.png")
+            learned = policy_gradient(net, x_T[0], ends[0], solvers["DDIM"], alpha_bar, generator)
+            shown = solvers = {**solvers, "learned": learned}
+            text = "   {} {} {} {} | {:.2f} {:.2f} {:.2f}".format(*learned.times, *learned.leans)
+        row = [rms(solver).item() for solver in solvers.values()]
+        print(f"{steps:5d}" + "".join(f"{value:10.4f}" for value in row) + text)
+        log_line(out / "log.jsonl", nfe=steps, rms=row)
+    del shown["DPM++"]
+    plot_points([*((f"3 jumps, {name}", sample(net, x_T[1], solver, alpha_bar))
+                   for name, solver in shown.items()), ("1000 jumps", ends[1])],
+                {name: shown[name].times for name in ("DDIM", "learned")}, out / "ddpm.png")
 
 
 # ==== COMMAND LINE ============================================================================

@@ -304,7 +304,7 @@ def print_table(rows, judge):
     return table
 
 
-# ==== GRADED DISTORTIONS: for the scales of the terms, and for the figure =====================
+# ==== GRADED DISTORTIONS: for the scales of the terms (train_encoders.py), and for the figure =
 
 def distort(images, kind, level, generator):
     """images (B, 3, H, W) -> distorted copy; level in 0..1 (0 changes nothing).
@@ -329,16 +329,6 @@ def distort(images, kind, level, generator):
 
 
 DISTORTIONS = ("noise", "blur", "shift", "wrong")
-
-
-@torch.no_grad()
-def term_scales(coach, images):
-    """Std of every term over all distortions at levels 1/4, 1/2, 3/4, 1: {term: float}."""
-    generator, target = torch.Generator().manual_seed(0), view_of(coach, images)
-    seen = [view_of(coach, distort(images, kind, level, generator))
-            for kind in DISTORTIONS for level in (0.25, 0.5, 0.75, 1.0)]
-    return {name: torch.cat([term(view, target) for view in seen]).std().item()
-            for name, term in TERMS.items()}
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # From the repository:
 from ddpm import parameter_count                                               # noqa: E402
 from teacher import LOG_EVERY                                                  # noqa: E402
-from reward import ENCODERS, encode, moments, term_scales                      # noqa: E402
+from reward import DISTORTIONS, ENCODERS, TERMS, distort, encode, moments, view_of  # noqa: E402
 from harness.checkpoints import (half_weights, load_state, provenance,         # noqa: E402
                                  save_checkpoint, save_state)
 from harness.images import load_images                                         # noqa: E402
@@ -102,6 +102,16 @@ def judge_reference(net, images):
     features = torch.cat([encode(net, x.float() / 127.5 - 1) for x in images.split(500)])
     mean, covariance = moments(features)
     return dict(mean=mean, covariance=covariance)
+
+
+@torch.no_grad()
+def term_scales(coach, images):
+    """Std of every term over all distortions at levels 1/4, 1/2, 3/4, 1: {term: float}."""
+    generator, target = torch.Generator().manual_seed(0), view_of(coach, images)
+    seen = [view_of(coach, distort(images, kind, level, generator))
+            for kind in DISTORTIONS for level in (0.25, 0.5, 0.75, 1.0)]
+    return {name: torch.cat([term(view, target) for view in seen]).std().item()
+            for name, term in TERMS.items()}
 
 
 # ==== COMMAND LINE ============================================================================

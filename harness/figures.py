@@ -36,6 +36,20 @@ def plot_strips(panels, columns, path):
     figure.savefig(path)
 
 
+def plot_points(panels, times, path):
+    """Scatter plots side by side, and the times of samplers. panels: (title, points (N, 2)); times:
+    {name: list}."""
+    figure, axes = new_figure(1, len(panels) + 1, (14, 3))
+    for axis, (title, points) in zip(axes, panels):
+        axis.scatter(*points.T.cpu(), s=1)
+        axis.set(title=title, xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal")
+    for name, values in times.items():
+        axes[-1].plot(range(len(values)), values, "o-", label=name)
+    axes[-1].set(title="times", xlabel="jumps made", ylabel="t")
+    axes[-1].legend(fontsize=8)
+    figure.savefig(path)
+
+
 def plot_panels(panels, path, **axes_settings):
     """Line plots side by side. panels: (x label, y label, lines); a line: (label, x, y, style)."""
     figure, axes = new_figure(1, len(panels), (5.5 * len(panels), 3.6), squeeze=False)

@@ -131,6 +131,8 @@ def claim_run(args, default, images=None):
             if json.loads(path.read_bytes())["content"] != content:
                 raise BadInput(f"{args.out} began with images or checkpoints of other content; "
                                "give those")
+        for file in path.parent.glob("*.tmp"):                     # of a save that was killed
+            file.unlink()
         CLAIMED.append(path.parent)
         return path.parent
     numbered = (f"runs/{default}-{n}" if n > 1 else f"runs/{default}" for n in range(1, 10000))

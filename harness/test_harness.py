@@ -171,9 +171,10 @@ class Folders(Case):
     def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(self):
         for _ in range(2):
             claim_run(flags("x", resume=Path("x").exists()), "run")
-            Path("x/.state.pt.99.tmp").write_bytes(b"PK")
+            Path("x/state.pt.99.tmp").write_bytes(b"PK")
             runs.log_line("x/log.jsonl", update=1)
             self.assertEqual(claim_run(flags("x", resume=True), "run"), Path("x"))
+            self.assertEqual([*Path("x").glob("*.tmp")], [])
             found, text = quiet(checkpoints.load_state, "x/state.pt", {})
             self.assertEqual((found, runs.read_log("x/log.jsonl")), ((0, 0.0), []))
             self.assertIn("resumed at update 0", text)
@@ -748,7 +749,7 @@ class Working(test_all.Case):
             c, j, x = reward.Coach().eval(), reward.Judge().eval(), test_all.images(64)
             mean, covariance = reward.moments(reward.encode(j, x))
             for name, net, more in (
-                    ("coach", c, dict(scales=reward.term_scales(c, x))),
+                    ("coach", c, dict(scales=test_all.Rewards.scales)),
                     ("judge", j, dict(mean=mean, covariance=covariance))):
                 save_checkpoint(self.tiny / f"{name}.pt", name, config=dict(classes=10),
                                 weights=checkpoints.half_weights(net), provenance={}, **more)
@@ -945,6 +946,9 @@ class Commands(Working):
         for name in (*re.search(r"wrote a/(images.*)", text)[1].split(", "), "learned.png",
                      "learner-2/learned.png"):
             self.assertTrue(Path("a", name).exists(), name)
+        runs.log_line("a/log.jsonl", seconds=6000)             # the minutes before count as well
+        self.run_main(rl, "--out", "a", "--resume")
+        self.assertGreater(json.loads(Path("a/result.json").read_text())["minutes"], 100)
         text = self.run_main(sample, "--model", "a/policy.pt", "--n", "5", "--npz", "n/i.npz")
         self.assertIn("5 images", text)
         with mock.patch.object(sample, "draw", side_effect=AssertionError("too late")):
