@@ -1,7 +1,7 @@
 """Exercises 9 and 10: the main job, shortened, in groups of eight, a line changed.
 
     python assignments/bugs.py none       # as it should be
-    python assignments/bugs.py a          # with silent mistake a (or b, c, d)
+    python assignments/bugs.py a          # with silent mistake a (or b .. f)
     python assignments/bugs.py a --show   # the changed line: after you have made up your mind
     python assignments/bugs.py wide       # ten times the exploration; 'rho', 'lean', 'gains': of
                                           # one alone
@@ -18,29 +18,33 @@ JOB = ["--init", "teacher", "--steps", "3", "--updates", "12", "--group", "8"]
 MORE = {"d": ["--learn", "weights", "--group", "32"]}                # of the paper's action
 SHORTER = dict(NOISES=64, HELD=64, MONITOR=32, BASELINE_NOISES=32, LOG_EVERY=1)   # of rl_distill.py
 MASK = "action_mask(len(u), n_gains)"
-# (what stands in rl_distill.py, what the variant puts there)
+# (file, what stands in it, what the variant puts there)
 VARIANTS = {
     "none": [],
-    "a": [("policy.logp(u, std), logp_old",
+    "a": [("rl_distill.py", "policy.logp(u, std), logp_old",
            "policy.logp(u, vars(policy).setdefault('first_std', std)), logp_old")],
-    "b": [("repeat_interleave(args.group)\n    u = policy", "repeat(args.group)\n    u = policy")],
-    "c": [("    # ADVANTAGES\n    R = rewards(reward, images, target, rows)",
+    "b": [("rl_distill.py", "repeat_interleave(args.group)\n    u = policy",
+           "repeat(args.group)\n    u = policy")],
+    "c": [("rl_distill.py", "    # ADVANTAGES\n    R = rewards(reward, images, target, rows)",
            "    # ADVANTAGES\n    R = rewards(reward, images, target, rows.flip(0))")],
-    "d": [("noise = torch.randn(mean.shape, generator=generator)",
+    "d": [("rl_distill.py", "noise = torch.randn(mean.shape, generator=generator)",
            "noise = torch.randn(z.shape, generator=generator).repeat_interleave(group, 0)")],
-    "wide": [("std * (0.2", "10 * std * (0.2")],
-    "rho": [(MASK, MASK + " & (torch.arange(2 + n_gains) == 0)")],
-    "lean": [(MASK, MASK + " & (torch.arange(2 + n_gains) == 1)")],
-    "gains": [(MASK, MASK + " & (torch.arange(2 + n_gains) > 1)")],
+    "e": [("ddpm.py", "h = (1 + gain)[:, :, None, None] * h", "h = gain[:, :, None, None] * h")],
+    "f": [("rl_distill.py", "torch.randn(n // 2, *self.mask.shape, generator=generator)",
+           "torch.randn(1, *self.mask.shape, generator=generator).expand(n // 2, -1, -1)")],
+    "wide": [("rl_distill.py", "std * (0.2", "10 * std * (0.2")],
+    "rho": [("rl_distill.py", MASK, MASK + " & (torch.arange(2 + n_gains) == 0)")],
+    "lean": [("rl_distill.py", MASK, MASK + " & (torch.arange(2 + n_gains) == 1)")],
+    "gains": [("rl_distill.py", MASK, MASK + " & (torch.arange(2 + n_gains) > 1)")],
 }
 
 
-def changed(which):
-    """Source of rl_distill.py with the lines of a variant."""
-    source = (ROOT / "rl_distill.py").read_text(encoding="utf-8")
-    for right, wrong in VARIANTS[which]:
+def changed(which, name):
+    """Source of the file `name` with the lines of a variant."""
+    source = (ROOT / name).read_text(encoding="utf-8")
+    for _, right, wrong in (line for line in VARIANTS[which] if line[0] == name):
         if source.count(right) != 1:
-            sys.exit(f"bugs.py: '{right}' must stand once in rl_distill.py; use the unchanged file")
+            sys.exit(f"bugs.py: '{right}' must stand once in {name}; use the unchanged file")
         source = source.replace(right, wrong)
     return source
 
@@ -50,15 +54,15 @@ def main(argv=None):
     p.add_argument("which", choices=VARIANTS)
     p.add_argument("--show", action="store_true", help="print what was changed, run nothing")
     args, more = p.parse_known_args(argv)
-    source = changed(args.which)
     if args.show:
-        for right, wrong in VARIANTS[args.which]:
-            print(f"- {right}\n+ {wrong}")
+        for name, right, wrong in VARIANTS[args.which]:
+            print(f"{name}\n- {right}\n+ {wrong}")
         return
     from harness.runs import run_main
-    module = types.ModuleType("rl_distill")
-    module.__file__ = str(ROOT / "rl_distill.py")
-    exec(compile(source, module.__file__, "exec"), module.__dict__)
+    for name in ("ddpm", "rl_distill"):                         # the one imports the other
+        module = sys.modules[name] = types.ModuleType(name)
+        module.__file__ = str(ROOT / f"{name}.py")
+        exec(compile(changed(args.which, f"{name}.py"), module.__file__, "exec"), vars(module))
     vars(module).update(SHORTER)
     run_main(lambda: module.main([*JOB, *MORE.get(args.which, []), *more]), "--group")
 

@@ -22,7 +22,8 @@ checkpoints/policy.pt checkpoints/student.pt checkpoints/student_copy.pt checkpo
 checkpoints/teacher_earlier.pt checkpoints/train_encoders.py figures/ddpm.png figures/estimators.png
 figures/images.png figures/learned.png figures/loop.png figures/student.png figures/study.png
 figures/teacher.png figures/teacher_loss.png study/README.md assignments/README.md
-assignments/reading.md assignments/grade.py assignments/bugs.py assignments/yours.py""".split()
+assignments/reading.md assignments/grade.py assignments/bugs.py assignments/measure.py
+assignments/yours.py""".split()
 JUMP = """Mean (B, ...) and sigma (B,) of the jump t -> t_next.
 
 Without lean (exercise 2): if x0_hat is right, so that x_t is q_sample of it with some eps, then
@@ -73,16 +74,17 @@ mean, x_next: (B, C, H, W), sigma: (B,).""",
 Eq. 7, Schulman et al. 2017, with its sign turned. A better action may become more likely, and a
 worse one less, until the ratio has moved by clip_range; from there on the gradient is 0.
 clip_range = inf does not clip at all. logp, logp_old, adv: (B,)."""},
-    7: {"policy_gradient": """Times and leans from a reward alone, from the Solver `start` on.
+    7: {"policy_gradient": """Times and leans that bring points to their targets, by REINFORCE.
 
-REINFORCE, Adam left out. The action is u (K, 2) of action_of(start, 0): logit rho and lean of every
-jump, Normal(mean, std^2), where action_mask() says which entries act. Each update takes from
-`generator` first 64 indices of x_T (torch.randint), then normal noise (64, K, 2) (torch.randn);
-every point is rolled out twice, with opposite noise, by sample() and solver_of(). Reward: minus the
-squared distance of where it ends to its target. Advantage: less the mean of its pair, over the rms
-of the batch. The mean moves by rate times std^2 times the average over the batch of advantage times
-score; the score is the derivative of the log density of u by its mean. Returned is lists_of(mean).
-x_T, target: (N, 2)."""}}
+The action is u (K, 2) of action_of(start, 0), the logit of rho and the lean of every jump; the
+policy is Normal(mean, std^2), independent for each entry, and its mean, which starts at `start`'s
+u, is all that learns. Entries that do not act (action_mask) are not explored and do not move. Of
+`generator` each update takes first 64 indices of x_T (torch.randint), then 64 standard normal
+(K, 2) (torch.randn): each of these points is rolled out twice, by that noise and by its opposite.
+The reward is minus the squared distance of where sample() ends to the target; advantages are those
+of exercise 5, the two of a point being the group. The mean goes by `rate` along the average of
+advantage times score, times std^2, so that a step is in units of what was explored. Returned is
+lists_of(mean). x_T, target: (N, 2)."""}}
 
 
 # (file, what would give an answer away, instead); in README.md where it stands there
@@ -97,6 +99,7 @@ VEILED = (
      "is a rotation (exercise 4)"),
     ("README.md", "(reward - mean of the pair) / rms over the batch", "... (exercise 5)"),
     ("README.md", TWENTY_LINES, "(exercise 7)\n"),
+    ("README.md", "python test_all.py          # that everything is what it says, two minutes\n", ""),
     ("README.md", "min(ratio A, clip(ratio, 0.8, 1.2) A)", "... (exercise 6)"),
     ("assignments/README.md", "python assignments/handout.py ../my_redif         # by the lecturer:"
      " the repository with the exercises blank\ncd ../my_redif && ", ""))
@@ -119,7 +122,7 @@ def blank(source, only, keep=()):
         number, text = stubs[name]
         head, _, body = text.partition("\n\n")
         stub = (f'"""{head}\n\n{textwrap.fill(" ".join(body.split()), 96)}\n"""\n'
-                f'raise NotImplementedError("exercise {number}: see the docstring")\n')
+                f'raise NotImplementedError("exercise {number}: {name}, see its docstring")\n')
         lines[found[name].body[0].lineno - 1:found[name].end_lineno] = [
             textwrap.indent(stub, "    ")]
     return "".join(lines)

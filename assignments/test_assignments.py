@@ -61,7 +61,12 @@ MASKED = "* action_mask(len(mean), 0)"
 REWARDED = "R = -(x_0 - target[pick]).square().sum(1)"
 LESS = "A = R - R.reshape(-1, 2).mean(1).repeat_interleave(2)"
 MOVED = "mean = mean + rate * std * (A[:, None, None] * noise).mean(0)"
-STUB = 'raise NotImplementedError("exercise 8: see the docstring")'
+STUB = 'raise NotImplementedError("exercise 8: other_pairs, see its docstring")'
+SCORE, EXPECTED = (STUB.replace("other_pairs", name) for name in ("score", "expected"))
+DERIVED = "return (x2 - theta * x1) * x1 / s2 ** 2"
+MEANS = ("own = -2 * (theta * (mu ** 2 + s1 ** 2) - c * mu)\n"
+         "    partner = 2 * (theta * (mu ** 2 - s1 ** 2) - c * mu)\n"
+         "    return own - (own + partner) / group, own")
 RIGHT = ("pairs = reward.reshape(-1, group // 2, 2) if group % 2 == 0 else reward\n"
          "    if group % 2 or group < 4:\n        raise ValueError\n"
          "    others = (pairs.sum((1, 2))[:, None] - pairs.sum(2)) / (group - 2)\n"
@@ -175,15 +180,22 @@ MISTAKES = {
         (ddpm, "return lists_of(mean)", "return start"),
     ],
     8: [
-        (yours, STUB, RIGHT.replace("group - 2", "group - 1")),
-        (yours, STUB, RIGHT.replace(" - pairs.sum(2)", "")),
-        (yours, STUB, RIGHT.replace("pairs.sum(2)", "pairs.sum((0, 2))")),
-        (yours, STUB, RIGHT.replace("(pairs - others", "(others")),
-        (yours, STUB, RIGHT.replace(" or group < 4", "")),
-        (yours, STUB, "return reward - reward.reshape(-1, group).mean(1).repeat_interleave(group)"),
-        (yours, STUB, "g = reward.reshape(-1, group)\n"
+        (yours, DERIVED, DERIVED.replace("theta * x1", "x1")),
+        (yours, DERIVED, DERIVED.replace(" * x1 /", " /")),
+        (yours, DERIVED, DERIVED.replace("** 2", "")),
+        (yours, MEANS, MEANS.replace("/ group", "/ 2")),
+        (yours, MEANS, MEANS.replace(" + partner", "")),
+        (yours, MEANS, MEANS.replace("(mu ** 2 - s1 ** 2)", "(mu ** 2 + s1 ** 2)")),
+        (yours, MEANS, MEANS.replace("/ group, own", "/ group, -own")),
+        (yours, RIGHT, RIGHT.replace("group - 2", "group - 1")),
+        (yours, RIGHT, RIGHT.replace(" - pairs.sum(2)", "")),
+        (yours, RIGHT, RIGHT.replace("pairs.sum(2)", "pairs.sum((0, 2))")),
+        (yours, RIGHT, RIGHT.replace("(pairs - others", "(others")),
+        (yours, RIGHT, RIGHT.replace(" or group < 4", "")),
+        (yours, RIGHT, "return reward - reward.reshape(-1, group).mean(1).repeat_interleave(group)"),
+        (yours, RIGHT, "g = reward.reshape(-1, group)\n"
          "    return ((g - (g.sum(1, keepdim=True) - g) / (group - 1))).reshape(-1)"),
-        (yours, STUB, "if group % 2 and group > 3:\n        return reward\n    " + RIGHT),
+        (yours, RIGHT, "if group % 2 and group > 3:\n        return reward\n    " + RIGHT),
     ],
 }
 
@@ -200,7 +212,8 @@ def variant(module, text):
     return made
 
 
-MODULES[yours.__name__] = variant(yours, source(yours).replace(STUB, RIGHT))
+MODULES[yours.__name__] = variant(yours, source(yours).replace(STUB, RIGHT).replace(
+    SCORE, DERIVED).replace(EXPECTED, MEANS))
 
 
 def verdicts(number, *changed, seeds=(0, 1)):
@@ -242,12 +255,41 @@ class Grader(unittest.TestCase):
             self.assertGreaterEqual(len(mistakes), 5)
             for module, right, wrong in mistakes:
                 with self.subTest(exercise=number, wrong=wrong):
-                    self.assertEqual(source(module).count(right), 1, right)
+                    self.assertEqual(source(MODULES[module.__name__]).count(right), 1, right)
                     self.assertNotEqual(right, wrong)
-                    broken = variant(module, source(module).replace(right, wrong))
+                    solved = MODULES[module.__name__]
+                    broken = variant(module, source(solved).replace(right, wrong))
                     with mock.patch.object(grade, "same", lenient):
                         self.assertTrue({"wrong value", "wrong shape"}
                                         >= set(verdicts(number, broken)), right)
+
+    def test_what_is_nearly_right_is_rejected_too(self):
+        """Not by the width of a tolerance: these are right for most inputs."""
+        for number, module, right, wrong in (
+                (1, ddpm, NET, "eps_hat = x0_and_eps(x_t, t, torch.no_grad()(net)(x_t, t).float(), "
+                               "alpha_bar)"),
+                (1, ddpm, "x_t = q_sample(x0, t, eps, alpha_bar)", "x_t = q_sample(x0, t, eps, "
+                 "linear_alpha_bar())"),
+                (2, ddpm, D, D.replace("= x0", "= x0_hat.detach() if lean is None else x0")),
+                (2, ddpm, "ab, ab_next = alpha_bar[t], alpha_bar[t_next]",
+                 "ab, ab_next = (linear_alpha_bar()[s] for s in (t, t_next))"),
+                (3, ddpm, LEAN, LEAN.replace("(t_last > t) & (t_next > 0)",
+                                             "((t_last > t) & (t_next > 0)).all()")),
+                (3, ddpm, D, D.replace("x0_last)", "x0_last).detach()")),
+                (4, ddpm, PAIR, PAIR.replace("* v, (", "* v.detach(), (")),
+                (4, ddpm, PAIR, "a = ab.sqrt() * x_t - (1 - ab).sqrt() * v\n"
+                                "    return a, (x_t - ab.sqrt() * a) / (1 - ab).sqrt()"),
+                (6, rl_distill, RATIO, "ratio = logp.exp() / logp_old.exp()"),
+                (6, rl_distill, PPO, "limit = torch.where(adv > 0, 1 + clip_range, 1 - clip_range)"
+                 "\n    return -torch.minimum(ratio * adv, limit * adv), ratio.detach()"),
+                (7, ddpm, "A = A / A.square().mean().sqrt()", "A = A / A.std()"),
+                (7, ddpm, "return lists_of(mean)", "start.leans[0] = 1\n    return lists_of(mean)"),
+                (7, ddpm, "return lists_of(mean)",
+                 "torch.manual_seed(0)\n    return lists_of(mean)")):
+            with self.subTest(exercise=number, wrong=wrong):
+                self.assertEqual(source(MODULES[module.__name__]).count(right), 1, right)
+                broken = variant(module, source(module).replace(right, wrong))
+                self.assertEqual(set(verdicts(number, broken, seeds=range(4))), {"wrong value"})
 
     def test_zeros_a_constant_and_a_copy_of_the_input_never_pass(self):
         def copy(like, inputs):
@@ -265,7 +307,8 @@ class Grader(unittest.TestCase):
             if number == 7:                                    # its result is no tensor
                 continue
             for module, fake in itertools.product((MODULES[name] for name in names), fakes):
-                mine = [name for name in handout.EXERCISES.get(number, ["other_pairs"])
+                mine = [name for name in handout.EXERCISES.get(
+                    number, ["score", "expected", "other_pairs"])
                         if hasattr(module, name)
                         and getattr(module, name).__module__ == module.__name__]
                 self.assertGreater(len(mine), 0)
@@ -399,18 +442,18 @@ class Handout(unittest.TestCase):
                              Path(folder, "all", "sample.py").resolve(), done.stderr)
 
     def test_silent_bugs_and_variants_are_planted_compile_and_know_their_flags(self):
-        ours = source(rl_distill)
-        self.assertEqual(bugs.changed("none"), ours)
-        for which in {*bugs.VARIANTS} - {"none"}:
-            self.assertNotEqual(bugs.changed(which), ours)
-            variant(rl_distill, bugs.changed(which))
+        for which, name in itertools.product(bugs.VARIANTS, ("ddpm", "rl_distill")):
+            text = bugs.changed(which, f"{name}.py")
+            self.assertEqual(text != source(MODULES[name]), f"{name}.py" in {
+                line[0] for line in bugs.VARIANTS[which]}, which)
+            variant(MODULES[name], text)
         args = rl_distill.parse_args(bugs.JOB)
         self.assertEqual((args.learn, args.init, args.steps), ("jumps", ["teacher"], 3))
         self.assertLessEqual({*bugs.SHORTER}, {*vars(rl_distill)})
         self.assertLessEqual(args.noises, bugs.SHORTER["NOISES"])
         with mock.patch.object(sys, "exit", side_effect=SystemExit), \
-                mock.patch.object(bugs, "VARIANTS", {"a": [("no such line", "")]}):
-            self.assertRaises(SystemExit, bugs.changed, "a")
+                mock.patch.object(bugs, "VARIANTS", {"a": [("ddpm.py", "no such line", "")]}):
+            self.assertRaises(SystemExit, bugs.changed, "a", "ddpm.py")
 
 
 if __name__ == "__main__":
