@@ -26,7 +26,7 @@ import ddpm
 import reward
 import rl_distill
 import student
-from assignments import bugs, grade, handout, loop, yours
+from assignments import bugs, grade, handout, loop, measure, yours
 from harness.checkpoints import save_network
 
 MODULES = {m.__name__: m for m in (ddpm, student, rl_distill, yours)}
@@ -385,6 +385,41 @@ class Projector(unittest.TestCase):
         _, R = reward.deploy(net, solver, z, rewarding.view(target), rewarding,
                             ddpm.linear_alpha_bar())
         self.assertAlmostEqual(shown, R.item(), places=4)
+
+
+class Measured(unittest.TestCase):
+    def setUp(self):
+        torch.manual_seed(0)
+        self.policy = rl_distill.JumpPolicy(ddpm.baseline_solver("AB2", "quadratic", 3), 3)
+        self.slope = torch.randn(3, 5) * self.policy.mask
+        self.std, self.generator = torch.full((5,), 0.1), torch.Generator().manual_seed(0)
+        patched = mock.patch.object(measure, "scored", lambda net, u, *_: (
+            u * self.slope).sum((1, 2)) - 30 * (u - self.policy.mean()).square().sum((1, 2)))
+        patched.start()
+        self.addCleanup(patched.stop)
+        self.rest = self.std, torch.zeros(9), None, None
+
+    def test_the_cosine_that_is_printed_is_that_with_the_true_gradient(self):
+        estimates = [measure.gradient(None, self.policy, *self.rest, 16, self.generator)
+                     for _ in range(400)]
+        true = torch.stack([torch.cosine_similarity(g.flatten(), self.slope.flatten(), 0)
+                            for g in estimates]).mean().item()
+        self.assertTrue(0.5 < true < 0.9, true)
+        with contextlib.redirect_stdout(io.StringIO()) as text, \
+                mock.patch.object(measure, "REPEATS", {16: 400}):
+            measure.cosine(None, self.policy, *self.rest, self.generator)
+        numbers, shown = re.findall(r"[0-9.]+", text.getvalue())[0], re.search(
+            r"rollouts: ([0-9.]+) ± ([0-9.]+)", text.getvalue())
+        self.assertEqual(int(numbers), self.policy.mask.sum())
+        self.assertAlmostEqual(float(shown[1]), true, delta=0.03)
+        self.assertLess(float(shown[2]), 0.05)
+
+    def test_the_search_climbs_and_leaves_what_does_not_act(self):
+        mean = measure.cross_entropy(None, self.policy, *self.rest, self.generator, 20)
+        gain = (mean - self.policy.mean().detach()) * self.slope
+        best = self.slope.square() / 60                        # where the reward is highest
+        self.assertGreater(gain.sum(), 0.7 * best.sum())
+        self.assertEqual(gain[~self.policy.mask].abs().max(), 0)
 
 
 class Handout(unittest.TestCase):

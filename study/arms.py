@@ -1,9 +1,9 @@
 """What the policy gradient is compared with: every arm of the study, and its competitors.
 
 Adds to rl_distill.py other ways to find the same numbers u (logit rho, lean and gains of a jump):
-random search, the cross-entropy method, and the reward's own gradient; and that gradient for the
-network's weights. All start where the policy gradient starts, see the same training noises and
-reward, and spend no more network evaluations. Next file: run.py, which plays the arms.
+random search, the cross-entropy method, and the reward's own gradient; that gradient for the
+network's weights; and the fixed losses of losses.py. All start where the policy gradient starts,
+see the same training noises, and spend no more network evaluations. Next file: run.py.
 """
 import sys
 from pathlib import Path
@@ -19,6 +19,7 @@ import rl_distill                                                              #
 from ddpm import (SOLVERS, T, estimate, expand_like, jump, linear_alpha_bar,   # noqa: E402
                   lists_of, action_of, solver_of)
 from harness.runs import autocast                                              # noqa: E402
+import losses                                                                  # noqa: E402
 from rl_distill import (JUMPS_FASTER, JumpPolicy, exploration_scale,            # noqa: E402
                         first_std, number_of_gains)
 from teacher import TARGET, draw                                               # noqa: E402
@@ -28,12 +29,12 @@ SEARCH_NOISES, SEARCH_STD = 64, (1.0, 0.2)      # noises of each try; std, first
 POPULATION, ELITES = 16, 4                      # of a generation, De Boer et al. 2005
 CEM_STD = 1.0, 0.2                              # of the first generation; floor of all others
 PATHWISE_LR = 0.03                              # Adam's first rate of (logit rho, lean), falls to 0
-WEIGHTS_LR = 1e-5                               # the same of the network's weights
-BACKWARD = 2                                    # a backward pass counts as two evaluations
+WEIGHTS_LR, REGRESSION_LR = 1e-5, 1e-4          # the same of the network's weights
 
 # ==== COMPETITORS =============================================================================
 # (net, start Solver of lists, (z (N, 3, H, W), View of the targets), reward, args of rl_distill.py,
-# budget in network evaluations) -> (Solver of lists, evaluations spent). Weights: net is changed.
+# budget in network evaluations) -> (Solver of lists, evaluations spent), and the network, where it
+# is another one. Weights: net is changed.
 
 
 def pick(wanted, generator, z, target):
@@ -125,7 +126,7 @@ def ascend(groups, numbers, net, train_set, reward, args, budget):
     generator, device = torch.Generator().manual_seed(args.seed), train_set[0].device
     schedule = SmoothSchedule(linear_alpha_bar(device))
     size = min(args.noises, len(train_set[0]))
-    cost = size * (1 + BACKWARD) * args.steps
+    cost = size * (1 + losses.BACKWARD) * args.steps
     optimizer, updates = torch.optim.Adam(groups), max(1, budget // cost)
     rates = [group["lr"] for group in optimizer.param_groups]
     for update in range(updates):
@@ -149,14 +150,32 @@ def pathwise(net, start, train_set, reward, args, budget):
     return policy.solver(), spent
 
 
-def pathwise_weights(net, start, train_set, reward, args, budget):
+def pathwise_weights(net, start, train_set, reward, args, budget, rate=None):
     """The same of the network's weights, at the jumps of `start`."""
     n_gains = len(start.gains[0]) if start.gains else 0
     u = action_of(start, n_gains).to(train_set[0].device)
-    groups = [dict(params=[*net.requires_grad_(True).parameters()], lr=WEIGHTS_LR)]
+    groups = [dict(params=[*net.requires_grad_(True).parameters()], lr=rate or WEIGHTS_LR)]
     spent = ascend(groups, lambda: u, net, train_set, reward, args, budget)
     net.requires_grad_(False)
     return start, spent
+
+
+# Regression to the target through all jumps, Luhman & Luhman 2021 (arXiv 2101.02388): the pathwise
+# gradient again, of a reward that looks at pixels alone.
+
+def squared_error(images, target):
+    """-mean squared error over pixels, (B,); target: a View."""
+    return -(images - target.images).square().mean((1, 2, 3))
+
+
+def regression_jumps(net, start, train_set, reward, args, budget):
+    """Regression by the numbers of the jumps."""
+    return pathwise(net, start, train_set, squared_error, args, budget)
+
+
+def regression_weights(net, start, train_set, reward, args, budget):
+    """Regression by the weights."""
+    return pathwise_weights(net, start, train_set, squared_error, args, budget, REGRESSION_LR)
 
 
 # ==== VARIANTS OF THE POLICY GRADIENT =========================================================
@@ -194,8 +213,12 @@ class Arm(NamedTuple):
 INIT = {"teacher": "teacher", "student": "checkpoints/student.pt",      # --init of rl_distill.py
         "copy": "checkpoints/student_copy.pt"}
 COMPETITORS = {"random search": random_search, "cross-entropy": cross_entropy,
-               "pathwise": pathwise, "pathwise weights": pathwise_weights}
+               "pathwise": pathwise, "pathwise weights": pathwise_weights,
+               "regression": regression_jumps, "regression of the weights": regression_weights,
+               "cloning": losses.cloning, "progressive distillation": losses.progressive,
+               "consistency distillation": losses.consistency}
 NEED_GRADIENT = "pathwise", "pathwise weights"  # of the reward
+FIXED = [*COMPETITORS][-4:]                     # losses of the weights: they ask no reward
 JUMPS = "policy gradient"
 BASELINE_STEPS = {"teacher": (1, 2, 3, 4, 6, 8), "student": (1, 2, 3, 4, 8),
                   "copy": (1, 2, 3, 4, 8)}
@@ -216,8 +239,10 @@ def arms():
         out += [Arm("search", name, "teacher", K, method=name) for K in (2, 3, 4)]
         out += [Arm("search", f"{name}, channel gains", "teacher", 3, channel, method=name)]
     out += [Arm("pathwise", "pathwise", "teacher", K, method="pathwise") for K in (2, 3, 4)]
+    out += [Arm("fixed", "regression", "teacher", K, method="regression") for K in (2, 3, 4)]
     for K in FEW:                       # about as many evaluations as the jumps
         more = (*weights, "--updates", str(240 * K // (K + 4)))
+        out += [Arm("fixed", name, "teacher", K, more, method=name) for name in FIXED]
         out += [Arm("weights", "weights", "teacher", K, more),
                 Arm("pathwise", "pathwise weights", "teacher", K, more, method="pathwise weights")]
     out += [Arm("weights", f"weights, from {words}", init, K, (*weights, *more.split()), start)

@@ -156,8 +156,9 @@ def play(arm, seed, world):
             mock.patch.object(rl_distill, "LOG_EVERY", args.updates), \
             arms.shuffled(seed) if arm.method == "placebo" else contextlib.nullcontext():
         if arm.method in arms.COMPETITORS:
-            solver, spent = arms.COMPETITORS[arm.method](net, solver, world.train_set, world.reward,
-                                                         args, spent)
+            solver, spent, *other = arms.COMPETITORS[arm.method](
+                net, solver, world.train_set, world.reward, args, spent)
+            net = other[0] if other else net
         else:
             solver, _ = rl_distill.train(net, solver, world.train_set, world.monitor_set,
                                          world.reward, args, out)

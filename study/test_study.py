@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import arms                                     # puts the repository on the path   # noqa: E402
 import estimators                                                              # noqa: E402
+import losses                                                                  # noqa: E402
 import report                                                                  # noqa: E402
 import run                                                                     # noqa: E402
 # From the repository:
@@ -26,24 +27,33 @@ from ddpm import (T, MixtureNet, UNet, action_mask, baseline_solver, linear_alph
                   action_of, sample, seeded_noise, solver_of)
 from harness.runs import checksum                                              # noqa: E402
 from reward import Judge, View                                                 # noqa: E402
+from teacher import TARGET, draw                                               # noqa: E402
 
 ALPHA_BAR, CPU = linear_alpha_bar(), torch.device("cpu")
 TINY = dict(width=8, mults=[1], blocks=1, attention=[], image_size=4)
 
 
 def tiny():
-    """A tiny U-Net that does something, and counts the rows it sees, thrice with a gradient."""
+    """A tiny U-Net that does something."""
     torch.manual_seed(0)
     net = UNet(**TINY).eval().requires_grad_(False)
     for name, p in net.named_parameters():
         if "conv2.weight" in name or "conv_out.weight" in name:
             torch.nn.init.normal_(p, std=0.1)
-    net.rows = 0
-
-    def count(net, inputs):
-        net.rows += len(inputs[0]) * (3 if torch.is_grad_enabled() else 1)
-    net.register_forward_pre_hook(count)
     return net
+
+
+@contextlib.contextmanager
+def counted():
+    """Within: a list of how many rows each forward pass of any U-Net sees, thrice with a gradient."""
+    def count(net, inputs):
+        if isinstance(net, UNet):
+            rows.append(len(inputs[0]) * (3 if torch.is_grad_enabled() else 1))
+    rows, hook = [], torch.nn.modules.module.register_module_forward_pre_hook(count)
+    try:
+        yield rows
+    finally:
+        hook.remove()
 
 
 def view(images):
@@ -69,7 +79,6 @@ class Competitors(unittest.TestCase):
         best = u + action_mask(*u[:, 2:].shape) * torch.tensor(
             [0.5, -0.3] + [0.4] * len(net.branches))
         images = sample(net, z, solver_of(best[None]), ALPHA_BAR).clamp(-1, 1)
-        net.rows = 0
         return net, start, (z, view(images))
 
     def test_each_gains_on_a_toy_problem_within_the_policy_gradients_budget(self):
@@ -77,27 +86,36 @@ class Competitors(unittest.TestCase):
             return toy_reward(sample(net, z, solver, ALPHA_BAR).clamp(-1, 1), target).mean().item()
         for name, method in arms.COMPETITORS.items():
             net, start, train_set = self.problem()
-            args, before = arguments("--steps", "3"), score(net, start, *train_set)
-            budget, net.rows = rl_distill.training_evaluations(args, 8), 0
-            with mock.patch.object(arms, "WEIGHTS_LR", 3e-3), \
-                    mock.patch.object(arms, "POPULATION", 8):
-                found, spent = method(net, start, train_set, toy_reward, args, budget)
-            self.assertEqual(spent, net.rows, name)
+            paths, updates = 0, 24
+            if method.__module__ == "losses":                  # learn from the teacher's paths
+                images = draw(net, TARGET, train_set[0], ALPHA_BAR)
+                start, train_set = baseline_solver("DDIM", "quadratic", 3), (
+                    train_set[0], view(images))
+                paths, updates = 50 * len(images), 80
+            args, before = arguments("--steps", "3", updates=updates), score(
+                net, start, *train_set)
+            budget = rl_distill.training_evaluations(args, 8)
+            with counted() as rows, mock.patch.multiple(
+                    arms, WEIGHTS_LR=3e-3, REGRESSION_LR=3e-3, POPULATION=8), \
+                    mock.patch.object(losses, "BATCH", 4), mock.patch.object(
+                        losses, "RATES", dict.fromkeys(losses.RATES, 3e-3)):
+                found, spent, *other = method(net, start, train_set, toy_reward, args, budget)
+            self.assertEqual(spent, sum(rows) - paths, name)
             self.assertTrue(0.7 * budget < spent <= budget, name)
-            after = score(net, found, *train_set)
+            after = score(other[0] if other else net, found, *train_set)
             self.assertGreater(after, 0.9 * before, (name, before))
             self.assertEqual((found.times[-1], found.leans[0]), (0, 0.0))
-            self.assertTrue(name != "pathwise weights" or found == start)
+            self.assertTrue("weights" not in name or found == start)
 
     def test_the_evaluations_of_the_policy_gradient_are_those_that_its_network_sees(self):
         for words in ([], ["--learn", "weights"], ["--paper"]):
             net, start, train_set = self.problem()
             args = arguments("--steps", "3", "--group", "4", *words, updates=2)
             with tempfile.TemporaryDirectory() as out, mock.patch("builtins.print"), \
-                    mock.patch.object(rl_distill, "LOG_EVERY", 2):
+                    counted() as rows, mock.patch.object(rl_distill, "LOG_EVERY", 2):
                 rl_distill.train(net, start, train_set, (train_set[0][:1], view(
                     train_set[1].images[:1])), toy_reward, args, Path(out))
-            self.assertEqual(net.rows - 2 * 3, rl_distill.training_evaluations(args, 8), words)
+            self.assertEqual(sum(rows) - 2 * 3, rl_distill.training_evaluations(args, 8), words)
 
 
 class Pathwise(unittest.TestCase):
