@@ -133,7 +133,8 @@ def ascend(groups, numbers, net, train_set, reward, args, budget):
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * (1 - update / updates)
         z, target = pick(size, generator, *train_set)
-        loss = -reward(smooth_rollout(net, numbers(), z, schedule), target).mean()
+        with autocast(device):
+            loss = -reward(smooth_rollout(net, numbers(), z, schedule), target).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
