@@ -344,8 +344,9 @@ class UNet(nn.Module):
     """The teacher's network: (x_t (B, 3, H, W), t (B,)) -> v (B, 3, H, W).
 
     forward's gains: (B, blocks), one of every residual block in the order of evaluation; or
-    (B, channels) of every channel of their branches; None or 0 columns: the plain network. (Gains
-    set by hand, on other branches: FreeU, Si et al. 2023, arXiv 2309.11497.)
+    (B, channels) of every channel of their branches; None or 0 columns: the plain network. Gains on
+    attention, skips or shortcuts besides made what is learned worse, at 3 jumps, by reward and by
+    judge. (Gains set by hand, on other branches: FreeU, Si et al. 2023, arXiv 2309.11497.)
     DEVIATES: in Ho et al. it predicts eps. That network spends its first epochs learning to copy
     x_t at high noise, and what is left of its error is magnified by 1 / sqrt(ab), up to 157 times,
     in x0_hat. Predicting v, an untrained network's eps_hat is right at t = T. The loss is theirs:
