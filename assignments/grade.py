@@ -491,7 +491,7 @@ def exercise_7(ddpm, g):
                                     f"{before - 0.7 * (before - best):.4f} is wanted"), **told)
                 continue
             same((theirs - first)[1:, 1], (right - first)[1:, 1], "with the random numbers drawn "
-                 "as the docstring says, how far the leans moved in a few updates", 1e-3, **told)
+                 "as the docstring says, how far the leans moved", 1e-3, **told)
             same(theirs[0, 1], torch.zeros(()), "the first lean stays 0", 0, **told)
             wanted = 1000 * torch.sigmoid(right[:-1, 0]).cumprod(0) - torch.tensor(
                 start.times[1:-1])
@@ -522,9 +522,10 @@ def exercise_8(yours, g):
                 theta=theta, mu=mu, s1=s1, s2=s2, c=c, group=group)
             for value, right, what in zip(pair(theirs, "expected returns two numbers"), toy(
                     theta, mu, s1, s2, c, group), ("advantage", "reward")):
-                same(torch.as_tensor(value), right, f"the expectation of {what} times score", 1e-4,
+                same(torch.as_tensor(value), right, f"the expectation of {what} times score (how "
+                     "does the partner's reward go with a score that is not its own?)", 1e-4,
                      **told)
-    f = yours.other_pairs
+    f = yours.paired_advantages
     for _ in range(TRIALS):
         M, G = whole(g, 2, 3), 2 * whole(g, 2, 4)
         r, told = draw(g, M * G), dict(group=G)
@@ -570,7 +571,7 @@ EXERCISES = {1: (["ddpm"], exercise_1), 2: (["ddpm"], exercise_2), 3: (["ddpm"],
 
 HANDED = ("q_sample", "simple_loss", "x0_and_eps", "ddim_sigma", "jump", "dpm_lean",
           "average_velocity", "advantages", "landing_logp", "clipped_surrogate", "policy_gradient",
-          "score", "expected", "other_pairs")
+          "score", "expected", "paired_advantages")
 
 
 def careful(function):

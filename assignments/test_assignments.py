@@ -61,8 +61,8 @@ MASKED = "* action_mask(len(mean), 0)"
 REWARDED = "R = -(x_0 - target[pick]).square().sum(1)"
 LESS = "A = R - R.reshape(-1, 2).mean(1).repeat_interleave(2)"
 MOVED = "mean = mean + rate * std * (A[:, None, None] * noise).mean(0)"
-STUB = 'raise NotImplementedError("exercise 8: other_pairs, see its docstring")'
-SCORE, EXPECTED = (STUB.replace("other_pairs", name) for name in ("score", "expected"))
+STUB = 'raise NotImplementedError("exercise 8: paired_advantages, see its docstring")'
+SCORE, EXPECTED = (STUB.replace("paired_advantages", name) for name in ("score", "expected"))
 DERIVED = "return (x2 - theta * x1) * x1 / s2 ** 2"
 MEANS = ("own = -2 * (theta * (mu ** 2 + s1 ** 2) - c * mu)\n"
          "    partner = 2 * (theta * (mu ** 2 - s1 ** 2) - c * mu)\n"
@@ -308,7 +308,7 @@ class Grader(unittest.TestCase):
                 continue
             for module, fake in itertools.product((MODULES[name] for name in names), fakes):
                 mine = [name for name in handout.EXERCISES.get(
-                    number, ["score", "expected", "other_pairs"])
+                    number, ["score", "expected", "paired_advantages"])
                         if hasattr(module, name)
                         and getattr(module, name).__module__ == module.__name__]
                 self.assertGreater(len(mine), 0)

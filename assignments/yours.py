@@ -11,15 +11,16 @@ def score(x1, x2, theta, s2):
 
 
 def expected(theta, mu, s1, s2, c, group):
-    """Two expectations over e1, e2, as numbers: of advantage times score, where the advantage is R
-    less the mean of a group of group / 2 pairs that holds it; and of R times score, which is the
-    derivative of E[R] by theta."""
+    """Two expectations over e1, e2: of advantage times score, where the advantage is R less the mean
+    R of its group, itself and its partner included, of group / 2 pairs with noise of their own; and
+    of R times score. All but `group` are tensors of shape (); so are the two."""
     raise NotImplementedError("exercise 8: expected, see its docstring")
 
 
-def other_pairs(reward, group):
+def paired_advantages(reward, group):
     """Advantages (M * group,) of rewards (M * group,), whose members of a group stand side by side,
-    members 2i and 2i + 1 being an opposite pair: each reward less a baseline, the plain mean of all
-    rewards of its group but its own and its partner's. Nothing is scaled. ValueError: a group that
-    is one pair alone, or holds half a pair."""
-    raise NotImplementedError("exercise 8: other_pairs, see its docstring")
+    members 2i and 2i + 1 being an opposite pair. Each reward less a baseline of its group, with
+    which the expectation of advantage times score is that of R times score in every landing; it is
+    linear in the rewards, and all that it holds count alike. Nothing is scaled. ValueError: half a
+    pair, or a group in which there is no such baseline."""
+    raise NotImplementedError("exercise 8: paired_advantages, see its docstring")

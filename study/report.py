@@ -13,7 +13,6 @@ from harness.runs import ROOT, BadInput, write_whole
 
 FIGURE = ROOT / "figures" / "study.png"
 MARKERS = "<!-- tables: begin -->", "<!-- tables: end -->"
-COMPARED = 3                                    # evaluations K of the figure's second panel
 
 # ==== TABLES ==================================================================================
 
@@ -105,41 +104,52 @@ def tables(rows, missing):
 
 # ==== FIGURE ==================================================================================
 
-def picture(rows, path):
-    """Distance to the target against K, of baselines and both policy gradients; and against
-    training evaluations at K = COMPARED, of every method."""
-    figure, axes = new_figure(1, 2, (15, 5))
-    lines = lines_of(rows)
+COLOURS = {"policy gradient": "tab:red", "search": "grey", "reward's own gradient": "tab:green",
+           "fixed loss": "tab:blue"}
+KINDS = dict(search="search", pathwise="reward's own gradient", fixed="fixed loss",
+             baseline="fixed loss")             # of the groups of arms.py; all others are ours
+PANELS = 2, 3, 4
+WORDS = {"policy gradient": "policy gradient, times, leans, gains",
+         "policy gradient, no gains": "policy gradient, times and leans",
+         "weights": "policy gradient, weights (x_next)", "pathwise": "pathwise, times, leans, gains",
+         "weights, from learned jumps": "policy gradient, weights, from learned jumps",
+         "the same, from learned block gains": "policy gradient, channel gains, from block gains",
+         "regression": "regression, times, leans, gains", "as the paper": "policy gradient, --paper",
+         "shuffled advantages": "placebo: shuffled advantages"}
 
-    def distance(same):
-        return max(1e-4, -statistics.fmean(row["reward"] for row in same))  # 0: no place on a log
-    for i, ((init, name), at) in enumerate(lines.items()):
-        baseline = all(row["group"] == "baseline" for same in at.values() for row in same)
-        if baseline or name in (arms.JUMPS, "weights"):
-            style = ":" if baseline and init == "teacher" else "--" if baseline else "-"
-            axes[0].plot([*at], [distance(same) for same in at.values()], "o" + style, markersize=4,
-                         label=f"{init}, {name}")
-        if COMPARED in at:
-            y, x = distance(at[COMPARED]), at[COMPARED][0]["trained"]
-            if x:
-                error = statistics.fmean(row["reward_error"] for row in at[COMPARED])
-                axes[1].errorbar(x, y, error, fmt="os^D"[i // 10 % 4], label=f"{init}, {name}")
-            else:
-                axes[1].axhline(y, color="grey", linestyle=":")
-                axes[1].annotate(f"{init}, {name}", (0, y), xycoords=("axes fraction", "data"),
-                                 fontsize=7, color="grey", va="bottom")
-    axes[0].set(xscale="log", yscale="log", xlabel="network evaluations K",
-                ylabel="distance to the target, -reward")
-    ticks = sorted({K for at in lines.values() for K in at})
-    axes[0].set_xticks(ticks, ticks)
-    axes[0].minorticks_off()
-    axes[1].set(xscale="log", yscale="log", xlabel="training evaluations",
-                title=f"K = {COMPARED}; error bars over noises")
-    for axis in axes:
+
+def picture(rows, path):
+    """Per cent closed of what the teacher's best baseline leaves, a line per method, a panel per K;
+    a dot per seed; best above. Clones are shown too, whatever they cost."""
+    best, shown = {}, {}
+    for row in rows:
+        if (row["group"], row["init"]) == ("baseline", "teacher") and row["steps"] in PANELS:
+            best[row["steps"]] = max(row["reward"], best.get(row["steps"], row["reward"]))
+    for (init, name), at in lines_of(rows).items():
+        group = next(iter(at.values()))[0]["group"]
+        if (init == "teacher") != (group == "baseline"):
+            cost = max(row["trained"] for same in at.values() for row in same) / 1e6
+            label = WORDS.get(name, name) if init == "teacher" else (
+                f"{init} after {cost:.1f} M of cloning")
+            closed = {K: [100 * (1 - row["reward"] / best[K]) for row in at[K]]
+                      for K in best if K in at}
+            if closed:
+                shown[label] = closed, KINDS.get(group, "policy gradient")
+    order = sorted(shown, key=lambda label: statistics.fmean(
+        statistics.fmean(values) for values in shown[label][0].values()))
+    figure, axes = new_figure(1, len(PANELS), (13, 1.2 + 0.25 * len(order)), sharey=True)
+    for axis, K in zip(axes, PANELS):
+        for y, label in enumerate(order):
+            values, kind = shown[label][0].get(K, []), shown[label][1]
+            axis.plot([max(v, -30) for v in values], [y] * len(values), "o", alpha=0.7,
+                      color=COLOURS[kind])
+        axis.set(title=f"{K} evaluations", xlabel="% closed", xlim=(-33, 100),
+                 yticks=range(len(order)), yticklabels=order)
+        axis.axvline(0, color="black", linewidth=0.8)
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7, loc="upper left" if axis is axes[1] else "lower left",
-                        **(dict(bbox_to_anchor=(1, 1)) if axis is axes[1] else {}))
+    for kind, colour in COLOURS.items():
+        axes[0].plot([], [], "o", color=colour, label=kind)
+    axes[0].legend(fontsize=8, loc="lower right")
     figure.savefig(path)
 
 
