@@ -20,8 +20,8 @@ README.md LICENSE harness/__init__.py harness/checkpoints.py harness/figures.py 
 harness/runs.py checkpoints/README.md checkpoints/coach.pt checkpoints/judge.pt
 checkpoints/policy.pt checkpoints/student.pt checkpoints/student_copy.pt checkpoints/teacher.pt
 checkpoints/teacher_earlier.pt checkpoints/train_encoders.py figures/ddpm.png figures/estimators.png
-figures/images.png figures/learned.png figures/loop.png figures/student.png figures/study.png
-figures/teacher.png figures/teacher_loss.png study/README.md assignments/README.md
+figures/images.png figures/learned.png figures/loop.png figures/paper.png figures/student.png
+figures/study.png figures/teacher.png figures/teacher_loss.png study/README.md assignments/README.md
 assignments/reading.md assignments/grade.py assignments/bugs.py assignments/measure.py
 assignments/yours.py""".split()
 JUMP = """Mean (B, ...) and sigma (B,) of the jump t -> t_next.
@@ -40,7 +40,7 @@ is x0's share; at t = 0 it is x0. alpha_bar: (T + 1,). Images and points (B, 2) 
         "simple_loss": """How far off the network is about the noise mixed into x0. A scalar.
 
 The mean over everything of the squared error of eps_hat. The network, net(x_t, t) -> v, is asked
-once, about q_sample's x_t; x0_and_eps makes eps_hat of its answer, in float32 whatever it came in."""},
+once, about q_sample's x_t; x0_and_eps makes eps_hat of its answer, in float32 whatever it was."""},
     2: {"ddim_sigma": """Standard deviation (B,) of the noise that a jump t -> t_next adds.
 
 eta times that of x_next when x_t and x0 are known, in DDPM's forward process: by Bayes' rule from
@@ -83,8 +83,8 @@ u, is all that learns. Entries that do not act (action_mask) are not explored an
 (K, 2) (torch.randn): each of these points is rolled out twice, by that noise and by its opposite.
 The reward is minus the squared distance of where sample() ends to the target; advantages are as
 in exercise 5 (written again here: this file imports none), the two of a point being the group. The
-mean goes by `rate` along the average over all 128 of advantage times score, times std^2, so that a step is in units of what was explored. Returned is
-lists_of(mean). x_T, target: (N, 2)."""}}
+mean goes by `rate` along the average over all 128 of advantage times score, times std^2, so that a
+step is in units of what was explored. Returned is lists_of(mean). x_T, target: (N, 2)."""}}
 
 
 # (file, what would give an answer away, instead); in README.md where it stands there
@@ -101,7 +101,8 @@ VEILED = (
      "brought nothing (measured at 3 jumps).", "Opposite pairs: exercise 8."),
     ("README.md", "(reward - mean of the pair) / rms over the batch", "... (exercise 5)"),
     ("README.md", TWENTY_LINES, "(exercise 7)\n"),
-    ("README.md", "python test_all.py          # that everything is what it says, two minutes\n", ""),
+    ("README.md", "python test_all.py          # that everything is what it says, two minutes\n",
+     ""),
     ("README.md", "min(ratio A, clip(ratio, 0.8, 1.2) A)", "... (exercise 6)"),
     ("assignments/README.md", "python assignments/handout.py ../my_redif         # by the lecturer:"
      " the repository with the exercises blank\ncd ../my_redif && ", ""))

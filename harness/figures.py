@@ -70,20 +70,19 @@ def plot_panels(panels, path, **axes_settings):
 
 def plot_learned(folder, start, learned):
     """learned.png: reward over training, from log.jsonl; of its first and last row the times, leans
-    and gains. start, learned: Rows of the table."""
+    and gains, where they moved. start, learned: Rows of the table."""
     log = [row for row in read_log(Path(folder, "log.jsonl")) if "held_out" in row]
     first, last = log[0], log[-1]
     updates, batch = [row["update"] for row in log], [row for row in log if "batch" in row]
-    K = len(last["leans"])
-    panels = [
-        ("update", "reward", [
-            ("held out", updates, [row["held_out"] for row in log], "o-"),
-            ("batch, exploring", [r["update"] for r in batch], [r["batch"] for r in batch], "-")]),
-        ("jumps made", "t", [(name, range(K + 1), row["times"], style) for name, row, style in (
-            (start.name, first, "--"), (learned.name, last, "o-"))]),
-        ("jump", "lean", [(name, range(1, K + 1), row["leans"], style) for name, row, style in (
-            (start.name, first, "--"), (learned.name, last, "o-"))])]
-    if last["gains"] and last["gains"][0]:
+    panels = [("update", "reward", [
+        ("held out", updates, [row["held_out"] for row in log], "o-"),
+        ("batch, exploring", [r["update"] for r in batch], [r["batch"] for r in batch], "-")])]
+    for x, y, name in (("jumps made", "t", "times"), ("jump", "lean", "leans")):
+        if first[name] != last[name]:
+            panels.append((x, y, [(row.name, range(y == "lean", len(last["times"])), of[name], style)
+                                  for row, of, style in ((start, first, "--"),
+                                                         (learned, last, "o-"))]))
+    if first["gains"] != last["gains"]:
         panels.append(("residual block" if len(last["gains"][0]) < 99 else "channel", "gain", [
             (f"jump {k + 1}", range(1, len(gains) + 1), gains, "-")
             for k, gains in enumerate(last["gains"])]))

@@ -29,7 +29,7 @@ SEARCH_NOISES, SEARCH_STD = 64, (1.0, 0.2)      # noises of each try; std, first
 POPULATION, ELITES = 16, 4                      # of a generation, De Boer et al. 2005
 CEM_STD = 1.0, 0.2                              # of the first generation; floor of all others
 PATHWISE_LR = 0.03                              # Adam's first rate of (logit rho, lean), falls to 0
-WEIGHTS_LR, REGRESSION_LR = 1e-5, 1e-4          # the same of the network's weights
+WEIGHTS_LR = REGRESSION_LR = 3e-5               # the same of the network's weights
 
 # ==== COMPETITORS =============================================================================
 # (net, start Solver of lists, (z (N, 3, H, W), View of the targets), reward, args of rl_distill.py,
