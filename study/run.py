@@ -119,13 +119,10 @@ def jump_arm(arm):
 
 
 def place(arm, seed, world):
-    """Folder of an arm's policy.pt, another one where flags, constants or checkpoints changed.
-    Delete runs/study where the code of the methods did."""
-    constants = {name: repr(value) for module in (rl_distill, arms)
-                 for name, value in vars(module).items() if name.isupper()
-                 and isinstance(value, (int, float, tuple, dict)) and " at 0x" not in repr(value)}
+    """Folder of an arm's policy.pt, another one where its flags or the checkpoints changed. Delete
+    runs/study where the code of the methods or a constant did."""
     before = place(jump_arm(arm), seed, world) if arm.start == "learned" else ""
-    known = world.files, settings(arguments(arm, seed, world)), constants, str(before)
+    known = world.files, settings(arguments(arm, seed, world)), str(before)
     word = hashlib.sha256(repr(known).encode()).hexdigest()[:8]
     words = f"{arm.group} {arm.name} {arm.init} {arm.steps} {seed} {word}"
     return world.home / "".join(c if c.isalnum() else "-" for c in words)
@@ -175,19 +172,6 @@ def play(arm, seed, world):
     return out / "policy.pt"
 
 
-def shown(arm, seed, world):
-    """The command that makes the deployed sampler of an arm."""
-    other = (arm.group, arm.init, arm.start) in (                  # that one starts elsewhere
-        ("weights", "teacher", "DDIM"), ("channel", "teacher", "learned"))
-    if arm.method != "train" or arm.group == "baseline" or other:
-        words = ["study/run.py", "--only", arm.group, "--seeds", str(seed)]
-    else:
-        words = ["rl_distill.py", *command(arm, seed)]
-        if arm.start == "learned":
-            words[words.index("--init") + 1] = str(play(jump_arm(arm), seed, world))
-    return " ".join(["python", *words])
-
-
 def commit():
     """Commit of the code that makes the rows, '+' where tracked files were changed since."""
     def git(*words):
@@ -225,7 +209,8 @@ def row_of(arm, seed, world, version):
                 mse=(images - target.images).square().mean().item(),
                 frechet=judged(images, world.judge), nfe=len(solver.leans), **more,
                 needs_gradient=arm.method in arms.NEED_GRADIENT, times=solver.times,
-                leans=solver.leans, command=shown(arm, seed, world), commit=version,
+                leans=solver.leans, commit=version,
+                command=f"python study/run.py --only {arm.group} --seeds {seed}",
                 torch=str(torch.__version__), device=device_name(world.device))
 
 

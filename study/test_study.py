@@ -199,15 +199,19 @@ class Books(unittest.TestCase):
         done = {arm.group + arm.name: arm for arm in arms.arms() if arm.steps == 3
                 and arm.init == "teacher" and arm.name != "DPM++"}
         for name in ("baselineDDIM", "weightsweights, from learned jumps", "searchcross-entropy",
-                     "channelthe same, from learned block gains", "placeboshuffled advantages"):
+                     "channelthe same, from learned block gains", "placeboshuffled advantages",
+                     "fixedcloning", "fixedregression of the weights", "fixedregression"):
             row = json.loads(json.dumps(run.row_of(done[name], 0, world, "c")))
             self.assertLessEqual(set(run.KEY), set(row))
             self.assertLessEqual(row["start_reward"], 0)
             folder = run.place(done[name], 0, world)
             self.assertEqual((folder / "policy.pt").exists(), not name.startswith("baseline"))
+            if name.startswith("fixed"):
+                self.assertEqual(row["numbers"] > 1000, name != "fixedregression")
+                self.assertFalse(row["needs_gradient"])
             if name.startswith("weights"):
                 jumps = run.place(run.jump_arm(done[name]), 0, world) / "policy.pt"
-                self.assertIn(str(jumps), row["command"])
+                self.assertIn("--only weights --seeds 0", row["command"])
                 content = rl_distill.load_model(jumps)[2]
                 parameters = sum(p.numel() for p in world.teacher.parameters())
                 self.assertEqual(row["numbers"], parameters + content["study"]["numbers"])
