@@ -238,7 +238,8 @@ def arms():
             for K in (2, 3, 4, 6, 8)]
     for name in ("random search", "cross-entropy"):
         out += [Arm("search", name, "teacher", K, method=name) for K in (2, 3, 4)]
-        out += [Arm("search", f"{name}, channel gains", "teacher", 3, channel, method=name)]
+        out += [Arm("search", f"{name}, {gains} gains", "teacher", 3, ("--gains", flag), method=name)
+                for gains, flag in (("no", "none"), ("channel", "channel"))]
     out += [Arm("pathwise", "pathwise", "teacher", K, method="pathwise") for K in (2, 3, 4)]
     out += [Arm("fixed", "regression", "teacher", K, method="regression") for K in (2, 3, 4)]
     for K in FEW:                       # about as many evaluations as the jumps

@@ -50,6 +50,13 @@ def table(rows, cell):
               for (init, name), at in lines.items())]
 
 
+def closed_cell(same):
+    """A cell for table(): per cent closed; or, where that is no share any more, where it started."""
+    if statistics.fmean(row["closed"] for row in same) < -1:
+        return f"far below {same[0]['start']}"
+    return column("closed", ".0f", "closed_error", 100)(same)
+
+
 def column(name, form, error=None, scale=1):
     """A cell for table(): mean ± std over seeds of a column (mean of its error over noises)."""
     def cell(same):
@@ -91,8 +98,7 @@ def tables(rows, missing):
               "on these very noises:", "", *table(rows, column("reward", ".3f", "reward_error"))]
     if learned(rows):
         lines += ["", "Per cent closed of what the strongest baseline of the same network and K "
-                  "leaves to the target, paired:", "", *table(learned(rows), column(
-                      "closed", ".0f", "closed_error", 100))]
+                  "leaves to the target, paired:", "", *table(learned(rows), closed_cell)]
     lines += ["", f"Fréchet distance in the judge's features of these {words('n')} images to all "
               f"training images.{''.join(target)}", "", *table(rows, column("frechet", ".2f"))]
     if learned(rows):
@@ -109,6 +115,10 @@ COLOURS = {"policy gradient": "tab:red", "search": "grey", "reward's own gradien
 KINDS = dict(search="search", pathwise="reward's own gradient", fixed="fixed loss",
              baseline="fixed loss")             # of the groups of arms.py; all others are ours
 PANELS = 2, 3, 4
+SIZES = {"policy gradient": ("policy gradient, no gains", "policy gradient",
+                             "policy gradient, channel gains"),
+         **{name: (f"{name}, no gains", name, f"{name}, channel gains")
+            for name in ("cross-entropy", "random search")}}
 WORDS = {"policy gradient": "policy gradient, times, leans, gains",
          "policy gradient, no gains": "policy gradient, times and leans",
          "weights": "policy gradient, weights (x_next)", "pathwise": "pathwise, times, leans, gains",
@@ -153,6 +163,24 @@ def picture(rows, path):
     figure.savefig(path)
 
 
+def sizes(rows, path):
+    """Per cent closed at 3 evaluations against how many numbers are learned, a line per method."""
+    figure, axis = new_figure(size=(5.5, 3.4))
+    for (method, names), colour in zip(SIZES.items(), ("tab:red", "black", "grey")):
+        found = [[row for row in rows if (row["init"], row["name"], row["steps"])
+                  == ("teacher", name, 3)] for name in names]
+        found = [same for same in found if same]
+        axis.plot([same[0]["numbers"] for same in found], [statistics.fmean(
+            100 * row["closed"] for row in same) for same in found], "-", color=colour)
+        axis.plot([row["numbers"] for same in found for row in same],
+                  [100 * row["closed"] for same in found for row in same], "o", color=colour,
+                  label=method)
+    axis.set(xscale="log", xlabel="numbers learned, at 23 thousand evaluations", ylabel="% closed")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path)
+
+
 # ==== INTO THE README =========================================================================
 
 def write(rows, missing, path, figure=FIGURE):
@@ -169,4 +197,5 @@ def write(rows, missing, path, figure=FIGURE):
     write_whole(path, between.sub(lambda _: f"\n{text}\n", old, count=1).encode())
     if rows:
         picture(rows, figure)
+        sizes(rows, figure.with_name("study_sizes.png"))
     print(f"wrote {path}")
