@@ -207,7 +207,7 @@ class Arm(NamedTuple):
     init: str                           # whose network, a key of INIT
     steps: int                          # K
     flags: tuple = ()                   # of rl_distill.py, besides --init, --steps and --seed
-    start: str = "best"                 # kind of baseline solver; "best"; "learned": arm JUMPS
+    start: str = "best"                 # kind of baseline solver; "best"; or a key of LEARNED
     method: str = "train"               # of rl_distill.py; "placebo"; or a key of COMPETITORS
 
 
@@ -221,6 +221,7 @@ COMPETITORS = {"random search": random_search, "cross-entropy": cross_entropy,
 NEED_GRADIENT = "pathwise", "pathwise weights"  # of the reward
 FIXED = [*COMPETITORS][-4:]                     # losses of the weights: they ask no reward
 JUMPS = "policy gradient"
+LEARNED = {"learned": ("jumps", JUMPS), "regression": ("fixed", "regression of the weights")}
 BASELINE_STEPS = {"teacher": (1, 2, 3, 4, 6, 8), "student": (1, 2, 3, 4, 8),
                   "copy": (1, 2, 3, 4, 8)}
 FEW = 1, 2, 3, 4
@@ -244,12 +245,15 @@ def arms():
     out += [Arm("fixed", "regression", "teacher", K, method="regression") for K in (2, 3, 4)]
     for K in FEW:                       # about as many evaluations as the jumps
         more = (*weights, "--updates", str(240 * K // (K + 4)))
+        longer = (*weights, "--updates", str(240 * K // (K + 4) + 60))      # as from regression
         out += [Arm("fixed", name, "teacher", K, more, method=name) for name in FIXED]
+        out += [Arm("fixed", "regression, longer", "teacher", K, longer, method=FIXED[0])]
         out += [Arm("weights", "weights", "teacher", K, more),
                 Arm("pathwise", "pathwise weights", "teacher", K, more, method="pathwise weights")]
     out += [Arm("weights", f"weights, from {words}", init, K, (*weights, *more.split()), start)
             for init, words, start, steps, more in (
                 ("teacher", "learned jumps", "learned", FEW, "--lr 1e-5 --updates 60"),
+                ("teacher", "regression", "regression", (2, 3, 4), "--lr 1e-5 --updates 60"),
                 ("teacher", "DDIM", "DDIM", (3,), ""),
                 ("student", "DDIM", "DDIM", FEW, "--lr 3e-6 --updates 60"),
                 ("copy", "DDIM", "DDIM", FEW, "--lr 3e-6 --updates 60")) for K in steps]

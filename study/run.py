@@ -113,15 +113,17 @@ def arguments(arm, seed, world):
     return args
 
 
-def jump_arm(arm):
-    """The arm whose learned jumps another starts at."""
-    return arms.Arm("jumps", arms.JUMPS, arm.init, arm.steps)
+def arm_before(arm):
+    """The arm whose result another starts at; None where that is a baseline."""
+    name = arms.LEARNED.get(arm.start)
+    return next((a for a in arms.arms() if (a.group, a.name) == name
+                 and (a.init, a.steps) == (arm.init, arm.steps)), None)
 
 
 def place(arm, seed, world):
     """Folder of an arm's policy.pt, another one where its flags or the checkpoints changed. Delete
     runs/study where the code of the methods or a constant did."""
-    before = place(jump_arm(arm), seed, world) if arm.start == "learned" else ""
+    before = place(arm_before(arm), seed, world) if arm_before(arm) else ""
     known = world.files, settings(arguments(arm, seed, world)), str(before)
     word = hashlib.sha256(repr(known).encode()).hexdigest()[:8]
     words = f"{arm.group} {arm.name} {arm.init} {arm.steps} {seed} {word}"
@@ -136,9 +138,9 @@ def play(arm, seed, world):
     if (out / "policy.pt").exists():
         return out / "policy.pt"
     args = arguments(arm, seed, world)
-    if arm.start == "learned":
-        net, solver, content = load_model(play(jump_arm(arm), seed, world), world.device)
-        start, past = "learned jumps", content["study"]
+    if arm_before(arm):
+        net, solver, content = load_model(play(arm_before(arm), seed, world), world.device)
+        start, past = arm_before(arm).name, content["study"]
     else:
         net, cloned = world.learner(arm.init)
         start, solver = world.start(arm.init, args.steps, arm.start)
@@ -161,7 +163,7 @@ def play(arm, seed, world):
                                          world.reward, args, out)
     seconds = time.time() - began
     numbers = (action_mask(args.steps, len(solver.gains[0])).sum().item() if jumps else
-               past["numbers"] + parameter_count(net))
+               past["numbers"] % parameter_count(net) + parameter_count(net))    # weights once
     study = dict(trained=past["trained"] + spent, cloned=past["cloned"], numbers=numbers,
                  minutes=past["minutes"] + seconds / 60)
     save_network(out / "policy.pt", "policy", net, provenance(

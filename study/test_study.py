@@ -160,7 +160,7 @@ class Arms(unittest.TestCase):
             self.assertEqual((args.steps, args.seed, args.init),
                              (arm.steps, 2, [arms.INIT[arm.init]]))
             self.assertIn(arm.method, {"train", "placebo", *arms.COMPETITORS})
-            self.assertTrue(arm.start != "learned" or run.jump_arm(arm) in found)
+            self.assertEqual(run.arm_before(arm) in found, arm.start in arms.LEARNED)
 
     def test_gains_of_blocks_given_to_channels_change_no_image(self):
         net, z = tiny(), seeded_noise(range(2), (3, 4, 4))
@@ -210,7 +210,7 @@ class Books(unittest.TestCase):
                 self.assertEqual(row["numbers"] > 1000, name != "fixedregression")
                 self.assertFalse(row["needs_gradient"])
             if name.startswith("weights"):
-                jumps = run.place(run.jump_arm(done[name]), 0, world) / "policy.pt"
+                jumps = run.place(run.arm_before(done[name]), 0, world) / "policy.pt"
                 self.assertIn("--only weights --seeds 0", row["command"])
                 content = rl_distill.load_model(jumps)[2]
                 parameters = sum(p.numel() for p in world.teacher.parameters())
