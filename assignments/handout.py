@@ -21,9 +21,9 @@ harness/runs.py checkpoints/README.md checkpoints/coach.pt checkpoints/judge.pt
 checkpoints/policy.pt checkpoints/student.pt checkpoints/student_copy.pt checkpoints/teacher.pt
 checkpoints/teacher_earlier.pt checkpoints/train_encoders.py figures/ddpm.png figures/estimators.png
 figures/images.png figures/learned.png figures/loop.png figures/paper.png figures/student.png
-figures/study.png figures/teacher.png figures/teacher_loss.png study/README.md assignments/README.md
-assignments/reading.md assignments/grade.py assignments/bugs.py assignments/measure.py
-assignments/yours.py""".split()
+figures/study.png figures/study_sizes.png figures/teacher.png figures/teacher_loss.png
+study/README.md assignments/README.md assignments/reading.md assignments/grade.py
+assignments/bugs.py assignments/measure.py assignments/yours.py""".split()
 JUMP = """Mean (B, ...) and sigma (B,) of the jump t -> t_next.
 
 Without lean (exercise 2): if x0_hat is right, so that x_t is q_sample of it with some eps, then

@@ -124,6 +124,9 @@ WORDS = {"policy gradient": "policy gradient, times, leans, gains",
          "weights": "policy gradient, weights (x_next)", "pathwise": "pathwise, times, leans, gains",
          "weights, from learned jumps": "policy gradient, weights, from learned jumps",
          "the same, from learned block gains": "policy gradient, channel gains, from block gains",
+         "pathwise weights": "pathwise, weights", "regression of the weights": "regression, weights",
+         "regression, longer": "regression, weights, half more",
+         "weights, from regression": "policy gradient, weights, after regression",
          "regression": "regression, times, leans, gains", "as the paper": "policy gradient, --paper",
          "shuffled advantages": "placebo: shuffled advantages"}
 
@@ -153,7 +156,7 @@ def picture(rows, path):
             values, kind = shown[label][0].get(K, []), shown[label][1]
             axis.plot([max(v, -30) for v in values], [y] * len(values), "o", alpha=0.7,
                       color=COLOURS[kind])
-        axis.set(title=f"{K} evaluations", xlabel="% closed", xlim=(-33, 100),
+        axis.set(title=f"{K} evaluations", xlabel="% closed (-30: or less)", xlim=(-33, 100),
                  yticks=range(len(order)), yticklabels=order)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.grid(alpha=0.3)
