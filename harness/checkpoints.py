@@ -105,7 +105,7 @@ def load_state(path, parts):
         log.unlink(missing_ok=True)
         save_state(path, parts, 0, 0.0)
     state, device = load_checkpoint(path, "state"), device_of(parts)
-    with rebuilding(path, "state for this run"):
+    with rebuilding(path, "state for the flags given"):
         if state["device"] != device.type:
             raise BadInput(f"{path} was made on {state['device']} and goes on there alone, not on "
                            f"{device.type}: give --device {state['device']}")

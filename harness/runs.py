@@ -49,7 +49,8 @@ class Parser(argparse.ArgumentParser):
         if getattr(args, "resume", False):
             path = Path(args.out or "", "config.json")
             if not args.out or not path.is_file():
-                raise BadInput(f"--resume needs --out DIR of a run; no run to resume in {args.out}")
+                raise BadInput("--resume needs --out DIR of a run; there is no run to resume"
+                               + f" in {args.out}" * bool(args.out))
             with rebuilding(path, "settings"):
                 self.set_defaults(**json.loads(path.read_bytes())["flags"])
             args = super().parse_args(argv)
