@@ -20,6 +20,7 @@ from ddpm import (SOLVERS, T, estimate, expand_like, jump, linear_alpha_bar,   #
                   lists_of, action_of, solver_of)
 from harness.runs import autocast                                              # noqa: E402
 import losses                                                                  # noqa: E402
+from reward import View, mse_reward                                            # noqa: E402
 from rl_distill import (JUMPS_FASTER, JumpPolicy, exploration_scale,            # noqa: E402
                         first_std, number_of_gains)
 from teacher import TARGET, draw                                               # noqa: E402
@@ -123,22 +124,14 @@ def ascend(groups, numbers, net, train_set, reward, args, budget):
     """Adam on parameter groups through the whole rollout of numbers() -> u (K, 2 + n). Needs a
     reward that autograd sees through, and the memory of M x K evaluations. One noise costs 3 K:
     forward, and backward twice that. Returns the network evaluations that were spent."""
-    generator, device = torch.Generator().manual_seed(args.seed), train_set[0].device
+    device, size = train_set[0].device, min(args.noises, len(train_set[0]))
     schedule = SmoothSchedule(linear_alpha_bar(device))
-    size = min(args.noises, len(train_set[0]))
-    cost = size * (1 + losses.BACKWARD) * args.steps
-    optimizer, updates = torch.optim.Adam(groups), max(1, budget // cost)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for update in range(updates):
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * (1 - update / updates)
+
+    def loss_of(generator):
         z, target = pick(size, generator, *train_set)
-        with autocast(device):
-            loss = -reward(smooth_rollout(net, numbers(), z, schedule), target).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return updates * cost
+        return -reward(smooth_rollout(net, numbers(), z, schedule), target).mean()
+    return losses.descend(groups, loss_of, size * (1 + losses.BACKWARD) * args.steps, args, budget,
+                          device)
 
 
 def pathwise(net, start, train_set, reward, args, budget):
@@ -166,7 +159,7 @@ def pathwise_weights(net, start, train_set, reward, args, budget, rate=None):
 
 def squared_error(images, target):
     """-mean squared error over pixels, (B,); target: a View."""
-    return -(images - target.images).square().mean((1, 2, 3))
+    return mse_reward(View(images, [], None), target)
 
 
 def regression_jumps(net, start, train_set, reward, args, budget):

@@ -26,21 +26,29 @@ ROUNDS = 4                                      # of progressive distillation: 1
 EMA = 0.95                                      # of the consistency target, per update
 
 
-def descend(net, loss_of, cost, rate, args, budget):
-    """Adam on all weights: loss_of(net, share of the updates done, generator). cost: evaluations of
-    one example. Returns the evaluations that were spent."""
-    generator, device = torch.Generator().manual_seed(args.seed), next(net.parameters()).device
-    optimizer = torch.optim.Adam(net.requires_grad_(True).parameters(), lr=rate)
-    updates = max(1, budget // (BATCH * cost))
+def descend(groups, loss_of, cost, args, budget, device):
+    """Adam on parameter groups, whose rates fall to 0, of loss_of(generator); cost: evaluations of
+    one update. Returns the evaluations that were spent."""
+    generator = torch.Generator().manual_seed(args.seed)
+    optimizer, updates = torch.optim.Adam(groups), max(1, budget // cost)
+    rates = [group["lr"] for group in optimizer.param_groups]
     for update in range(updates):
-        optimizer.param_groups[0]["lr"] = rate * (1 - update / updates)
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * (1 - update / updates)
         with autocast(device):
-            loss = loss_of(net, update / updates, generator)
+            loss = loss_of(generator)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    return updates * cost
+
+
+def descend_weights(net, loss_of, each, rate, args, budget):
+    """The same of all weights, in batches of BATCH examples that cost `each` evaluations."""
+    groups = [dict(params=[*net.requires_grad_(True).parameters()], lr=rate)]
+    spent = descend(groups, loss_of, BATCH * each, args, budget, next(net.parameters()).device)
     net.requires_grad_(False)
-    return updates * BATCH * cost
+    return spent
 
 
 def paths_of(net, z):
@@ -62,10 +70,10 @@ def cloning(net, start, train_set, reward, args, budget):
     paths, alpha_bar, draw_rows = paths_of(net, train_set[0])
     net = student_from_teacher(net).to(paths.device)
 
-    def loss_of(net, done, generator):
+    def loss_of(generator):
         t, t_next = draw_jumps(BATCH, generator)
         return clone_loss(net, paths, draw_rows(generator), t, t_next, alpha_bar)
-    spent = descend(net, loss_of, 1 + BACKWARD, RATES["cloning"], args, budget)
+    spent = descend_weights(net, loss_of, 1 + BACKWARD, RATES["cloning"], args, budget)
     return baseline_solver("DDIM", "quadratic", args.steps), spent, net
 
 
@@ -77,7 +85,7 @@ def progressive(net, start, train_set, reward, args, budget):
         before, grid = copy.deepcopy(net), torch.tensor(make_grid("quadratic", 2 * K))
         before.requires_grad_(False)
 
-        def loss_of(net, done, generator):
+        def loss_of(generator):
             rows, k = draw_rows(generator), 2 * torch.randint(K, (BATCH,), generator=generator)
             t, t_mid, t_next = grid[k], grid[k + 1], grid[k + 2]
             x_t = x = state_at(paths, rows, t, alpha_bar)
@@ -87,8 +95,8 @@ def progressive(net, start, train_set, reward, args, budget):
                     x, _ = jump(x, x0_hat, now, then, alpha_bar)
             return F.mse_loss(net(x_t, t, t_next).float(),
                               average_velocity(x_t, x, t, t_next, alpha_bar))
-        spent += descend(net, loss_of, 2 + 1 + BACKWARD, RATES["progressive"], args,
-                         budget // ROUNDS)
+        spent += descend_weights(net, loss_of, 2 + 1 + BACKWARD, RATES["progressive"], args,
+                                 budget // ROUNDS)
     return baseline_solver("DDIM", "quadratic", args.steps), spent, net
 
 
@@ -98,7 +106,7 @@ def consistency(net, start, train_set, reward, args, budget):
     paths, alpha_bar, draw_rows = paths_of(net, train_set[0])
     ema, grid = copy.deepcopy(net), torch.tensor(TARGET.times)
 
-    def loss_of(net, done, generator):
+    def loss_of(generator):
         for old, new in zip(ema.parameters(), net.parameters()):
             old.lerp_(new.detach(), 1 - EMA)
         rows, k = draw_rows(generator), torch.randint(len(grid) - 1, (BATCH,), generator=generator)
@@ -108,5 +116,5 @@ def consistency(net, start, train_set, reward, args, budget):
             aim = estimate(ema, x_next, t_next, None, None, alpha_bar)
         aim = torch.where((t_next > 0)[:, None, None, None], aim, x_next)
         return F.mse_loss(estimate(net, paths[rows, k], t, None, None, alpha_bar), aim)
-    spent = descend(net, loss_of, 1 + 1 + BACKWARD, RATES["consistency"], args, budget)
+    spent = descend_weights(net, loss_of, 1 + 1 + BACKWARD, RATES["consistency"], args, budget)
     return baseline_solver("DDIM", "quadratic", args.steps), spent, net

@@ -123,8 +123,9 @@ def arm_before(arm):
 def place(arm, seed, world):
     """Folder of an arm's policy.pt, another one where its flags or the checkpoints changed. Delete
     runs/study where the code of the methods or a constant did."""
-    before = place(arm_before(arm), seed, world) if arm_before(arm) else ""
-    known = world.files, settings(arguments(arm, seed, world)), str(before)
+    before = arm_before(arm)
+    known = (world.files, settings(arguments(arm, seed, world)),
+             str(place(before, seed, world)) if before else "")
     word = hashlib.sha256(repr(known).encode()).hexdigest()[:8]
     words = f"{arm.group} {arm.name} {arm.init} {arm.steps} {seed} {word}"
     return world.home / "".join(c if c.isalnum() else "-" for c in words)
@@ -138,9 +139,9 @@ def play(arm, seed, world):
     if (out / "policy.pt").exists():
         return out / "policy.pt"
     args = arguments(arm, seed, world)
-    if arm_before(arm):
-        net, solver, content = load_model(play(arm_before(arm), seed, world), world.device)
-        start, past = arm_before(arm).name, content["study"]
+    if before := arm_before(arm):
+        net, solver, content = load_model(play(before, seed, world), world.device)
+        start, past = before.name, content["study"]
     else:
         net, cloned = world.learner(arm.init)
         start, solver = world.start(arm.init, args.steps, arm.start)
