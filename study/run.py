@@ -151,6 +151,7 @@ def play(arm, seed, world):
     shutil.rmtree(out, ignore_errors=True)                          # of a run that was killed
     out.mkdir(parents=True)
     spent = training_evaluations(args, min(args.noises, len(world.train_set[0])))
+    torch.manual_seed(seed)                     # of the layer that a JumpUNet adds to the teacher
     jumps, began = args.learn == "jumps", time.time()
     with open(out / "printed.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
             mock.patch.object(rl_distill, "LOG_EVERY", args.updates), \
