@@ -21,7 +21,7 @@ from torch import nn
 
 # For the demonstration and main alone:
 from harness.figures import plot_points
-from harness.runs import claim_run, log_line, parser_for, pick_device, run_flags, run_main
+from harness.runs import claim_run, log_line, parser_for, pick_device, run_main
 
 # ==============================================================================================
 # CONVENTIONS, used in every file
@@ -466,8 +466,8 @@ def policy_gradient(net, x_T, target, start, alpha_bar, generator, updates=200, 
 
 
 def demo(out, seed, device):
-    """Solvers on a mixture of six, and one that is learned, against 1000 jumps; table and picture.
-    """
+    """Three jumps, of the solvers and of one that is learned, on a mixture of six; where 1000 jumps
+    end is the target. Prints a table and draws a picture."""
     alpha_bar, generator = linear_alpha_bar(device), torch.Generator().manual_seed(seed)
     corner = torch.arange(6, device=device) * math.pi / 3
     net = MixtureNet(0.7 * torch.stack([corner.cos(), corner.sin()], 1), 0.07, alpha_bar)
@@ -475,38 +475,31 @@ def demo(out, seed, device):
     ends = [sample(net, x, baseline_solver("DDIM", "uniform", T), alpha_bar) for x in x_T]
 
     def rms(solver, i=1):
-        return (sample(net, x_T[i], solver, alpha_bar) - ends[i]).square().sum(1).mean().sqrt()
-    print("rms distance to where 1000 jumps end, best of three grids\n  NFE"
-          + "".join(f"{kind:>10s}" for kind in SOLVERS) + "   learned   times | leans")
-    for steps in (2, 3, 4, 6, 8, 20):
-        solvers, text = {kind: min((baseline_solver(kind, grid, steps) for grid in GRIDS),
-                                   key=lambda solver: rms(solver, 0)) for kind in SOLVERS}, ""
-        if steps == 3:
-            learned = policy_gradient(net, x_T[0], ends[0], solvers["DDIM"], alpha_bar, generator)
-            shown = solvers = {**solvers, "learned": learned}
-            text = "   {} {} {} {} | {:.2f} {:.2f} {:.2f}".format(*learned.times, *learned.leans)
-        row = [rms(solver).item() for solver in solvers.values()]
-        print(f"{steps:5d}" + "".join(f"{value:10.4f}" for value in row) + text)
-        log_line(out / "log.jsonl", nfe=steps, rms=row)
-    del shown["DPM++"]
+        x_0 = sample(net, x_T[i], solver, alpha_bar)
+        return (x_0 - ends[i]).square().sum(1).mean().sqrt().item()
+    solvers = {kind: min((baseline_solver(kind, grid, 3) for grid in GRIDS),
+                         key=lambda solver: rms(solver, 0)) for kind in SOLVERS}
+    solvers["learned"] = policy_gradient(net, x_T[0], ends[0], solvers["DDIM"], alpha_bar, generator)
+    print("three jumps     rms distance to where 1000 jumps end; times | leans")
+    for name, solver in solvers.items():
+        print(f"{name:16s}{rms(solver):.4f}   {solver.times} |", *(f"{x:.2f}" for x in solver.leans))
+        log_line(out / "log.jsonl", name=name, rms=rms(solver), **solver._asdict())
+    del solvers["DPM++"]
     plot_points([*((f"3 jumps, {name}", sample(net, x_T[1], solver, alpha_bar))
-                   for name, solver in shown.items()), ("1000 jumps", ends[1])],
-                {name: shown[name].times for name in ("DDIM", "learned")}, out / "ddpm.png")
+                   for name, solver in solvers.items()), ("1000 jumps", ends[1])],
+                {name: solvers[name].times for name in ("DDIM", "learned")}, out / "ddpm.png")
 
 
 # ==== COMMAND LINE ============================================================================
 
 def parse_args(argv=None):
     """Command line of ddpm.py."""
-    p = parser_for(__doc__, "python ddpm.py --seed 1")
-    run_flags(p, trains=False)
-    return p.parse_args(argv)
+    return parser_for(__doc__, "python ddpm.py --seed 1", trains=False).parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     device, out = pick_device(args.device), claim_run(args, "ddpm")
-    print("config:", vars(args))
     demo(out, args.seed, device)
     print(f"wrote {out}/ddpm.png, log.jsonl")
 

@@ -20,11 +20,9 @@ from torch import nn
 # From earlier files:
 from ddpm import GRIDS, baseline_kinds, baseline_solver
 from teacher import draw, load_teacher, noise_and_targets
-from harness.checkpoints import frozen_network, load_checkpoint, rebuilding
+from harness.checkpoints import load_checkpoint, rebuild
 from harness.figures import plot_panels
-from harness.images import to_unit
-from harness.runs import (BadInput, claim_run, log_line, number, parser_for, pick_device, run_flags,
-                          run_main)
+from harness.runs import BadInput, claim_run, log_line, number, parser_for, pick_device, run_main
 
 BINS = 32                   # of the intensity histogram, per colour channel
 
@@ -88,8 +86,7 @@ def load_encoder(path, role, device="cpu"):
     Only its weights are frozen: gradients still reach the *images* (under no_grad they would not).
     """
     content = load_checkpoint(path, role)
-    with rebuilding(path, role):
-        net = frozen_network(ENCODERS[role](**content["config"]), content["weights"], path, device)
+    net = rebuild(ENCODERS[role], content, path, device)
     return net.to(memory_format=torch.channels_last), content
 
 
@@ -141,7 +138,7 @@ def mse_reward(seen, target):
 
 def histogram(images):
     """Smoothed intensity histogram per colour: (B, 3, H, W) -> (B, 3, BINS), each summing to 1."""
-    bins = (to_unit(images) * BINS).long().clamp(max=BINS - 1).flatten(2)      # (B, 3, HW)
+    bins = ((images.clamp(-1, 1) + 1) / 2 * BINS).long().clamp(max=BINS - 1).flatten(2)      # (B, 3, HW)
     counts = torch.ones(*bins.shape[:2], BINS, device=images.device)           # one each, smoothing
     counts = counts.scatter_add(2, bins, torch.ones_like(bins, dtype=torch.float))
     return counts / counts.sum(2, keepdim=True)
@@ -355,10 +352,9 @@ def show_rewards(images, coach, scales, path):
 
 def parse_args(argv=None):
     """Command line of reward.py."""
-    p = parser_for(__doc__, "python reward.py --encoders checkpoints --seed 1")
+    p = parser_for(__doc__, "python reward.py --encoders checkpoints --seed 1", trains=False)
     p.add_argument("--encoders", default="checkpoints", help="folder of the coach.pt to show")
     p.add_argument("--teacher", default="checkpoints/teacher.pt", help="whose images are shown")
-    run_flags(p, trains=False)
     return p.parse_args(argv)
 
 
@@ -368,7 +364,6 @@ def main(argv=None):
     coach, content = load_encoder(f"{args.encoders}/coach.pt", "coach", device)
     teacher, _ = load_teacher(args.teacher, device)
     out = claim_run(args, "reward")
-    print("config:", vars(args))
     _, images = noise_and_targets(teacher, args.seed, 32, device)
     table = show_rewards(images, coach, content["scales"], out / "rewards.png")
     log_line(out / "log.jsonl", **table)

@@ -27,12 +27,11 @@ from ddpm import (Solver, UNet, action_mask, expand_like, linear_alpha_bar, list
 from teacher import HELD_OUT, TARGET, load_teacher, noise_and_targets
 from student import JumpUNet, cloning_evaluations
 from reward import TERMS, Row, best_baselines, deploy, load_reward, print_table, rewards
-from harness.checkpoints import (frozen_network, load_checkpoint, load_state, provenance,
-                                 rebuilding, save_network, save_state)
+from harness.checkpoints import (load_checkpoint, load_state, provenance, rebuild, save_network,
+                                 save_state)
 from harness.figures import plot_learned, plot_strips
 from harness.runs import (BadInput, autocast, checksum, claim_run, device_name, log_line, number,
-                          parser_for, pick_device, read_log, run_flags, run_main, settings,
-                          write_whole)
+                          parser_for, pick_device, rebuilding, run_main, settings, write_whole)
 
 NOISES, BASELINE_NOISES = 128, 64       # training noises; those that choose the baseline solver
 HELD, MONITOR = 256, 64                 # held-out noises of the table; others, of the log
@@ -310,12 +309,11 @@ def diagnostics(seen, args):
 
 def load_model(path, device="cpu", kinds=("teacher", "student", "policy")):
     """Any checkpoint that makes images, frozen: (net, its own Solver or None, content)."""
-    content = load_checkpoint(path, kinds)
+    content = load_checkpoint(path, *kinds)
     kind = content["kind"]
     with rebuilding(path, kind):
         name = dict(teacher="UNet", student="JumpUNet").get(kind) or content["network"]
-        build = dict(UNet=UNet, JumpUNet=JumpUNet)[name]
-        net = frozen_network(build(**content["config"]), content["weights"], path, device)
+        net = rebuild(dict(UNet=UNet, JumpUNet=JumpUNet)[name], content, path, device)
         solver = Solver(*content["solver"]) if kind == "policy" else None
         if solver:                                                  # ValueError if impossible
             *_, gains = per_image(solver, 1, device)
@@ -334,7 +332,7 @@ def load_inputs(args, device):
             continue
         net, solver, content = load_model(path, device, ("student", "policy"))
         origin = content["provenance"]
-        if origin.get("teacher") != checksum([args.teacher]):
+        if origin.get("teacher") != checksum(teacher):
             raise BadInput(f"{path} was not distilled from {args.teacher}; give another one")
         K, n = (len(solver.leans), len((solver.gains or [[]])[0])) if solver else (args.steps, 0)
         if K != args.steps or args.learn == "jumps" and n not in (
@@ -373,7 +371,6 @@ def parse_args(argv=None):
       "0.03 (rho and lean three times it), of weights 1e-6..1e-4 *")
     a("--eta", type=number(float, 0, 1), help="of the weights' landings before the last, Eq. 16 "
       "DDIM; 0: only the last explores *")
-    run_flags(p)
     p.epilog += "".join(f" *  --{'learn ' * (name != 'paper')}{name}: {preset}"
                         for name, preset in PRESETS.items())
     p.set_defaults(**PRESETS[p.parse_args(argv).learn])             # where no flag is given
@@ -388,7 +385,7 @@ def parse_args(argv=None):
     return args
 
 
-def distil(learner, train_set, monitor_set, held_set, reward, args, out):
+def distil(learner, teacher, train_set, monitor_set, held_set, reward, args, out):
     """Baselines, training and deployment of one learner, into folder `out`. Returns its Rows."""
     name, net, own, trained = learner
     (z, target), K, first = held_set, args.steps, slice(BASELINE_NOISES)
@@ -403,7 +400,7 @@ def distil(learner, train_set, monitor_set, held_set, reward, args, out):
     trained += training_evaluations(args, min(args.noises, len(train_set[0])))
     save_network(out / "policy.pt", "policy", net, provenance(
         "rl_distill.py", args, seconds, z.device, start=rows[kind].name, trained=trained,
-        teacher=checksum([args.teacher])), network=type(net).__name__, solver=list(solver),
+        teacher=checksum(teacher)), network=type(net).__name__, solver=list(solver),
         half=all(torch.equal(w.half().float(), w) for w in net.parameters()))   # loses nothing
     net, solver, _ = load_model(out / "policy.pt", z.device)       # what is measured is the file
     learned = Row(f"{name}learned", K, trained, *deploy(net, solver, z, target, reward, alpha_bar),
@@ -415,11 +412,10 @@ def distil(learner, train_set, monitor_set, held_set, reward, args, out):
 
 def main(argv=None):
     args = parse_args(argv)
-    began, device = time.time(), pick_device(args.device, trains=args.learn != "jumps")
+    device = pick_device(args.device)
     teacher, learners, reward, judge = load_inputs(args, device)
     out = claim_run(args, "rl_distill")
     noises, watched, held = (8, 8, 8) if args.smoke else (NOISES, MONITOR, HELD)
-    print("config:", vars(args))
     print(f"device {device_name(device)} | {args.steps} evaluations per image, "
           f"{args.updates} updates of {min(args.noises, noises)} noises x {args.group}")
     sets = [(z, reward.view(target)) for z, target in (
@@ -430,19 +426,16 @@ def main(argv=None):
     for i, learner in enumerate(learners):
         folder = out / f"learner-{i + 1}" if i else out
         folder.mkdir(exist_ok=True)
-        if args.resume and (past := read_log(folder / "log.jsonl")):
-            began -= past[-1]["seconds"]                        # the minutes before count as well
-        rows += distil(learner, *sets, reward, args, folder)
+        rows += distil(learner, teacher, *sets, reward, args, folder)
         if not i:
             plot_strips([(f"{row.nfe} evaluations, {row.name}", row.images)
                          for row in rows[1:] + rows[:1]], 12, out / "images.png")
     print(f"\n{held} held-out noises, of which ± is the standard error; one training seed; the "
           f"training noises' targets took {noises * len(TARGET.leans):,} more evaluations")
-    result = dict(rows=print_table(rows, judge), n=held, settings=settings(args),
-                  minutes=(time.time() - began) / 60)
+    result = dict(rows=print_table(rows, judge), n=held, settings=settings(args))
     write_whole(out / "result.json", json.dumps(result, indent=1).encode())
-    print(f"{result['minutes']:.1f} min in all\nwrote {out}/images.png, result.json, log.jsonl")
+    print(f"wrote {out}/images.png, result.json, log.jsonl")
 
 
 if __name__ == "__main__":
-    run_main(main, "--group")
+    run_main(main)

@@ -15,6 +15,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 # From earlier files:
@@ -23,11 +24,10 @@ from ddpm import (GRIDS, SOLVERS, T, baseline_kinds, baseline_solver, linear_alp
 from teacher import HELD_OUT, TARGET, draw, load_teacher, noise_and_targets
 from reward import judged, load_reward, rewards, standard_error
 from rl_distill import load_model
-from harness.checkpoints import save_npz
 from harness.figures import plot_panels, save_picture
 from harness.images import to_uint8
-from harness.runs import (BadInput, claim_run, device_name, log_line, new_file, number, parser_for,
-                          pick_device, run_flags, run_main)
+from harness.runs import (BadInput, claim_run, device_name, log_line, number, parser_for,
+                          pick_device, run_main)
 
 # ==== PICTURES ================================================================================
 
@@ -97,7 +97,8 @@ def plot_frontier(rows, path):
 
 def parse_args(argv=None):
     """Command line of sample.py."""
-    p = parser_for(__doc__, "python sample.py --model checkpoints/teacher.pt --steps 20 --eta 1")
+    p = parser_for(__doc__, "python sample.py --model checkpoints/teacher.pt --steps 20 --eta 1",
+                   trains=False)
     a = p.add_argument
     a("--model", nargs="+", default=["checkpoints/policy.pt"], help="teacher, student or policy")
     a("--steps", type=number(int, 1, T), nargs="+",
@@ -111,7 +112,6 @@ def parse_args(argv=None):
     a("--reward", default="feature+perceptual", help="with --evaluate, as in rl_distill.py")
     a("--teacher", default="checkpoints/teacher.pt", help="with --evaluate: who sets the target")
     a("--encoders", default="checkpoints", help="with --evaluate: folder of coach.pt and judge.pt")
-    run_flags(p, trains=False)
     p.set_defaults(seed=HELD_OUT)
     args = p.parse_args(argv)
     if args.evaluate and (args.npz or args.eta or args.solver or args.grid or args.n < 8):
@@ -131,12 +131,9 @@ def main(argv=None):
         reward, judge = load_reward(args.reward, args.encoders, device)
         teacher, _ = load_teacher(args.teacher, device)
         out = claim_run(args, "sample")
-        print("config:", vars(args))
         evaluate(args, models, reward, judge, teacher, out, device)
         print(f"{(time.time() - began) / 60:.1f} min\nwrote {out}/frontier.png, log.jsonl")
         return
-    if args.npz:
-        new_file(args.npz)
     net, solver, content = load_model(args.model[0], device)
     if solver and (args.steps or args.solver or args.grid or args.eta):
         raise BadInput("--steps, --solver, --grid, --eta need a teacher or a student: a policy has "
@@ -147,7 +144,7 @@ def main(argv=None):
     how = "its own jumps" if solver else f"{kind} on the {grid} grid"
     solver = solver or baseline_solver(kind, grid, (args.steps or [4])[0])
     out = claim_run(args, "sample")
-    print("config:", vars(args))
+    npz = open(args.npz, "xb") if args.npz else None            # fails before the work, or never
     print(f"device {device_name(device)} | {content['kind']} {parameter_count(net) / 1e6:.2f} M "
           f"parameters | {len(solver.leans)} evaluations an image, {how}")
     seeds, side = range(args.seed, args.seed + args.n), net.config["image_size"]
@@ -156,12 +153,13 @@ def main(argv=None):
     save_picture(out / "samples.png", images[:256], math.ceil(math.sqrt(min(args.n, 256))))
     path = draw_path(net, solver, z[:8], alpha_bar, args.eta, seeds[:8])
     save_picture(out / "path.png", path.flatten(0, 1), columns=path.shape[1])
-    if args.npz:
-        save_npz(args.npz, to_uint8(images).permute(0, 2, 3, 1).numpy())
+    if npz:
+        with npz:
+            np.savez(npz, to_uint8(images).permute(0, 2, 3, 1).numpy())
     log_line(out / "log.jsonl", n=args.n, seconds=time.time() - began)
     print(f"{args.n} images in {time.time() - began:.1f} s\nwrote {out}/samples.png, path.png, "
           "log.jsonl" + (f", {args.npz}" if args.npz else ""))
 
 
 if __name__ == "__main__":
-    run_main(main, "--n")
+    run_main(main)

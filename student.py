@@ -23,10 +23,10 @@ from torch import nn
 from ddpm import (T, UNet, baseline_solver, linear_alpha_bar, parameter_count, sample, seeded_noise,
                   expand_like, time_embedding, zeroed)
 from teacher import HELD_OUT, TARGET, compiled, draw, fit, load_teacher, noise_and_targets
-from harness.checkpoints import load_network, provenance, save_network
+from harness.checkpoints import load_checkpoint, provenance, rebuild, save_network
 from harness.figures import plot_loss, save_picture
-from harness.runs import (autocast, checksum, claim_run, device_name, log_line, number,
-                          parser_for, pick_device, run_flags, run_main)
+from harness.runs import (autocast, checksum, claim_run, device_name, log_line, number, parser_for,
+                          pick_device, run_main)
 
 STUDENT_UNET = dict(width=32, mults=[1, 2, 3], blocks=1, attention=[8], dropout=0.0)   # 1.8 M
 START_SHARE = 1 / 3         # share of jumps that start at t = T, where every deployment starts
@@ -170,7 +170,7 @@ def clone(net, ema, teacher, args, out, device):
     def save(updates, seconds):
         save_network(out / "student.pt", "student", ema, provenance(
             "student.py", args, seconds, device, updates=updates, teacher_paths=pool.made,
-            teacher=checksum([args.teacher]), target=f"{len(TARGET.leans)} quadratic steps"))
+            teacher=checksum(teacher), target=f"{len(TARGET.leans)} quadratic steps"))
     return fit(net, ema, loss_of, save, args, out, device, "jumps", pool=pool), pool.made
 
 
@@ -183,29 +183,28 @@ def cloning_evaluations(origin):
 
 def load_student(path, device="cpu"):
     """The cloned student of a checkpoint, frozen, in eval mode. Returns (net, checkpoint)."""
-    return load_network(path, "student", JumpUNet, device)
+    content = load_checkpoint(path, "student")
+    return rebuild(JumpUNet, content, path, device), content
 
 
 # ==== EVALUATION on held-out noise ============================================================
 
 @torch.no_grad()
-def evaluate(net, teacher, n, alpha_bar, device):
-    """MSE to the teacher's target on n held-out noises, of student and teacher, by evaluations.
-
-    Returns (rows of the table, pictures: the target, then the student's 1, 2, 4, 8 steps)."""
-    z, target = noise_and_targets(teacher, HELD_OUT, n, device)
-    rows, pictures = [], [target[:8]]
+def evaluate(net, teacher, n, out, device):
+    """MSE to the teacher's target on n held-out noises, of student and teacher in 1, 2, 4, 8 steps,
+    printed; the target and the student's images into samples.png."""
+    alpha_bar, (z, target) = linear_alpha_bar(device), noise_and_targets(teacher, HELD_OUT, n, device)
+    print(f"\nMSE to the teacher's {len(TARGET.leans)}-step image, {n} held-out noises, quadratic "
+          "grid\nsteps   student   teacher")
+    pictures = [target[:8]]
     for steps in (1, 2, 4, 8):
-        row = dict(steps=steps)
-        for grid in ("uniform", "quadratic"):
-            for name, model in (("student", net), ("teacher", teacher)):
-                solver = baseline_solver("DDIM", grid, steps)
-                images = draw(model, solver, z, alpha_bar)
-                row[f"{name} {grid}"] = F.mse_loss(images, target).item()
-                if name == "student" and grid == "quadratic":
-                    pictures.append(images[:8])
-        rows.append(row)
-    return rows, torch.cat(pictures)
+        solver = baseline_solver("DDIM", "quadratic", steps)
+        images, others = (draw(model, solver, z, alpha_bar) for model in (net, teacher))
+        mse, theirs = F.mse_loss(images, target).item(), F.mse_loss(others, target).item()
+        print(f"{steps:5d} {mse:9.4f} {theirs:9.4f}")
+        log_line(out / "log.jsonl", steps=steps, student=mse, teacher=theirs)
+        pictures.append(images[:8])
+    save_picture(out / "samples.png", torch.cat(pictures))
 
 
 # ==== COMMAND LINE ============================================================================
@@ -221,7 +220,6 @@ def parse_args(argv=None):
     p.add_argument("--batch-size", type=count, default=64, help="jumps per update, 32..512")
     p.add_argument("--lr", type=number(float, 1e-7, 1), default=1e-3, help="peak rate, 1e-4..2e-3")
     p.add_argument("--compile", action="store_true", help="a minute first, then faster on GPUs")
-    run_flags(p)
     args = p.parse_args(argv)
     if args.smoke:
         args.updates, args.batch_size = 2, 4
@@ -230,10 +228,9 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = pick_device(args.device, trains=True)
+    device = pick_device(args.device, )
     teacher, _ = load_teacher(args.teacher, device)
     out = claim_run(args, "student")
-    print("config:", vars(args))
     torch.manual_seed(args.seed)
     net = (student_from_teacher(teacher) if args.init == "teacher" else
            JumpUNet(**{**STUDENT_UNET, "image_size": teacher.config["image_size"]})).to(device)
@@ -245,15 +242,7 @@ def main(argv=None):
     plot_loss(out, "jumps", "cloning loss")
 
     net, _ = load_student(out / "student.pt", device)          # what is measured is the file
-    n = 8 if args.smoke else 256
-    rows, pictures = evaluate(net, teacher, n, linear_alpha_bar(device), device)
-    save_picture(out / "samples.png", pictures)
-    print(f"\nMSE to the teacher's {len(TARGET.leans)}-step image, {n} held-out noises")
-    names = [name for name in rows[0] if name != "steps"]
-    print("steps  " + "  ".join(f"{name:>17s}" for name in names))
-    for row in rows:
-        print(f"{row['steps']:5d}  " + "  ".join(f"{row[name]:17.4f}" for name in names))
-        log_line(out / "log.jsonl", evaluation=row)
+    evaluate(net, teacher, 8 if args.smoke else 256, out, device)
     print(f"cloned in {seconds / 60:.1f} min from {paths} teacher paths\n"
           f"wrote {out}/student.pt, samples.png, state.pt, loss.png, log.jsonl")
 

@@ -6,7 +6,6 @@ Algorithm 1 (Ho et al. 2020). The result is the model to be distilled (ReDiF's i
 
     python teacher.py                          # CIFAR-10, downloaded on first use
     python teacher.py --data DIR               # any folder of class subfolders of images
-    python teacher.py --init FILE              # goes on from the weights of another run
     python teacher.py --smoke                  # nothing needed, seconds, numbers mean nothing
 
 Reads images; writes to --out: teacher.pt (EMA weights in fp16, for the other files), state.pt (all
@@ -22,12 +21,12 @@ from tqdm import tqdm
 # From earlier files:
 from ddpm import (PAPER_UNET, SMALL_UNET, T, UNet, baseline_solver, linear_alpha_bar,
                   parameter_count, sample, seeded_noise, simple_loss)
-from harness.checkpoints import (kept, load_network, load_state, provenance, save_network,
-                                 save_state)
+from harness.checkpoints import (kept, load_checkpoint, load_state, provenance, rebuild,
+                                 save_network, save_state)
 from harness.figures import plot_loss, save_picture
 from harness.images import load_images
-from harness.runs import (autocast, chunk_size, claim_run, device_name, log_line, number,
-                          parser_for, pick_device, run_flags, run_main, weights_checksum)
+from harness.runs import (autocast, checksum, claim_run, device_name, log_line, number, parser_for,
+                          pick_device, run_main)
 
 EMA_DECAY = 0.9995          # per update; Ho et al. use 0.9999 for 800,000 updates
 WARMUP = 200                # updates until the learning rate is full
@@ -36,6 +35,7 @@ TARGET = baseline_solver("DDIM", "quadratic", 50)   # of the DDIM grids the one 
 HELD_OUT = 10 ** 9          # seeds of noise from here on are never trained on, in any file; below:
                             # 0.. of the rewards, CLONE_SEEDS.. of student.py
 LOG_EVERY, SAVE_EVERY = 50, 500                 # updates
+CHUNK = dict(cpu=64, cuda=512)      # images at once where nothing is learned
 
 # ==== PIECES: batches, times, averaged weights, learning rate, images =========================
 
@@ -73,7 +73,7 @@ def learning_rate(update, updates, peak):
 
 def draw(net, solver, z, alpha_bar, eta=0.0, seeds=None):
     """Images (B, 3, H, W) in [-1, 1] of start noise z, in chunks; eta, seeds: see sample()."""
-    images, size = [], chunk_size(z.device)
+    images, size = [], CHUNK[z.device.type]
     for i in tqdm(range(0, len(z), size), desc="drawing", delay=3, leave=False):
         x, some = z[i:i + size], seeds[i:i + size] if seeds else None
         images.append(sample(net, x, solver, alpha_bar, eta, some).clamp(-1, 1))
@@ -85,7 +85,7 @@ def noise_and_targets(teacher, first_seed, n, device):
     the teacher makes of each, (n, 3, H, W) in [-1, 1]. Targets are drawn once and kept in runs/."""
     side = teacher.config["image_size"]
     z = seeded_noise(range(first_seed, first_seed + n), (3, side, side), device=device)
-    key = dict(weights=weights_checksum(teacher), solver=list(TARGET), first_seed=first_seed, n=n)
+    key = dict(weights=checksum(teacher), solver=list(TARGET), first_seed=first_seed, n=n)
     return z, kept("targets", key, lambda: draw(teacher, TARGET, z, linear_alpha_bar(device)),
                    device)
 
@@ -106,6 +106,7 @@ def fit(net, ema, loss_of, save, args, out, device, unit, **parts):
                        unit_scale=args.batch_size, unit=f" {unit}"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(update, args.updates, args.lr)
+        torch.manual_seed(args.seed + update)                       # of dropout
         with autocast(device):
             loss = loss_of(fast, update, generator)
         optimizer.zero_grad(set_to_none=True)
@@ -147,7 +148,8 @@ def train(net, ema, images, args, out, device):
 
 def load_teacher(path, device="cpu"):
     """The teacher of a checkpoint, frozen, in eval mode. Returns (net, checkpoint)."""
-    return load_network(path, "teacher", UNet, device)
+    content = load_checkpoint(path, "teacher")
+    return rebuild(UNet, content, path, device), content
 
 
 def save_samples(path, net, device, n=64):
@@ -169,11 +171,7 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=number(float, 1e-7, 1), default=1e-3, help="peak rate, 1e-4..2e-3")
     p.add_argument("--paper-shape", action="store_true", help="Ho et al.'s 35.7 M U-Net instead")
     p.add_argument("--compile", action="store_true", help="a minute first, then faster on GPUs")
-    p.add_argument("--init", help="a teacher.pt to start from, in place of random weights")
-    run_flags(p)
     args = p.parse_args(argv)
-    if args.paper_shape and (args.init or args.smoke):
-        p.error("--paper-shape does not go with --init or --smoke, which have a shape of their own")
     if args.smoke:
         args.updates, args.batch_size = 4, 4
         args.data = "shapes" if args.data == "cifar10" else args.data          # no download
@@ -182,16 +180,12 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = pick_device(args.device, trains=True)
-    start = load_teacher(args.init)[0] if args.init else None
+    device = pick_device(args.device)
     images, _ = load_images(args.data)
-    out = claim_run(args, "teacher", images)
-    print("config:", vars(args))
+    out = claim_run(args, "teacher")
     torch.manual_seed(args.seed)
-    shape = {**SMALL_UNET, "width": 16} if args.smoke else SMALL_UNET
-    net = UNet(**(start.config if start else PAPER_UNET if args.paper_shape else shape)).to(device)
-    if start:
-        net.load_state_dict(start.state_dict())
+    shape = PAPER_UNET if args.paper_shape else SMALL_UNET
+    net = UNet(**shape | (dict(width=16) if args.smoke else {})).to(device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     print(f"device {device_name(device)} | {parameter_count(net) / 1e6:.2f} M parameters | "
           f"{len(images)} images, {args.updates * args.batch_size / len(images):.1f} epochs")

@@ -534,7 +534,7 @@ class Training(Case):
         solver = ddpm.Solver(ddpm.make_grid("quadratic", 50), [0.0] * 50)
         fifty = ddpm.sample(TEACHER, z, solver, AB)
         before = torch.get_rng_state()
-        with mock.patch.object(teacher, "chunk_size", lambda device: 2):
+        with mock.patch.dict(teacher.CHUNK, cpu=2):
             self.close(teacher.draw(TEACHER, teacher.TARGET, z, AB), fifty, 1e-4)
         teacher.save_samples(path, TEACHER, CPU, n=2)
         self.assertTrue(torch.equal(before, torch.get_rng_state()) and path.exists())
@@ -646,18 +646,19 @@ class Cloning(Case):
         self.comes_back(student.load_student(out / "student.pt")[0], ema)
 
     def test_the_table_is_of_noise_never_trained_on(self):
-        net, _ = frozen(student.JumpUNet), self.folder(enter=True)
+        net, out = frozen(student.JumpUNet), self.folder(enter=True)
         with mock.patch.object(teacher, "seeded_noise", wraps=teacher.seeded_noise) as spy:
-            rows, pictures = student.evaluate(net, TEACHER, 3, AB, CPU)
+            quiet(student.evaluate, net, TEACHER, 3, out, CPU)
         seeds = [seed for call in spy.call_args_list for seed in call.args[0]]
         self.assertEqual(seeds, [teacher.HELD_OUT + i for i in range(3)])
         self.assertLess(student.CLONE_SEEDS + 10 ** 8, teacher.HELD_OUT)
         z = ddpm.seeded_noise(seeds, (3, 8, 8))
         target = teacher.draw(TEACHER, teacher.TARGET, z, AB)
-        self.close(pictures[:3], target, 0)
-        for name, model, t in (("student uniform", net, 500), ("teacher quadratic", TEACHER, 250)):
-            x = ddpm.sample(model, z, ddpm.Solver([1000, t, 0], [0, 0]), AB).clamp(-1, 1)
-            self.close(rows[1][name], (x - target).square().mean())
+        row, = (row for row in read_log(out / "log.jsonl") if row["steps"] == 2)
+        for name, model in (("student", net), ("teacher", TEACHER)):
+            x = ddpm.sample(model, z, ddpm.Solver([1000, 250, 0], [0, 0]), AB).clamp(-1, 1)
+            self.close(row[name], (x - target).square().mean())
+        self.assertTrue((out / "samples.png").exists())
 
 
 # ==== reward.py ===============================================================================
@@ -834,7 +835,7 @@ class Deployment(Nets):
                 self.assertEqual(len(landings), K if eta else 1)
 
     def test_the_best_grid_of_each_kind_is_found_and_the_best_kind_comes_first(self):
-        self.patch(teacher, chunk_size=lambda device: 4)
+        self.patch(teacher, CHUNK=dict(cpu=4))
         for seed in range(2):
             target, scores = plain(images(6, seed=seed)), {}
             for pair in itertools.product(ddpm.SOLVERS, ddpm.GRIDS):

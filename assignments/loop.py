@@ -69,7 +69,7 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=HELD_OUT, help="of the noise")
     p.add_argument("--out", default=str(ROOT / "figures" / "loop.png"), help="the picture")
     args = p.parse_args(argv)
-    net, solver, _ = load_model(args.policy, kinds="policy")
+    net, solver, _ = load_model(args.policy, kinds=["policy"])
     teacher, _ = load_teacher("checkpoints/teacher.pt")
     reward, _ = load_reward("feature+perceptual", "checkpoints", "cpu")
     draw(net, solver, teacher, reward, args.seed, args.out)

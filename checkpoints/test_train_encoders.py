@@ -99,10 +99,6 @@ class Files(unittest.TestCase):
                                for f in (a, b)))
 
     def test_bad_input_is_refused(self):
-        run("--smoke", "--out", self.folder / "a")
-        self.data = shapes_images(60, 8, seed=1)
-        with self.assertRaisesRegex(BadInput, "of other content"):
-            run("--smoke", "--out", self.folder / "a", "--resume")
         self.data = shapes_images(1, 8)
         with self.assertRaisesRegex(BadInput, "at least 2 and 1 are needed"):
             run("--smoke", "--out", self.folder / "b")

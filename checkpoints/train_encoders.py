@@ -26,7 +26,7 @@ from harness.checkpoints import (half_weights, load_state, provenance,         #
                                  save_checkpoint, save_state)
 from harness.images import load_images                                         # noqa: E402
 from harness.runs import (BadInput, autocast, claim_run, device_name,          # noqa: E402
-                          log_line, number, parser_for, pick_device, run_flags, run_main)
+                          log_line, number, parser_for, pick_device, run_main)
 
 SAVE_EVERY = 200            # updates
 
@@ -124,7 +124,6 @@ def parse_args(argv=None):
     p.add_argument("--epochs", type=count, default=20, help="passes over the images, 5..30")
     p.add_argument("--batch-size", type=count, default=256, help="images per update, 64..1024")
     p.add_argument("--lr", type=number(float, 1e-7, 1), default=3e-3, help="peak rate, 1e-3..5e-3")
-    run_flags(p)
     args = p.parse_args(argv)
     if args.smoke:
         args.data, args.epochs, args.batch_size = "shapes", 1, 100
@@ -133,13 +132,12 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device, most = pick_device(args.device, trains=True), 600 if args.smoke else None
+    device, most = pick_device(args.device), 600 if args.smoke else None
     sets = [x[:most] for x in (*load_images(args.data), *load_images(args.data, train=False))]
     if len(sets[0]) < 2 or len(sets[2]) == 0:
         raise BadInput(f"--data {args.data} has {len(sets[0])} training and {len(sets[2])} test "
                        "images; at least 2 and 1 are needed")
-    out = claim_run(args, "encoders", torch.cat([sets[0], sets[2]]))
-    print("config:", vars(args))
+    out = claim_run(args, "encoders")
     print(f"device {device_name(device)} | {len(sets[0])} images")
     images, labels, test_images, test_labels = (x.to(device) for x in sets)
     for role in ENCODERS:

@@ -1,12 +1,10 @@
 """Checkpoints: tensors and plain values in one dict, written whole or not at all, read as data."""
-import contextlib
 import hashlib
 import io
 import os
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -15,21 +13,9 @@ from harness.runs import BadInput, device_name, find, rebuilding, settings, writ
 FORMAT = "redif-3"
 
 
-def save_npz(path, array):
-    """Write an array as arr_0 of a new .npz, as FID tools read; FileExistsError: it is there."""
-    memory = io.BytesIO()
-    np.savez(memory, array)
-    write_whole(path, memory.getbuffer(), new=True)
-
-
-def all_finite(content):
-    """Is every tensor in nested dicts, lists and tuples free of NaN and infinities?"""
-    return all(x.isfinite().all() for x in tree_leaves(content) if isinstance(x, torch.Tensor))
-
-
 def save_checkpoint(path, kind, **content):
     """Write tensors, plain values, dicts and lists; BadInput where a tensor is not finite."""
-    if not all_finite(content):
+    if not all(x.isfinite().all() for x in tree_leaves(content) if torch.is_tensor(x)):
         raise BadInput(f"{path} would hold numbers that are not finite, and is not written"
                        f"{' over the last good one' * Path(path).exists()}; start again with a "
                        "lower --lr and a new --out")
@@ -38,25 +24,27 @@ def save_checkpoint(path, kind, **content):
     write_whole(path, memory.getbuffer())
 
 
-def load_checkpoint(path, kind):
-    """The content of a checkpoint of this kind, or one of these kinds, on the CPU; BadInput where
-    it is missing, truncated, changed, foreign, of another kind, or not finite."""
-    path, kinds = find(path), (kind,) if isinstance(kind, str) else kind
+def load_checkpoint(path, *kinds):
+    """The content of a checkpoint of one of these kinds, on the CPU; BadInput where it is missing,
+    truncated, changed, foreign, or of another kind."""
+    path = find(path)
     if not path.is_file():
         raise BadInput(f"there is no checkpoint {path}; train one, or give the path of another")
     with rebuilding(f"{path} cannot be read: it", "content"), zipfile.ZipFile(path) as file:
         content = torch.load(path, map_location="cpu", weights_only=True)     # runs no code
-        if file.testzip() or content["format"] != FORMAT or not all_finite(content):
-            raise ValueError(f"damaged, not of format {FORMAT}, or with numbers not finite")
+        if file.testzip() or content["format"] != FORMAT:
+            raise ValueError(f"damaged, or not of format {FORMAT}")
         if content["kind"] not in kinds:
             raise BadInput(f"{path} holds a {content['kind']}; a {' or '.join(kinds)} is needed")
         return content
 
 
-def frozen_network(net, weights, path, device):
-    """net with these weights, frozen, on the device; BadInput where names or shapes differ."""
-    with rebuilding(f"{path} does not fit the network its config describes: it", "weights"):
-        net.load_state_dict(weights)                          # copies fp16 to fp32
+def rebuild(build, content, path, device="cpu"):
+    """The network build(**config) with the weights of a checkpoint, frozen, in eval mode; BadInput
+    where they do not fit."""
+    with rebuilding(f"{path} does not fit the code: it", content["kind"]):
+        net = build(**content["config"])
+        net.load_state_dict(content["weights"])               # copies fp16 to fp32
     return net.to(device).eval().requires_grad_(False)
 
 
@@ -73,29 +61,14 @@ def save_network(path, kind, net, origin, half=True, **more):
                     weights=half_weights(net) if half else net.state_dict())
 
 
-def load_network(path, kind, build, device="cpu"):
-    """The network of save_network, frozen, from build(**config). Returns (net, checkpoint)."""
-    content = load_checkpoint(path, kind)
-    with rebuilding(path, f"{kind} config"):
-        return frozen_network(build(**content["config"]), content["weights"], path, device), content
-
-
 def save_state(path, parts, update, seconds):
     """All that --resume needs. parts: {name: torch.Generator, or what has a state_dict}."""
     log = Path(path).with_name("log.jsonl")
     log.touch()
     saved = {name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
              for name, part in parts.items()}
-    device = device_of(parts)
     save_checkpoint(path, "state", parts=saved, update=update, seconds=seconds,
-                    log_bytes=log.stat().st_size, rng=torch.get_rng_state(), device=device.type,
-                    gpu_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
-
-
-def device_of(parts):
-    """The device of the networks among the parts of a run; CPU where there is none."""
-    nets = (part for part in parts.values() if isinstance(part, torch.nn.Module))
-    return next((p.device for net in nets for p in net.parameters()), torch.device("cpu"))
+                    log_bytes=log.stat().st_size)
 
 
 def load_state(path, parts):
@@ -104,21 +77,14 @@ def load_state(path, parts):
     if not Path(path).exists():                # killed before the first: start from the beginning
         log.unlink(missing_ok=True)
         save_state(path, parts, 0, 0.0)
-    state, device = load_checkpoint(path, "state"), device_of(parts)
-    with rebuilding(path, "state for the flags given"):
-        if state["device"] != device.type:
-            raise BadInput(f"{path} was made on {state['device']} and goes on there alone, not on "
-                           f"{device.type}: give --device {state['device']}")
+    state = load_checkpoint(path, "state")
+    with rebuilding(path, "state for this", "give the --device and the flags that it began with"):
         for name, part in parts.items():
             (getattr(part, "set_state", None) or part.load_state_dict)(state["parts"][name])
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state["gpu_rng"], device)
-        update, seconds, log_bytes = int(state["update"]), state["seconds"], state["log_bytes"]
     log.touch()                                               # it may have been lost, or cut short
-    os.truncate(log, min(log_bytes, log.stat().st_size))
-    print(f"resumed at update {update}")
-    return update, seconds
+    os.truncate(log, min(state["log_bytes"], log.stat().st_size))
+    print(f"resumed at update {state['update']}")
+    return state["update"], state["seconds"]
 
 
 def kept(folder, key, make, device):
@@ -128,23 +94,15 @@ def kept(folder, key, make, device):
     path = Path("runs", folder, f"{word}.pt")
     if path.exists():
         try:
-            content = load_checkpoint(path, "kept")
-            if content["key"] == key:
-                return content["value"].to(device)
-            print(f"{path} is of something else: made anew")
+            return load_checkpoint(path, word)["value"].to(device)
         except BadInput as error:
             print(f"{error}: made anew")
     value = make()
-    with contextlib.suppress(OSError):                        # a folder that cannot be written
-        save_checkpoint(path, "kept", key=key, value=value.cpu())
+    save_checkpoint(path, word, value=value.cpu())
     return value
 
 
 def provenance(script, args, seconds, device, **more):
     """Where a checkpoint comes from: flags, minutes, hardware, torch version; plain values."""
-    def plain(v):
-        return [plain(x) for x in v] if isinstance(v, list) else (
-            Path(v).name or v if isinstance(v, str) else v)
-    flags = {k: plain(v) for k, v in settings(args).items()}
-    return dict(script=script, settings=flags, minutes=round(seconds / 60, 1),
+    return dict(script=script, settings=settings(args), minutes=round(seconds / 60, 1),
                 device=device_name(device), torch=str(torch.__version__), **more)

@@ -59,12 +59,8 @@ def plot_panels(panels, path, **axes_settings):
             axis.plot(x, y, style, label=label, markersize=4, color=grey)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(xlabel=x_label, ylabel=y_label, **axes_settings)
-        if axes_settings.get("xscale") == "log":               # a tick at every x, and no others
-            axis.set_xticks(ticks := sorted({at for _, x, _, _ in lines for at in x}), ticks)
-            axis.minorticks_off()
         axis.grid(alpha=0.3)
-        if axis is axes[0, -1] or [x[0] for x in lines] != [x[0] for x in panels[-1][2]]:
-            axis.legend(fontsize=8)                            # once for panels of the same lines
+        axis.legend(fontsize=8)
     figure.savefig(path)
 
 

@@ -75,7 +75,6 @@ class Case(unittest.TestCase):
         self.addCleanup(keep.cleanup)
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(keep.name)
-        runs.CLAIMED.clear()
 
     def bad_input(self, text, function, *args, **kw):
         with self.assertRaises(BadInput) as caught:
@@ -86,13 +85,14 @@ class Case(unittest.TestCase):
 
 class Folders(Case):
     def test_a_run_takes_the_next_free_folder_and_notes_its_settings(self):
-        Path("runs/run-2").mkdir(parents=True)         # of somebody who is about to claim it
+        Path("runs/run-2").mkdir(parents=True)
+        Path("runs/run-2/file").touch()
         for expected in ("run", "run-3", "run-4"):
-            images = torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
-            self.assertEqual(claim_run(flags(lr=0.5), "run", images), Path("runs", expected))
-        config = json.loads(Path("runs/run-4/config.json").read_text())
-        self.assertEqual(config["flags"], dict(seed=0, lr=0.5))
-        self.assertEqual(config["content"][1], hashlib.sha256(bytes(24)).hexdigest()[:12])
+            found, text = quiet(claim_run, flags(lr=0.5), "run")
+            self.assertEqual(found, Path("runs", expected))
+            self.assertRegex(text, f"^config: .*'out': 'runs/{expected}'.*\n$")
+        self.assertEqual(json.loads(Path("runs/run-4/config.json").read_text()),
+                         dict(seed=0, lr=0.5))
 
     def test_no_run_lands_in_the_folder_of_another_and_a_refused_one_leaves_nothing(self):
         Path("x").mkdir()
@@ -100,16 +100,17 @@ class Folders(Case):
         for text, args in (("not empty", flags("x")), ("no folder", flags("x/file"))):
             self.bad_input(text, claim_run, args, "run")
         for words in ("--out y", "--out x", ""):
-            self.bad_input("no run to resume", teacher.parse_args, [*words.split(), "--resume"])
+            self.bad_input("a run that has begun", teacher.parse_args, [*words.split(), "--resume"])
         self.assertEqual(sorted(map(str, Path().rglob("*"))), ["x", "x/file"])
 
     def test_of_many_that_start_at_once_each_gets_its_own_default_folder(self):
         gate, got = threading.Barrier(8), []
         threads = [threading.Thread(target=lambda: (gate.wait(), got.append(
             claim_run(flags(), "run")))) for _ in range(8)]
-        for step in (threading.Thread.start, threading.Thread.join):
-            for thread in threads:
-                step(thread)
+        with contextlib.redirect_stdout(io.StringIO()):
+            for step in (threading.Thread.start, threading.Thread.join):
+                for thread in threads:
+                    step(thread)
         self.assertEqual((len(got), len(set(got))), (8, 8))
 
     def test_of_two_processes_with_one_out_one_wins_and_one_gets_a_sentence(self):
@@ -128,80 +129,43 @@ class Folders(Case):
         self.assertIn("same is not empty", errors[1])
 
     def test_the_later_one_loses_even_where_both_saw_an_empty_folder(self):
-        claim_run(flags("x"), "run")
+        quiet(claim_run, flags("x"), "run")
         with mock.patch.object(Path, "iterdir", lambda self: iter([])):
             self.bad_input("give another --out", claim_run, flags("x", lr=9), "run")
-        self.assertEqual(json.loads(Path("x/config.json").read_text())["flags"]["lr"], 1e-3)
-
-    def test_a_resumed_run_must_have_the_same_settings_images_and_checkpoints(self):
-        Path("e").mkdir()
-        for file in ("t.pt", "e/coach.pt", "i.pt", "j.pt"):
-            Path(file).write_text(file)
-        same = dict(out="x", grid=("a", "b"), teacher="t.pt", encoders="e", init=["i.pt", "j.pt"])
-        images = torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
-        changed = images.clone()
-        changed[1, 2, 1, 1] = 1
-        claim_run(flags(**same), "run", images)
-        same["resume"] = True
-        self.assertEqual(claim_run(flags(**same, device=7), "run", images), Path("x"))
-        for other in (changed, images[:1]):
-            self.bad_input("x began with", claim_run, flags(**same), "run", other)
-        for file in ("t.pt", "e/coach.pt", "i.pt", "j.pt"):
-            Path(file).write_text("another")
-            self.bad_input("of other content", claim_run, flags(**same), "run", images)
-            Path(file).write_text(file)
-        for file, name in (("t.pt", "./new.pt"), ("e", "new")):     # moved, spelled otherwise
-            Path(file).rename(name)
-        same |= dict(teacher="./new.pt", encoders="new/", init=["./i.pt", "j.pt"])
-        self.assertEqual(claim_run(flags(**same), "run", images), Path("x"))
-        self.bad_input("other", claim_run, flags(**same | dict(init=["i.pt"])), "run", images)
+        self.assertEqual(json.loads(Path("x/config.json").read_text())["lr"], 1e-3)
 
     def test_a_run_goes_on_with_its_own_flags_unless_others_are_given(self):
         words = ["--updates", "7", "--init", "a.pt", "b.pt", "--paper", "--seed", "3", "--smoke"]
-        claim_run(args := rl.parse_args([*words, "--out", "x"]), "run")
+        quiet(claim_run, args := rl.parse_args([*words, "--out", "x"]), "run")
         goes_on = rl.parse_args(["--out", "x", "--resume"])
         self.assertEqual(runs.settings(goes_on), runs.settings(args))
         changed = rl.parse_args(["--out", "x", "--resume", "--lr", "1e-6"])     # after a NaN
         self.assertEqual(runs.settings(changed), {**runs.settings(args), "lr": 1e-6})
-        self.assertEqual(claim_run(changed, "run"), Path("x"))
-        for damaged in ("", '{"flags": 0, "--l', "[]", "3", "null", '{"seed": 1}'):
+        self.assertEqual(quiet(claim_run, changed, "run")[0], Path("x"))
+        goes_on = rl.parse_args(["--out", "./x/", "--resume"])          # and so it does from now on
+        self.assertEqual(runs.settings(goes_on), runs.settings(changed))
+        for damaged in ("", '{"lr": 0, "--l', "[]", "3", "null"):
             Path("x/config.json").write_text(damaged)
             self.bad_input("no usable settings", rl.parse_args, ["--out", "x", "--resume"])
 
     def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(self):
         for _ in range(2):
-            claim_run(flags("x", resume=Path("x").exists()), "run")
-            Path("x/state.pt.99.tmp").write_bytes(b"PK")
+            quiet(claim_run, flags("x", resume=Path("x").exists()), "run")
+            Path("x/state.pt.tmp").write_bytes(b"PK")                   # of a save that was killed
             runs.log_line("x/log.jsonl", update=1)
-            self.assertEqual(claim_run(flags("x", resume=True), "run"), Path("x"))
-            self.assertEqual([*Path("x").glob("*.tmp")], [])
+            self.assertEqual(quiet(claim_run, flags("x", resume=True), "run")[0], Path("x"))
             found, text = quiet(checkpoints.load_state, "x/state.pt", {})
             self.assertEqual((found, runs.read_log("x/log.jsonl")), ((0, 0.0), []))
             self.assertIn("resumed at update 0", text)
+            self.assertEqual([*Path("x").glob("*.tmp")], [])
             Path("x/state.pt").unlink()
 
-    def test_leftover_temporary_files_are_no_obstacle(self):
-        Path("x").mkdir()
-        for name in (".config.json.1.tmp", f".a.pt.{os.getpid()}.tmp"):
-            Path("x", name).write_bytes(b"half")
-        checkpoints.save_checkpoint(claim_run(flags("x"), "run") / "a.pt", "toy", n=1)
-        self.assertEqual(checkpoints.load_checkpoint("x/a.pt", "toy")["n"], 1)
-
-    def test_a_log_is_valid_json_without_nan_at_any_depth(self):
-        runs.log_line("log.jsonl", loss=math.nan, rms=[1.0, math.inf, {"a": -math.inf}], folder="é")
-        expected = dict(loss=None, rms=[1.0, None, {"a": None}], folder="é")
-        self.assertEqual(json.loads(Path("log.jsonl").read_text()), expected)
-
-    def test_a_torn_line_is_ended_and_left_out(self):
+    def test_a_torn_line_is_left_out(self):
         self.assertEqual(runs.read_log("log.jsonl"), [])
-        runs.log_line("log.jsonl", update=1)
+        runs.log_line("log.jsonl", update=1, folder="é")
         with open("log.jsonl", "ab") as file:
             file.write('{"update": 2, "name": "é'.encode()[:-1])
-        self.assertEqual(runs.read_log("log.jsonl"), [{"update": 1}])
-        runs.log_line("log.jsonl", update=3)
-        runs.log_line("log.jsonl", update=4)
-        self.assertEqual(runs.read_log("log.jsonl"), [{"update": n} for n in (1, 3, 4)])
-        self.assertEqual(Path("log.jsonl").read_bytes().count(b"\n"), 4)
+        self.assertEqual(runs.read_log("log.jsonl"), [dict(update=1, folder="é")])
 
 
 class CommandLine(Case):
@@ -210,7 +174,7 @@ class CommandLine(Case):
         text = io.StringIO()
         with mock.patch.object(sys, "argv", [*words] or ["s.py"]), \
                 contextlib.redirect_stderr(text), self.assertRaises(SystemExit) as caught:
-            runs.run_main(main, "--n")
+            runs.run_main(main)
         self.assertEqual(text.getvalue().count("\n"), 1)
         return caught.exception.code, text.getvalue().strip()
 
@@ -218,15 +182,15 @@ class CommandLine(Case):
         p = runs.parser_for(None, "x")                             # python -OO: no docstring
         p.add_argument("--n", type=runs.number(int, 1, 5))
         p.add_argument("--x", type=runs.number(float, 0))
-        self.assertEqual(vars(p.parse_args(["--n", "5", "--x", "0"])), dict(n=5, x=0.0))
+        args = p.parse_args(["--n", "5", "--x", "0"])
+        self.assertEqual((args.n, args.x), (5, 0.0))
         for words in ("--n 0", "--n 6", "--n 1.5", "--x nan", "--x inf", "--x -1"):
             with self.assertRaises(SystemExit):
                 quiet(p.parse_args, words.split())
 
     def test_every_script_has_the_flags_of_a_run_and_shows_their_defaults(self):
         for trains in (True, False):
-            p = runs.parser_for("First line.\nMore.", "python s.py")
-            runs.run_flags(p, trains)
+            p = runs.parser_for("First line.\nMore.", "python s.py", trains)
             args = p.parse_args([])
             more = dict(resume=False, smoke=False) if trains else {}
             self.assertEqual(vars(args), dict(out=None, seed=0, device="auto", **more))
@@ -237,9 +201,9 @@ class CommandLine(Case):
 
     def test_bad_input_a_full_disk_and_no_memory_are_one_sentence_and_other_errors_not_hidden(self):
         for text, error in (("no such", BadInput("no such")), ("no space", OSError(28, "no space")),
-                            ("lower --n", torch.cuda.OutOfMemoryError("CUDA out of memory")),
-                            ("lower --n", MemoryError()),
-                            ("lower --n", RuntimeError("CPUAllocator: can't allocate memory: "))):
+                            ("memory ran out; lower", torch.cuda.OutOfMemoryError("CUDA out of memory")),
+                            ("memory ran out; lower", MemoryError()),
+                            ("memory ran out; lower", RuntimeError("CPUAllocator: can't allocate memory: "))):
             code, sentence = self.ends(mock.Mock(side_effect=error), "dir/s.py")
             self.assertEqual(code, 2)
             self.assertRegex(sentence, f"^s.py: .*{text}")
@@ -247,29 +211,10 @@ class CommandLine(Case):
             with self.assertRaises(type(error)):
                 runs.run_main(mock.Mock(side_effect=error))
 
-    def test_ctrl_c_prints_the_command_that_goes_on_quoted(self):
-        out, words = "my runs/a 'b'", ["../s.py", "--data", "a b", "--lr", "1"]
-
-        def main(saves=True):
-            folder = claim_run(flags(out, resume="--resume" in sys.argv), "run")
-            if saves:
-                checkpoints.save_state(folder / "state-coach.pt", {}, 1, 1.0)
-            raise KeyboardInterrupt
-        nothing = self.ends(mock.Mock(side_effect=KeyboardInterrupt), *words)
-        for code, text in (nothing, self.ends(lambda: main(False), *words, "--out", out)):
-            self.assertEqual(code, 130)
-            self.assertIn("start it again", text)
-        for given in (["--out", out, "--resume"], [f"--out={out}", "--resume"]):
-            code, text = self.ends(main, *words[:3], *given, *words[3:])
-            self.assertEqual(code, 130)
-            self.assertEqual(shlex.split(text.split("to go on: ")[1]), [
-                "python", "../s.py", "--out", out, "--resume"])
-        with mock.patch.object(sys, "platform", "win32"):              # no shell there knows '
-            text = self.ends(main, *words[:3], *given, *words[3:])[1]
-            self.assertTrue(text.endswith(f'../s.py --out "{out}" --resume'), text)
-        out = None
-        text = self.ends(main, *words)[1]
-        self.assertTrue(text.endswith("python ../s.py --out runs/run --resume"), text)
+    def test_ctrl_c_is_a_sentence_and_130(self):
+        code, text = self.ends(mock.Mock(side_effect=KeyboardInterrupt), "s.py")
+        self.assertEqual(code, 130)
+        self.assertIn("goes on with --out FOLDER --resume", text)
 
     def test_optimised_python_ascii_terminals_and_any_mplbackend_change_nothing(self):
         code = """import math, sys, torch
@@ -299,10 +244,9 @@ runs.run_main(main)"""
             self.bad_input("cannot be used here", runs.pick_device, name)
         self.assertEqual(runs.pick_device("cpu"), torch.device("cpu"))
         with mock.patch.object(torch, "zeros"), mock.patch.object(
-                torch.cuda, "is_available", bool):              # as on a Mac: nothing trains there
-            self.assertEqual(runs.pick_device("mps"), torch.device("mps"))
+                torch.cuda, "is_available", bool):              # as on a Mac
             self.assertEqual(runs.pick_device("auto"), torch.device("cpu"))
-            self.bad_input("give --device cpu", runs.pick_device, "mps", trains=True)
+            self.bad_input("'mps' cannot be used here; try --device cpu", runs.pick_device, "mps")
         with mock.patch.object(torch.cpu, "_is_avx512_bf16_supported", bool), \
                 runs.autocast(torch.device("cpu")):
             self.assertFalse(torch.is_autocast_enabled("cpu"))
@@ -322,7 +266,7 @@ class Checkpoints(Case):
     def test_what_is_saved_comes_back(self):
         net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).half().float()
         path = self.save(weights=checkpoints.half_weights(net), config=dict(a=[1, "x", None]))
-        content = checkpoints.load_checkpoint(path, ("other", "toy"))
+        content = checkpoints.load_checkpoint(path, "other", "toy")
         again = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
         again.load_state_dict(content["weights"])
         for a, b in zip(net.state_dict().values(), again.state_dict().values()):
@@ -345,10 +289,11 @@ class Checkpoints(Case):
 
     def test_kinds_and_shapes_must_fit(self):
         self.bad_input("holds a toy; a student or teacher is needed", checkpoints.load_checkpoint,
-                       self.save(), ("student", "teacher"))
+                       self.save(), "student", "teacher")
+        config = dict(in_features=2, out_features=2)
         for weights in ({}, [], {"weight": 3}, torch.nn.Linear(3, 2).state_dict()):
-            self.bad_input("b.pt does not fit", checkpoints.frozen_network, torch.nn.Linear(2, 2),
-                           weights, "b.pt", "cpu")
+            self.bad_input("b.pt does not fit", checkpoints.rebuild, torch.nn.Linear, dict(
+                kind="toy", config=config, weights=weights), "b.pt")
         with self.assertRaisesRegex(BadInput, "c.pt has no usable config"), \
                 checkpoints.rebuilding("c.pt", "config"):
             torch.nn.Linear(**dict(depth=3))
@@ -376,7 +321,7 @@ class Checkpoints(Case):
                 self.assertTrue(torch.equal(content["weights"], values) and content["width"] == 32)
         self.assertGreater(refused, 40)
 
-    def test_a_number_that_is_not_finite_is_neither_saved_nor_read(self):
+    def test_a_number_that_is_not_finite_is_not_saved(self):
         net, p = torch.nn.BatchNorm1d(2), torch.nn.Parameter(torch.ones(2))
         adam = torch.optim.Adam([p])
         p.grad = torch.ones(2)
@@ -386,31 +331,15 @@ class Checkpoints(Case):
         for bad in (net.state_dict(), adam.state_dict(), [(1, torch.tensor(math.inf).half())]):
             self.bad_input("over the last good one; start again", self.save, bad=bad)
             self.assertEqual(Path("a.pt").read_bytes(), before)
-            torch.save({"format": "redif-3", "kind": "toy", "bad": bad}, "b.pt")
-            self.bad_input("not finite", checkpoints.load_checkpoint, "b.pt", "toy")
 
-    def test_a_failed_save_leaves_the_old_file_and_no_debris(self):
+    def test_a_failed_save_leaves_the_old_file(self):
         before = self.save(n=1).read_bytes()
         for what in ("torch.save", "os.fsync", "os.replace"):
             with mock.patch(what, side_effect=OSError("disk full")), self.assertRaises(OSError):
                 self.save(n=2)
-            self.assertEqual((Path("a.pt").read_bytes(), os.listdir()), (before, ["a.pt"]))
-
-    def test_an_npz_is_whole_and_never_takes_the_place_of_another_file(self):
-        array = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
-        checkpoints.save_npz("new/a.npz", array)
-        with np.load("new/a.npz") as file:
-            self.assertTrue(np.array_equal(file["arr_0"], array))
-            self.assertEqual(file["arr_0"].dtype, np.uint8)
-        before = Path("new/a.npz").read_bytes()
-        with mock.patch.object(Path, "exists", return_value=False):    # it came a moment later
-            with self.assertRaises(FileExistsError):
-                checkpoints.save_npz("new/a.npz", array + 1)
-        self.assertEqual(Path("new/a.npz").read_bytes(), before)
-        for error in (OSError("disk full"), KeyboardInterrupt()):
-            with mock.patch("os.fsync", side_effect=error), self.assertRaises(type(error)):
-                checkpoints.save_npz("new/b.npz", array)
-        self.assertEqual(os.listdir("new"), ["a.npz"])
+            self.assertEqual(Path("a.pt").read_bytes(), before)
+        self.save(n=3)
+        self.assertEqual(os.listdir(), ["a.pt"])
 
     def test_bundled_files_are_found_from_any_working_directory(self):
         self.assertEqual(runs.find("checkpoints/x.pt"), Path("checkpoints/x.pt"))
@@ -421,10 +350,10 @@ class Checkpoints(Case):
             self.save("deep/c.pt", mine=True)
             self.assertIn("mine", checkpoints.load_checkpoint("deep/c.pt", "toy"))
 
-    def test_provenance_is_plain_and_names_no_folder(self):
-        row = checkpoints.provenance("s.py", flags(data="/home/me/pics", reward="a+b"), 90,
+    def test_provenance_is_plain(self):
+        row = checkpoints.provenance("s.py", flags(data="pics", init=["a.pt"]), 90,
                                      torch.device("cpu"), n=3)
-        self.assertEqual(row["settings"], dict(seed=0, lr=1e-3, data="pics", reward="a+b"))
+        self.assertEqual(row["settings"], dict(seed=0, lr=1e-3, data="pics", init=["a.pt"]))
         self.assertEqual((row["script"], row["minutes"], row["n"]), ("s.py", 1.5, 3))
         checkpoints.load_checkpoint(self.save(provenance=row), "toy")
 
@@ -456,30 +385,24 @@ class Kept(Case):
             self.assertIn("made anew", text)
             self.assertEqual(self.ask(), (4.0, 0, ""))
 
-    def test_where_nothing_can_be_written_it_is_made_each_time(self):
-        Path("runs").write_text("a file")
-        self.assertEqual([self.ask(value=n) for n in (1.0, 2.0)], [(1.0, 1, ""), (2.0, 1, "")])
-        Path("runs").unlink()
-        with mock.patch("os.fsync", side_effect=OSError("disk full")):
-            self.assertEqual([self.ask(value=n) for n in (1.0, 2.0)], [(1.0, 1, ""), (2.0, 1, "")])
-
     def test_a_checksum_of_weights_knows_every_weight_and_buffer(self):
         net, words = torch.nn.BatchNorm1d(3), set()
         with torch.no_grad():
             for value in (net.weight, net.bias, net.running_mean, net.running_var):
-                words.add(runs.weights_checksum(net))
+                words.add(runs.checksum(net))
                 value[2] += 1e-6
-        self.assertEqual(len(words | {runs.weights_checksum(net)}), 5)
+        self.assertEqual(len(words | {runs.checksum(net)}), 5)
         again = torch.nn.BatchNorm1d(3)
         again.load_state_dict(net.state_dict())
-        self.assertEqual(runs.weights_checksum(again), runs.weights_checksum(net))
+        self.assertEqual(runs.checksum(again), runs.checksum(net))
 
     def test_a_network_is_saved_in_fp16_or_as_it_is_with_more_beside_it(self):
         net = torch.nn.Linear(2, 3)
         net.config = dict(in_features=2, out_features=3)
         for half, tol in ((True, 1e-3), (False, 0)):
             checkpoints.save_network("n.pt", "toy", net, dict(b=1), half, solver=[[1, 2], None])
-            again, content = checkpoints.load_network("n.pt", "toy", torch.nn.Linear)
+            content = checkpoints.load_checkpoint("n.pt", "toy")
+            again = checkpoints.rebuild(torch.nn.Linear, content, "n.pt")
             self.assertEqual((content["solver"], content["provenance"]["b"]), ([[1, 2], None], 1))
             self.assertEqual(content["weights"]["bias"].dtype == torch.float16, half)
             self.assertLessEqual((again.weight - net.weight).abs().max(), tol)
@@ -497,7 +420,8 @@ class Resume(Case):
     def train(self, parts, first, last):
         for update in range(first, last):
             x = torch.randn(8, 4, generator=parts["generator"])
-            loss = parts["net"](x).square().mean()                     # dropout: global numbers
+            torch.manual_seed(update)                                  # of dropout, as in fit()
+            loss = parts["net"](x).square().mean()
             parts["optimizer"].zero_grad()
             loss.backward()
             parts["optimizer"].step()
@@ -538,14 +462,10 @@ class Resume(Case):
         with mock.patch.object(os, "truncate", side_effect=PermissionError("read-only")), \
                 self.assertRaises(PermissionError):                 # the state itself is sound
             quiet(load, "state.pt", parts)
-        gpu = mock.Mock(type="cuda")
-        with mock.patch.object(checkpoints, "device_of", lambda parts: gpu), mock.patch.multiple(
-                torch.cuda, get_rng_state=lambda device: torch.ones(2), set_rng_state=mock.DEFAULT
-                ) as put:
-            checkpoints.save_state("state.pt", parts, 3, 1.0)
-            quiet(load, "state.pt", parts)                          # of this device alone
-        self.assertEqual(put["set_rng_state"].call_args[0][1], gpu)
-        self.bad_input("was made on cuda and goes on there alone", load, "state.pt", parts)
+        saved = {**checkpoints.load_checkpoint("state.pt", "state")["parts"],
+                 "generator": torch.zeros(16, dtype=torch.uint8)}   # as of a GPU
+        checkpoints.save_checkpoint("state.pt", "state", parts=saved)
+        self.bad_input("give the --device and the flags", load, "state.pt", parts)
 
     def test_a_second_network_of_a_run_keeps_the_log_of_the_first(self):
         runs.log_line("log.jsonl", update=1)
@@ -569,58 +489,49 @@ class Images(Case):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(name, **more)
 
-    def test_images_become_bytes_and_units_with_clipping(self):
+    def test_images_become_bytes_with_clipping(self):
         x = torch.tensor([-2.0, -1, 0, 1, 2])
         self.assertEqual(images.to_uint8(x).tolist(), [0, 0, 128, 255, 255])
-        self.assertEqual(images.to_unit(x).tolist(), [0, 0, 0.5, 1, 1])
 
     def test_a_device_without_float64_is_no_obstacle(self):
         x, net = torch.zeros(2, 3, 4, 4), torch.nn.BatchNorm1d(2)
         with NoFloat64():
             runs.pick_device("cpu")
-            images.to_uint8(x), images.to_unit(x), figures.tile(x)
+            images.to_uint8(x), figures.tile(x)
             checkpoints.save_checkpoint("a.pt", "toy", weights=checkpoints.half_weights(net))
             weights = checkpoints.load_checkpoint("a.pt", "toy")["weights"]
-            checkpoints.frozen_network(net, weights, "a.pt", "cpu")
+            checkpoints.rebuild(torch.nn.BatchNorm1d, dict(
+                kind="toy", config=dict(num_features=2), weights=weights), "a.pt")
             with self.assertRaises(TypeError):
                 x.double()
 
-    def test_a_folder_is_read_in_order_and_every_file_left_out_is_counted_and_named(self):
+    def test_a_folder_is_read_in_order_of_classes_and_names(self):
         self.write("d/a/1.png", np.full((40, 60, 3), (200, 0, 0), np.uint8))
-        for name in ("b/deep/2.PNG", "b/._2.png", "loose.png"):
+        for name in ("b/deep/2.PNG", "loose.png"):
             self.write(f"d/{name}")
-        Path("d/b/3.png").write_bytes(b"no image")
-        Path("d/b/notes.txt").write_text("not an image either")
+        Path("d/b/notes.txt").write_text("not an image")
         (data, labels), text = quiet(images.load_images, "d")
         self.assertEqual((data.shape, data.dtype, labels.tolist()),
                          ((2, 3, 32, 32), torch.uint8, [0, 1]))
         self.assertEqual(data[:, :, 5, 5].tolist(), [[200, 0, 0], [50, 50, 50]])
-        self.assertRegex(text, r"^left out 4 .*\._2.png .*3.png .*notes.txt .*loose.png\n"
-                         r"read 2 images of 2 classes below d: a b\n$")
+        self.assertIn("reads 2 images of 2 classes below d", text)
 
-    def test_a_hidden_folder_is_no_class_and_its_files_are_left_out(self):
-        for name in ("d/.cache/x.png", "d/a/.old/y.png", "d/a/1.png", ".hidden/d/a/1.png"):
-            self.write(name)
-        (_, labels), text = quiet(images.load_images, "d")
-        self.assertEqual(labels.tolist(), [0])
-        self.assertIn("left out 2 ", text)
-        self.assertEqual(len(images.load_images(".hidden/d")[0]), 1)   # the user named this one
-
-    def test_classes_of_the_test_split_are_matched_by_name(self):
-        for name in ("train/bird", "train/cat", "train/dog", "test/dog", "test/cat"):
+    def test_the_test_split_has_the_same_classes(self):
+        for name in ("train/cat", "train/dog", "test/dog", "test/cat"):
             self.write(f"d/{name}/1.png")
-        self.assertEqual(images.load_images("d")[1].tolist(), [0, 1, 2])
-        self.assertEqual(images.load_images("d", train=False)[1].tolist(), [1, 2])
+        for train in (True, False):
+            self.assertEqual(quiet(images.load_images, "d", train)[0][1].tolist(), [0, 1])
         self.write("d/test/emu/1.png")
-        self.bad_input("'emu'", images.load_images, "d", train=False)
+        self.bad_input("must be those of", images.load_images, "d", train=False)
         Path("d/train").rename("d/Training")
         Path("d/test").rename("d/val")
-        self.assertEqual(images.load_images("d")[1].tolist(), [0, 1, 2])
+        self.assertEqual(quiet(images.load_images, "d")[0][1].tolist(), [0, 1])
         self.write("d/other/1.png")                         # now these are classes themselves
-        self.write("d/val/1.png")
-        self.assertEqual({*images.load_images("d")[1].tolist()}, {0, 1, 2})
+        found, text = quiet(images.load_images, "d")
+        self.assertEqual({*found[1].tolist()}, {0, 1, 2})
+        self.assertIn("of 3 classes", text)
 
-    def test_hostile_files_are_left_out_and_sound_ones_upright_and_opaque(self):
+    def test_images_are_shown_upright_and_opaque(self):
         exif, palette = Image.Exif(), Image.new("P", (9, 9), 1)
         red_left = np.zeros((40, 40, 3), np.uint8)
         red_left[:, :20, 0] = 255
@@ -629,37 +540,39 @@ class Images(Case):
         self.write("d/a/1.jpg", red_left, exif=exif, quality=95)
         self.write("d/a/2.png", Image.new("RGBA", (32, 32), (0, 0, 0, 0)))
         self.write("d/a/3.png", palette)
-        self.write("d/a/huge.png", Image.new("1", (2000, 2000)))
-        Path("d/a/empty.png").write_bytes(b"")
-        Path("d/a/folder.png").mkdir()
-        os.mkfifo("d/a/pipe.png")
-        os.symlink(Path("d").resolve(), "d/a/circle")
-        os.symlink("nowhere", "d/a/gone.png")
-        with mock.patch.object(Image, "MAX_IMAGE_PIXELS", 10 ** 6):
-            (data, _), text = quiet(images.load_images, "d")
+        (data, _), _ = quiet(images.load_images, "d")
         self.assertEqual(len(data), 3)
         self.assertGreater(data[0, 0, 4, 16], 200)                  # red is above now
         self.assertLess(data[0, 0, 28, 16], 50)
         self.assertEqual(data[1].unique().tolist(), [255])          # clear: white paper
         self.assertEqual(data[2, :, 3, 3].tolist(), [10, 20, 30])
-        self.assertIn("left out 5 ", text)
 
-    def test_deep_greyscale_is_left_out_for_its_range_is_not_known(self):
+    def test_a_file_that_is_no_image_of_8_bits_is_named_in_one_sentence(self):
         ramp = np.linspace(0, 255, 1024).reshape(32, 32)
-        for name, kind in (("8.png", "uint8"), ("16.png", "uint16"), ("16.tif", "uint16"),
-                           ("i.tif", "int32"), ("f.tif", "float32")):
+        for name, kind in (("16.png", "uint16"), ("16.tif", "uint16"), ("i.tif", "int32"),
+                           ("f.tif", "float32")):
             self.write(f"d/a/{name}", ramp.astype(kind))
-        (data, _), text = quiet(images.load_images, "d")
-        self.assertEqual(data.tolist(), [[ramp.astype(int).tolist()] * 3])
-        self.assertIn("left out 4 ", text)
+            self.bad_input(f"d/a/{name} has no usable image of 8 bits", images.load_images, "d")
+            Path(f"d/a/{name}").unlink()
+        self.write("d/a/huge.png", Image.new("1", (2000, 2000)))
+        with mock.patch.object(Image, "MAX_IMAGE_PIXELS", 10 ** 6):
+            self.bad_input("huge.png", images.load_images, "d")
+        for content in (b"", b"no image"):
+            Path("d/a/huge.png").write_bytes(content)
+            self.bad_input("huge.png", images.load_images, "d")
+        Path("d/a/huge.png").unlink()
+        self.write("d/a/8.png", ramp.astype("uint8"))
+        self.assertEqual(quiet(images.load_images, "d")[0][0].tolist(),
+                         [[ramp.astype(int).tolist()] * 3])
 
-    def test_folders_without_images_are_refused(self):
-        self.bad_input("no such folder", images.load_images, "none")
+    def test_folders_without_images_are_one_sentence(self):
         Path("d/a").mkdir(parents=True)
-        self.bad_input("no class subfolders that fit", images.load_images, "d/a")
-        self.bad_input("no readable image", images.load_images, "d")
+        for folder in ("none", "d/a", "d"):
+            with self.assertRaisesRegex(FileNotFoundError, folder):
+                images.load_images(folder)
         self.write("d/a/1.png")
-        self.bad_input("no such folder", images.load_images, "d", train=False)
+        with self.assertRaisesRegex(FileNotFoundError, "d/test"):
+            images.load_images("d", train=False)
 
     def test_shapes_need_nothing_and_repeat(self):
         (a, labels), (b, _) = images.shapes_images(30), images.shapes_images(30)
@@ -690,7 +603,7 @@ class Images(Case):
     def test_pictures_leave_the_random_numbers_alone_and_show_what_they_should(self):
         x = torch.linspace(-1, 1, 5 * 3 * 16).reshape(5, 3, 4, 4)
         for n in range(4):
-            runs.log_line("log.jsonl", images=1000 * n, loss=math.nan if n == 1 else 1 / (n + 1))
+            runs.log_line("log.jsonl", images=1000 * n, loss=1 / (n + 1))
         runs.log_line("log.jsonl", images=4000, accuracy=0.5)          # rows that are no part of it
         runs.log_line("log.jsonl", update=1, loss=1.0)
         before, numpys = torch.get_rng_state(), str(np.random.get_state())
@@ -742,9 +655,10 @@ class Working(test_all.Case):
             Working.tiny = Path(Working.keep.name)
             torch.manual_seed(0)
             save_network(self.tiny / "teacher.pt", "teacher", randomised(ddpm.UNet(**TINY)), {})
+            teacher_, _ = teacher.load_teacher(self.tiny / "teacher.pt")
             first = randomised(student.JumpUNet(**TINY), 1)
             save_network(self.tiny / "student.pt", "student", first, dict(
-                teacher=checksum([self.tiny / "teacher.pt"]), teacher_paths=5, updates=7,
+                teacher=checksum(teacher_), teacher_paths=5, updates=7,
                 settings=dict(batch_size=2)))
             c, j, x = reward.Coach().eval(), reward.Judge().eval(), test_all.images(64)
             mean, covariance = reward.moments(reward.encode(j, x))
@@ -782,7 +696,7 @@ class Samples(Working):
         z = seeded_noise(seeds, (3, 8, 8))
         for (net, solver), eta in itertools.product(self.models(), (0.0, 0.7)):
             many = sample.draw(net, solver, z, AB, eta, seeds)
-            with mock.patch.object(teacher, "chunk_size", lambda device: 2):
+            with mock.patch.dict(teacher.CHUNK, cpu=2):
                 self.close(sample.draw(net, solver, z, AB, eta, seeds), many)
             self.close(sample.draw(net, solver, z[2:3], AB, eta, seeds[2:3]), many[2:3])
             self.assertLessEqual(many.abs().max(), 1)
@@ -831,8 +745,8 @@ class Commands(Working):
             self.assertIn("resumed at", self.run_main(module, "--out", "b", "--resume"))
             files = [path.relative_to("a") for path in sorted(Path("a").rglob("*.pt"))]
             for file in files:
-                a, b = (tree_flatten({k: v for k, v in load_checkpoint(Path(f, file), (
-                    "state", "teacher", "student", "policy")).items() if k in (
+                a, b = (tree_flatten({k: v for k, v in load_checkpoint(Path(f, file),
+                    "state", "teacher", "student", "policy").items() if k in (
                         "parts", "weights", "solver")})[0] for f in "ab")
                 self.assertGreater(len(a), 3)
                 self.assertEqual(len(a), len(b))
@@ -911,9 +825,8 @@ class Commands(Working):
             kind, grid, min(steps, 20)))
         text = self.run_main(ddpm, "--out", "d")
         self.assertIn("wrote d/ddpm.png", text)
-        rms = {row["nfe"]: row["rms"] for row in read_log("d/log.jsonl")}
-        self.assertLess(rms[3][-1], min(rms[3][:-1]))                  # what is learned is better
-        self.assertEqual(rms[20][0], 0)                                # itself, here
+        *baselines, learned = (row["rms"] for row in read_log("d/log.jsonl"))
+        self.assertLess(learned, min(baselines))                       # what is learned is better
         self.assertIn("standardised", self.run_main(reward, *self.words, "--out", "r"))
         self.assertTrue(Path("d/ddpm.png").exists() and Path("r/rewards.png").exists())
 
@@ -923,9 +836,6 @@ class Commands(Working):
         text = self.resumes(teacher, "--data", "shapes", "--smoke")
         self.assertIn("wrote a/teacher.pt", text)
         self.assertEqual(teacher.load_teacher("a/teacher.pt")[1]["provenance"]["images"], 16)
-        words = "--data shapes --smoke --lr 1e-7 --seed 5 --init a/teacher.pt --out c"
-        self.run_main(teacher, *words.split())
-        self.close(*(next(teacher.load_teacher(f"{f}/teacher.pt")[0].parameters()) for f in "ac"))
 
     def test_the_student_clones_and_resumes_to_the_same_bits(self):
         self.patch(teacher, SAVE_EVERY=1, LOG_EVERY=1)
@@ -946,15 +856,12 @@ class Commands(Working):
         for name in (*re.search(r"wrote a/(images.*)", text)[1].split(", "), "learned.png",
                      "learner-2/learned.png"):
             self.assertTrue(Path("a", name).exists(), name)
-        runs.log_line("a/log.jsonl", seconds=6000)             # the minutes before count as well
-        self.run_main(rl, "--out", "a", "--resume")
-        self.assertGreater(json.loads(Path("a/result.json").read_text())["minutes"], 100)
-        text = self.run_main(sample, "--model", "a/policy.pt", "--n", "5", "--npz", "n/i.npz")
+        text = self.run_main(sample, "--model", "a/policy.pt", "--n", "5", "--npz", "i.npz")
         self.assertIn("5 images", text)
         with mock.patch.object(sample, "draw", side_effect=AssertionError("too late")):
-            for path, error in (("n/i.npz", BadInput), ("a/policy.pt/i.npz", OSError)):
-                with self.assertRaises(error):                      # before the work
-                    sample.main(["--model", "a/policy.pt", "--npz", path])
+            for path in ("i.npz", "a/policy.pt/i.npz"):
+                with self.assertRaises(OSError):                    # before the work
+                    self.run_main(sample, "--model", "a/policy.pt", "--npz", path)
         text = self.run_main(sample, "--evaluate", "--n", "8", "--steps", "2", *self.words, "--out",
                              "e", "--model", "a/policy.pt", self.tiny / "teacher.pt")
         self.assertRegex(text, r"a/policy, learned +3 [^@]*its target +3 +-?0\.0000 ± +0\.0000")
@@ -964,8 +871,7 @@ class Commands(Working):
         """A policy.pt that was distilled from the tiny teacher; n_gains None: as of --paper."""
         solver = (baseline_solver("AB2", "uniform", K) if n_gains is None else
                   by_hand("AB2", "uniform", n_gains, K).solver())
-        save_network(path, "policy", net, dict(teacher=checksum([self.tiny / "teacher.pt"]),
-                     trained=9), half=False, network=type(net).__name__, solver=[*solver])
+        save_network(path, "policy", net, dict(teacher=checksum(self.net), trained=9), half=False, network=type(net).__name__, solver=[*solver])
 
     def test_weights_go_on_from_a_policy_and_resume_to_the_same_bits(self):
         self.patch(rl, LOG_EVERY=2)
@@ -1055,17 +961,18 @@ class Commands(Working):
     def test_the_npz_is_what_fid_tools_read(self):
         big = randomised(ddpm.UNet(**{**TINY, "image_size": 32}))
         save_network("big.pt", "teacher", big, {})
-        words = shlex.split("--model big.pt --steps 2 --n 3 --npz new/a.npz --seed 7")
+        words = shlex.split("--model big.pt --steps 2 --n 3 --npz a.npz --seed 7")
         self.run_main(sample, *words)
-        with np.load("new/a.npz") as file:
+        with np.load("a.npz") as file:
             array = file["arr_0"]
         self.assertEqual((array.shape, array.dtype), ((3, 32, 32, 3), np.uint8))
         x = sample.draw(teacher.load_teacher("big.pt")[0], baseline_solver(
             "DDIM", "quadratic", 2), seeded_noise([7, 8, 9], (3, 32, 32)), AB)
         self.close(array, images.to_uint8(x).permute(0, 2, 3, 1), 1)
-        before = Path("new/a.npz").read_bytes()
-        self.bad_input("exists already", self.run_main, sample, *words)
-        self.assertEqual(Path("new/a.npz").read_bytes(), before)
+        before = Path("a.npz").read_bytes()
+        with self.assertRaisesRegex(FileExistsError, "a.npz"):
+            self.run_main(sample, *words)
+        self.assertEqual(Path("a.npz").read_bytes(), before)
 
     def test_everything_a_checkpoint_can_do_is_compared(self):
         save_network("policy.pt", "policy", self.net, {}, network="UNet", solver=[
@@ -1084,7 +991,7 @@ class Commands(Working):
     def test_bad_input_is_one_sentence_and_code_2_and_touches_nothing(self):
         Path("cut.pt").write_bytes((self.tiny / "student.pt").read_bytes()[:5000])
         Path("empty").mkdir()
-        save_network("another.pt", "teacher", self.net, dict(seed=1))
+        save_network("another.pt", "teacher", randomised(ddpm.UNet(**TINY), 3), {})
         save_network("policy.pt", "policy", self.net, {}, network="UNet", solver=[
             *by_hand("DPM++", "quadratic", len(self.net.branches), 4).solver()])
         coach, plain_ = f"{self.tiny}/coach.pt", self.words[1]
@@ -1116,9 +1023,8 @@ class Commands(Working):
                 ("go with --evaluate", sample, "--model", plain_, "--steps", "1", "2"),
                 ("goes with --solver DDIM", sample, "--eta", "1", "--solver", "AB2", "--model",
                  plain_),
-                ("does not go with", teacher, "--paper-shape", "--smoke"),
                 ("at least 8", sample, "--evaluate", "--model", plain_, "--n", "7"),
-                ("no such folder", teacher, "--data", "nowhere"),
+                ("nowhere", teacher, "--data", "nowhere"),
                 ("--updates: must be", student, "--updates", "0"),
                 ("invalid choice", student, "--init", "nobody")]:
             with self.subTest(expected=expected, words=words[-2:]):

@@ -29,8 +29,8 @@ import rl_distill
 from ddpm import (GRIDS, action_mask, baseline_kinds, baseline_solver, linear_alpha_bar,
                   parameter_count)
 from harness.checkpoints import kept, provenance, save_network
-from harness.runs import (ROOT, checksum, device_name, log_line, number, pick_device, read_log,
-                          run_main, settings, weights_checksum)
+from harness.runs import (ROOT, checksum, device_name, find, log_line, number, pick_device,
+                          read_log, run_main, settings)
 from reward import best_baselines, closed, deploy, judged, standard_error
 from rl_distill import load_inputs, load_model, training_evaluations
 from teacher import HELD_OUT, TARGET, noise_and_targets
@@ -52,8 +52,9 @@ class World:
         self.home = Path("runs", "study-smoke" if smoke else "study")
         self.results = self.home / "results.jsonl" if smoke else RESULTS
         self.teacher, _, self.reward, self.judge = load_inputs(args, device)
-        self.files = checksum([args.teacher, args.encoders, f"{args.encoders}/judge.pt",
-                               *list(arms.INIT.values())[1:]])
+        self.files = hashlib.sha256(b"".join(find(name).read_bytes() for name in (
+            args.teacher, *(f"{args.encoders}/{role}.pt" for role in ("coach", "judge")),
+            *list(arms.INIT.values())[1:]))).hexdigest()[:12]
         self.alpha_bar, self.starts = linear_alpha_bar(device), {}
         n, noises = (SMOKE["n"], SMOKE["noises"]) if smoke else (N, rl_distill.NOISES)
         self.train_set, self.monitor_set, self.held_set = (
@@ -85,7 +86,7 @@ class World:
         """{(kind, grid): reward (n,)} of all baseline solvers on the held-out noises; kept."""
         net, n = self.learner(init)[0], len(self.held_set[0])
         names = [(kind, grid) for kind in baseline_kinds(net, steps) for grid in GRIDS]
-        key = dict(files=self.files, net=weights_checksum(net), steps=steps, n=n, names=names)
+        key = dict(files=self.files, net=checksum(net), steps=steps, n=n, names=names)
         return dict(zip(names, kept("study-baselines", key, lambda: torch.stack([
             deploy(net, baseline_solver(*name, steps), *self.held_set, self.reward,
                   self.alpha_bar)[1] for name in names]), self.device)))
@@ -170,7 +171,7 @@ def play(arm, seed, world):
                  minutes=past["minutes"] + seconds / 60)
     save_network(out / "policy.pt", "policy", net, provenance(
         "study/run.py", args, seconds, world.device, start=start, trained=study["trained"],
-        teacher=checksum([args.teacher])), half=jumps, network=type(net).__name__,
+        teacher=checksum(world.teacher)), half=jumps, network=type(net).__name__,
         solver=list(solver), study=study)
     (out / "state.pt").unlink(missing_ok=True)
     return out / "policy.pt"

@@ -216,8 +216,7 @@ class Books(unittest.TestCase):
                 parameters = sum(p.numel() for p in world.teacher.parameters())
                 self.assertEqual(row["numbers"], parameters + content["study"]["numbers"])
                 self.assertGreater(row["trained"], content["study"]["trained"])
-                self.assertEqual(content["provenance"]["teacher"],
-                                 checksum(["checkpoints/teacher.pt"]))
+                self.assertEqual(content["provenance"]["teacher"], checksum(world.teacher))
                 with mock.patch.object(rl_distill, "train", side_effect=AssertionError):
                     self.assertEqual(run.play(done[name], 0, world), folder / "policy.pt")
 
@@ -233,9 +232,9 @@ class Books(unittest.TestCase):
         run.log_line(path, **self.row(everything[0][0]))
         with open(path, "a") as file:
             file.write(json.dumps(self.row(everything[1][0]))[:-9])
-        self.assertEqual(run.todo(run.read_rows(path), [0, 1]), everything[1:])
-        run.log_line(path, **self.row(everything[1][0]))
-        self.assertEqual(run.todo(run.read_rows(path), [0, 1]), everything[2:])
+        for left in (1, 2):                         # the first of these ends the torn line, for good
+            run.log_line(path, **self.row(everything[1][0]))
+            self.assertEqual(run.todo(run.read_rows(path), [0, 1]), everything[left:])
 
     def test_tables_stand_between_the_markers_and_nothing_else_changes(self):
         path, (begin, end) = Path("README.md"), report.MARKERS
