@@ -345,12 +345,10 @@ class UNet(nn.Module):
 
     forward's gains: (B, blocks), one of every residual block in the order of evaluation; or
     (B, channels) of every channel of their branches; None or 0 columns: the plain network. Gains on
-    attention, skips or shortcuts besides made what is learned worse, at 3 jumps, by reward and by
-    judge. (Gains set by hand, on other branches: FreeU, Si et al. 2023, arXiv 2309.11497.)
-    DEVIATES: in Ho et al. it predicts eps. That network spends its first epochs learning to copy
-    x_t at high noise, and what is left of its error is magnified by 1 / sqrt(ab), up to 157 times,
-    in x0_hat. Predicting v, an untrained network's eps_hat is right at t = T. The loss is theirs:
-    of eps, ab |v - v_hat|^2.
+    attention, skips or shortcuts besides made what is learned worse, by reward and by judge.
+    DEVIATES: in Ho et al. it predicts eps, whose error is magnified by 1 / sqrt(ab), up to 157
+    times, in x0_hat. Predicting v, an untrained network's eps_hat is right at t = T. The loss is
+    theirs: of eps, ab |v - v_hat|^2.
     width: channels at full resolution; mults: channel multiple per level, each level halves the
     image; blocks: residual blocks per level; attention: resolutions that get self-attention.
     `config` rebuilds the network, and is what a checkpoint stores."""
@@ -479,10 +477,12 @@ def demo(out, seed, device):
         return (x_0 - ends[i]).square().sum(1).mean().sqrt().item()
     solvers = {kind: min((baseline_solver(kind, grid, 3) for grid in GRIDS),
                          key=lambda solver: rms(solver, 0)) for kind in SOLVERS}
-    solvers["learned"] = policy_gradient(net, x_T[0], ends[0], solvers["DDIM"], alpha_bar, generator)
-    print("three jumps     rms distance to where 1000 jumps end; times | leans")
+    solvers["learned"] = policy_gradient(
+        net, x_T[0], ends[0], solvers["DDIM"], alpha_bar, generator)
+    print("three jumps, rms distance to where 1000 jumps end, times | leans")
     for name, solver in solvers.items():
-        print(f"{name:16s}{rms(solver):.4f}   {solver.times} |", *(f"{x:.2f}" for x in solver.leans))
+        print(f"{name:12s}{rms(solver):.4f}  ", *solver.times, "|",
+              *(f"{lean:.2f}" for lean in solver.leans))
         log_line(out / "log.jsonl", name=name, rms=rms(solver), **solver._asdict())
     del solvers["DPM++"]
     plot_points([*((f"3 jumps, {name}", sample(net, x_T[1], solver, alpha_bar))

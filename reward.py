@@ -138,7 +138,7 @@ def mse_reward(seen, target):
 
 def histogram(images):
     """Smoothed intensity histogram per colour: (B, 3, H, W) -> (B, 3, BINS), each summing to 1."""
-    bins = ((images.clamp(-1, 1) + 1) / 2 * BINS).long().clamp(max=BINS - 1).flatten(2)      # (B, 3, HW)
+    bins = ((images.clamp(-1, 1) + 1) / 2 * BINS).long().clamp(max=BINS - 1).flatten(2)
     counts = torch.ones(*bins.shape[:2], BINS, device=images.device)           # one each, smoothing
     counts = counts.scatter_add(2, bins, torch.ones_like(bins, dtype=torch.float))
     return counts / counts.sum(2, keepdim=True)

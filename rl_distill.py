@@ -9,7 +9,6 @@ The reward is likeness to the teacher's image of the same noise, the method ReDi
 
     python rl_distill.py                    # bundled weights, no data, no internet, minutes
     python rl_distill.py --learn weights
-    python rl_distill.py --learn weights --init checkpoints/policy.pt --lr 1e-5     # both
 
 Reads --teacher, --encoders, --init; writes to --out: policy.pt, state.pt (for --resume), log.jsonl,
 images.png, learned.png, result.json. Next file: sample.py.
@@ -22,16 +21,15 @@ import torch
 from torch import nn
 
 # From earlier files:
-from ddpm import (Solver, UNet, action_mask, expand_like, linear_alpha_bar, lists_of, action_of,
-                  parameter_count, per_image, sample, solver_of, step)
+from ddpm import (action_mask, action_of, expand_like, linear_alpha_bar, lists_of, parameter_count,
+                  per_image, sample, solver_of, step)
 from teacher import HELD_OUT, TARGET, load_teacher, noise_and_targets
-from student import JumpUNet, cloning_evaluations
+from student import JumpUNet, cloning_evaluations, load_model
 from reward import TERMS, Row, best_baselines, deploy, load_reward, print_table, rewards
-from harness.checkpoints import (load_checkpoint, load_state, provenance, rebuild, save_network,
-                                 save_state)
+from harness.checkpoints import load_state, provenance, save_network, save_state
 from harness.figures import plot_learned, plot_strips
 from harness.runs import (BadInput, autocast, checksum, claim_run, device_name, log_line, number,
-                          parser_for, pick_device, rebuilding, run_main, settings, write_whole)
+                          parser_for, pick_device, run_main, settings, write_whole)
 
 NOISES, BASELINE_NOISES = 128, 64       # training noises; those that choose the baseline solver
 HELD, MONITOR = 256, 64                 # held-out noises of the table; others, of the log
@@ -92,13 +90,11 @@ class JumpPolicy(nn.Module):
 # ==== LANDINGS, where the weights learn =======================================================
 
 def landing_logp(mean, x_next, sigma):
-    """log N(x_next; mean, sigma^2 I), only what depends on the mean, per dimension. mean, x_next:
-    (B, C, H, W), sigma: (B,). Returns (B,).
+    """log N(x_next; mean, sigma^2 I), what depends on the mean: (B, C, H, W) twice, (B,) -> (B,).
 
     DEVIATES: a *mean* over the 3072 dimensions where the density has their sum, as in ReDiF's and
-    DDPO's code. Hence a clip range of 1e-4, of the order of 0.2 / 3072. Even so one step of Adam at
-    the rates that learn here takes nearly every ratio beyond it: the weights get a single pass over
-    a batch, in which the ratio is 1 and the gradient REINFORCE's."""
+    DDPO's code; hence a clip range of 1e-4, as 0.2 / 3072. One step of Adam takes nearly every
+    ratio beyond it, so the weights get a single pass over a batch, in which the ratio is 1."""
     return -((x_next - mean) / expand_like(sigma, mean)).square().mean((1, 2, 3)) / 2
 
 
@@ -108,11 +104,10 @@ def rollout(net, solver, z, group, eta, alpha_bar, generator):
     the landings that explored: (state, x_next (M * group, 3, H, W), sigma, logp (M * group,)).
     state: what step() was given, of B images; M * group / B copies in a row landed from each.
 
-    Evaluations are dear, noise is cheap. With eta 0 all jumps but the last are deterministic: the
-    copies of a noise share every state, every evaluation and the last mean, from which they land
-    apart. With eta above 0 every landing explores, and they share the first evaluation alone.
+    With eta 0 only the last jump explores: the copies of a noise share every state, evaluation and
+    the last mean, from which they land apart. With eta above 0 every landing explores, and they
+    share the first evaluation alone. DEVIATES: with eta 0 only the last evaluation gets a gradient.
 
-    DEVIATES: with eta 0 only the last evaluation gets a gradient; earlier jumps use its weights.
     Copies draw independently, so that their mean reward is a baseline without bias for every
     landing (up to the factor 1 - 1 / group: it holds the copy's own). Opposite pairs would be
     biased with eta above 0, and with eta 0 they brought nothing (measured at 3 jumps)."""
@@ -188,11 +183,10 @@ def update_jumps(net, policy, z, target, reward, optimizer, args, std, alpha_bar
 def update_weights(net, solver, z, target, reward, optimizer, args, alpha_bar, generator):
     """Land in groups, move the weights so that the better landings of a group become likelier.
 
-    A landing is mean + sigma noise: the mean of A noise / sigma over the copies goes along the
-    gradient of the expected reward at the mean, and one backward pass takes it into the weights.
-    DEVIATES: with eta above 0 landings are weighted by sigma, as in ReDiF's code, since the score
-    goes as 1 / sigma: less variance, but no longer the gradient of the expected reward. And where a
-    jump leans, the estimate before counts as given, though the weights made it."""
+    The mean of A noise / sigma over the copies of a state goes along the gradient of the expected
+    reward at the mean; one backward pass takes it into the weights. DEVIATES: with eta above 0
+    landings are weighted by sigma, as in ReDiF's code: less variance, but no longer that gradient.
+    And where a jump leans, the estimate before counts as given, though the weights made it."""
     # SAMPLING
     rows = torch.arange(len(z), device=z.device).repeat_interleave(args.group)
     with autocast(z.device):
@@ -305,22 +299,7 @@ def diagnostics(seen, args):
     return {name: value.item() for name, value in values.items()}
 
 
-# ==== FILES: a policy is a network and a Solver ===============================================
-
-def load_model(path, device="cpu", kinds=("teacher", "student", "policy")):
-    """Any checkpoint that makes images, frozen: (net, its own Solver or None, content)."""
-    content = load_checkpoint(path, *kinds)
-    kind = content["kind"]
-    with rebuilding(path, kind):
-        name = dict(teacher="UNet", student="JumpUNet").get(kind) or content["network"]
-        net = rebuild(dict(UNet=UNet, JumpUNet=JumpUNet)[name], content, path, device)
-        solver = Solver(*content["solver"]) if kind == "policy" else None
-        if solver:                                                  # ValueError if impossible
-            *_, gains = per_image(solver, 1, device)
-            if gains.shape[2] not in [number_of_gains(net, kind) for kind in GAINS]:
-                raise ValueError("gains that do not fit the network")
-        return net, solver, content
-
+# ==== INPUTS ==================================================================================
 
 def load_inputs(args, device):
     """Read the checkpoints. Returns (teacher, learners, reward, (judge, its file)). A learner is
@@ -330,7 +309,7 @@ def load_inputs(args, device):
         if path == "teacher":
             learners.append(("", copy.deepcopy(teacher), None, 0))
             continue
-        net, solver, content = load_model(path, device, ("student", "policy"))
+        net, content, solver = load_model(path, device, "student", "policy")
         origin = content["provenance"]
         if origin.get("teacher") != checksum(teacher):
             raise BadInput(f"{path} was not distilled from {args.teacher}; give another one")
@@ -402,7 +381,7 @@ def distil(learner, teacher, train_set, monitor_set, held_set, reward, args, out
         "rl_distill.py", args, seconds, z.device, start=rows[kind].name, trained=trained,
         teacher=checksum(teacher)), network=type(net).__name__, solver=list(solver),
         half=all(torch.equal(w.half().float(), w) for w in net.parameters()))   # loses nothing
-    net, solver, _ = load_model(out / "policy.pt", z.device)       # what is measured is the file
+    net, _, solver = load_model(out / "policy.pt", z.device)       # what is measured is the file
     learned = Row(f"{name}learned", K, trained, *deploy(net, solver, z, target, reward, alpha_bar),
                   rows[kind])
     plot_learned(out, rows[kind], learned)

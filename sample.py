@@ -8,7 +8,7 @@
 Each image has its own seed (--seed, --seed + 1, ...): same seed, same start noise for every model,
 in any batch, on any device. --evaluate compares on the same noises: reward (likeness to the
 teacher's target), Frechet distance to training images in the judge's features, time. Writes
-samples.png, path.png or frontier.png, and log.jsonl, to --out.
+samples.png, path.png and log.jsonl to --out.
 """
 import math
 import os
@@ -22,9 +22,9 @@ import torch
 from ddpm import (GRIDS, SOLVERS, T, baseline_kinds, baseline_solver, linear_alpha_bar,
                   parameter_count, sample, seeded_noise)
 from teacher import HELD_OUT, TARGET, draw, load_teacher, noise_and_targets
+from student import load_model
 from reward import judged, load_reward, rewards, standard_error
-from rl_distill import load_model
-from harness.figures import plot_panels, save_picture
+from harness.figures import save_picture
 from harness.images import to_uint8
 from harness.runs import (BadInput, claim_run, device_name, log_line, number, parser_for,
                           pick_device, run_main)
@@ -42,7 +42,7 @@ def draw_path(net, solver, z, alpha_bar, eta, seeds, most=11):
 
 def contenders(path, steps, device):
     """What --evaluate compares of one checkpoint: yields (name, net, solver)."""
-    net, learned, content = load_model(path, device)
+    net, content, learned = load_model(path, device)
     name = f"{Path(path).parent.name}/{Path(path).stem}"
     if learned:
         yield f"{name}, learned", net, learned
@@ -57,8 +57,8 @@ def contenders(path, steps, device):
 
 @torch.no_grad()
 def evaluate(args, models, reward, judge, teacher, out, device):
-    """The table and frontier.png; models: lists of contenders. Returns the rows."""
-    alpha_bar, rows = linear_alpha_bar(device), []
+    """Print the table, and log it; models: lists of contenders."""
+    alpha_bar = linear_alpha_bar(device)
     z, target = noise_and_targets(teacher, args.seed, args.n, device)
     print(f"\n{args.n} noises; reward {args.reward}, 0: the target; Frechet distance to all "
           f"training images by the judge (compare at equal --n)\n{'sampler':40s} {'NFE':>4s} "
@@ -72,25 +72,11 @@ def evaluate(args, models, reward, judge, teacher, out, device):
         images.sum().item()
         ms = 1000 * (time.time() - start) / len(z)
         R = rewards(reward, images, target, torch.arange(len(z), device=device))
-        rows.append(dict(name=name, nfe=len(solver.leans), reward=R.mean().item(),
-                         error=standard_error(R), frechet=judged(images, judge), ms=ms))
-        log_line(out / "log.jsonl", **rows[-1])
+        row = dict(name=name, nfe=len(solver.leans), reward=R.mean().item(),
+                   error=standard_error(R), frechet=judged(images, judge), ms=ms)
+        log_line(out / "log.jsonl", **row)
         print("{name:40s} {nfe:4d} {reward:8.4f} ± {error:6.4f} {frechet:8.4f} {ms:7.2f}".format(
-            **rows[-1]), flush=True)
-    plot_frontier(rows, out / "frontier.png")
-    return rows
-
-
-def plot_frontier(rows, path):
-    """Fréchet distance and reward against network evaluations, a line per sampler."""
-    lines = {}
-    for row in rows:
-        lines.setdefault(row["name"], []).append(row)
-    plot_panels([("network evaluations", label, [
-        (name, [r["nfe"] for r in mine], [r[column] for r in mine], "o-")
-        for name, mine in lines.items()])
-        for label, column in (("Fréchet distance, judge", "frechet"), ("reward", "reward"))],
-        path, xscale="log")
+            **row), flush=True)
 
 
 # ==== COMMAND LINE ============================================================================
@@ -132,9 +118,9 @@ def main(argv=None):
         teacher, _ = load_teacher(args.teacher, device)
         out = claim_run(args, "sample")
         evaluate(args, models, reward, judge, teacher, out, device)
-        print(f"{(time.time() - began) / 60:.1f} min\nwrote {out}/frontier.png, log.jsonl")
+        print(f"{(time.time() - began) / 60:.1f} min\nwrote {out}/log.jsonl")
         return
-    net, solver, content = load_model(args.model[0], device)
+    net, content, solver = load_model(args.model[0], device)
     if solver and (args.steps or args.solver or args.grid or args.eta):
         raise BadInput("--steps, --solver, --grid, --eta need a teacher or a student: a policy has "
                        "learned its own jumps")

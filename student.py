@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import nn
 
 # From earlier files:
-from ddpm import (T, UNet, baseline_solver, linear_alpha_bar, parameter_count, sample, seeded_noise,
-                  expand_like, time_embedding, zeroed)
+from ddpm import (Solver, T, UNet, baseline_solver, expand_like, linear_alpha_bar, parameter_count,
+                  per_image, sample, seeded_noise, time_embedding, zeroed)
 from teacher import HELD_OUT, TARGET, compiled, draw, fit, load_teacher, noise_and_targets
 from harness.checkpoints import load_checkpoint, provenance, rebuild, save_network
 from harness.figures import plot_loss, save_picture
 from harness.runs import (autocast, checksum, claim_run, device_name, log_line, number, parser_for,
-                          pick_device, run_main)
+                          pick_device, rebuilding, run_main)
 
 STUDENT_UNET = dict(width=32, mults=[1, 2, 3], blocks=1, attention=[8], dropout=0.0)   # 1.8 M
 START_SHARE = 1 / 3         # share of jumps that start at t = T, where every deployment starts
@@ -181,10 +181,18 @@ def cloning_evaluations(origin):
             + 3 * origin["updates"] * origin["settings"]["batch_size"])
 
 
-def load_student(path, device="cpu"):
-    """The cloned student of a checkpoint, frozen, in eval mode. Returns (net, checkpoint)."""
-    content = load_checkpoint(path, "student")
-    return rebuild(JumpUNet, content, path, device), content
+def load_model(path, device="cpu", *kinds):
+    """The frozen network of a checkpoint of one of these kinds, or of any that makes images: (net,
+    content, None or the Solver of a policy, which rl_distill.py learned for this network)."""
+    content = load_checkpoint(path, *kinds or ("teacher", "student", "policy"))
+    with rebuilding(path, content["kind"]):
+        name = dict(teacher="UNet", student="JumpUNet").get(content["kind"]) or content["network"]
+        net, solver = rebuild(dict(UNet=UNet, JumpUNet=JumpUNet)[name], content, path, device), None
+        if content["kind"] == "policy":                             # ValueError if impossible
+            *_, gains = per_image(solver := Solver(*content["solver"]), 1, device)
+            if gains.shape[2] not in (0, len(net.branches), sum(net.branches)):
+                raise ValueError("gains that do not fit the network")
+        return net, content, solver
 
 
 # ==== EVALUATION on held-out noise ============================================================
@@ -193,7 +201,8 @@ def load_student(path, device="cpu"):
 def evaluate(net, teacher, n, out, device):
     """MSE to the teacher's target on n held-out noises, of student and teacher in 1, 2, 4, 8 steps,
     printed; the target and the student's images into samples.png."""
-    alpha_bar, (z, target) = linear_alpha_bar(device), noise_and_targets(teacher, HELD_OUT, n, device)
+    alpha_bar = linear_alpha_bar(device)
+    z, target = noise_and_targets(teacher, HELD_OUT, n, device)
     print(f"\nMSE to the teacher's {len(TARGET.leans)}-step image, {n} held-out noises, quadratic "
           "grid\nsteps   student   teacher")
     pictures = [target[:8]]
@@ -241,7 +250,7 @@ def main(argv=None):
     seconds, paths = clone(net, ema, teacher, args, out, device)
     plot_loss(out, "jumps", "cloning loss")
 
-    net, _ = load_student(out / "student.pt", device)          # what is measured is the file
+    net, *_ = load_model(out / "student.pt", device)           # what is measured is the file
     evaluate(net, teacher, 8 if args.smoke else 256, out, device)
     print(f"cloned in {seconds / 60:.1f} min from {paths} teacher paths\n"
           f"wrote {out}/student.pt, samples.png, state.pt, loss.png, log.jsonl")

@@ -643,7 +643,7 @@ class Cloning(Case):
         seen = [seed for call in spy.call_args_list for seed in call.args[0]]
         self.assertEqual(seen, [student.CLONE_SEEDS + i for i in range(made)])
         self.assertLess(losses(out)[-1], 0.8 * losses(out)[0])
-        self.comes_back(student.load_student(out / "student.pt")[0], ema)
+        self.comes_back(student.load_model(out / "student.pt")[0], ema)
 
     def test_the_table_is_of_noise_never_trained_on(self):
         net, out = frozen(student.JumpUNet), self.folder(enter=True)

@@ -94,7 +94,7 @@ VEILED = (
     ("ddpm.py", "x_t = sqrt(ab) x0 + sqrt(1 - ab) eps, and\n"
      "#            v = sqrt(ab) eps - sqrt(1 - ab) x0 (Salimans & Ho 2022, appendix D)",
      "see exercise 4 (Salimans & Ho 2022, appendix D)"),
-    ("ddpm.py", "is theirs:\n    of eps, ab |v - v_hat|^2.", "is theirs,\n    of eps."),
+    ("ddpm.py", "The loss is\n    theirs: of eps, ab |v - v_hat|^2.", "The loss is\n    theirs, of eps."),
     ("student.py", "turns x_t by d = phi_t - phi_next:   x_next = cos(d) x_t - sin(d) v",
      "is a rotation (exercise 4)"),
     ("rl_distill.py", "Opposite pairs would be\n    biased with eta above 0, and with eta 0 they "

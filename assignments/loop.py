@@ -19,7 +19,7 @@ from ddpm import estimate, linear_alpha_bar, per_image, sample                  
 from harness.figures import new_figure, tile                                   # noqa: E402
 from harness.runs import run_main                                              # noqa: E402
 from reward import load_reward                                                 # noqa: E402
-from rl_distill import load_model                                              # noqa: E402
+from student import load_model                                              # noqa: E402
 from teacher import HELD_OUT, noise_and_targets                                # noqa: E402
 from teacher import load_teacher                                               # noqa: E402
 
@@ -69,7 +69,7 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=HELD_OUT, help="of the noise")
     p.add_argument("--out", default=str(ROOT / "figures" / "loop.png"), help="the picture")
     args = p.parse_args(argv)
-    net, solver, _ = load_model(args.policy, kinds=["policy"])
+    net, _, solver = load_model(args.policy, "cpu", "policy")
     teacher, _ = load_teacher("checkpoints/teacher.pt")
     reward, _ = load_reward("feature+perceptual", "checkpoints", "cpu")
     draw(net, solver, teacher, reward, args.seed, args.out)

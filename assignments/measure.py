@@ -82,7 +82,7 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of chance; held-out noises are fixed")
     given = p.parse_args(argv)
     if given.what == "gains":
-        _, solver, _ = load_model(given.policy, kinds=["policy"])
+        _, _, solver = load_model(given.policy, "cpu", "policy")
         rms = torch.tensor(solver.gains).square().mean(0).sqrt()
         for block, value in enumerate(rms.tolist()):
             print(f"block {block + 1:2d}  {value:.3f}  " + "#" * round(100 * value))

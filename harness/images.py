@@ -43,8 +43,8 @@ def read_square(path):
 
 def load_images(data, train=True):
     """--data cifar10 | shapes | DIR -> (images uint8 (N, 3, 32, 32), labels (N,)). DIR holds
-    subfolders called as SPLITS alone, with those of the classes in them, or these itself (then there
-    is no test split). BadInput or FileNotFoundError: what cannot be read."""
+    subfolders called as SPLITS alone, those of the classes in them, or these itself (then there is
+    no test split). BadInput or FileNotFoundError: what cannot be read."""
     from torchvision.datasets import CIFAR10, ImageFolder
     if data == "shapes":
         return shapes_images(seed=0 if train else 1)

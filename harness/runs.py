@@ -44,9 +44,7 @@ class Parser(argparse.ArgumentParser):
         args = super().parse_args(argv)
         if getattr(args, "resume", False):
             path = Path(args.out or "", "config.json")
-            if not args.out or not path.is_file():
-                raise BadInput("--resume needs --out DIR of a run that has begun")
-            with rebuilding(path, "settings"):
+            with rebuilding(path, "settings", "--resume needs --out DIR of a run that has begun"):
                 self.set_defaults(**json.loads(path.read_bytes()))
             args = super().parse_args(argv)
         return args
@@ -153,14 +151,12 @@ def pick_device(name="auto"):
     several releases of torch get wrong."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with rebuilding(f"device '{name}'", "hardware here", "try --device cpu"):
         torch.zeros(1, device=name).item()
-        if torch.device(name).type in ("cuda", "cpu"):
-            torch.backends.cudnn.allow_tf32 = False            # where we say fp32 we mean it
-            return torch.device(name)
-    except Exception:                                          # what is raised depends on the name
-        pass
-    raise BadInput(f"device '{name}' cannot be used here; try --device cpu")
+        if torch.device(name).type not in ("cuda", "cpu"):
+            raise ValueError("this project computes on cuda or cpu")
+    torch.backends.cudnn.allow_tf32 = False                    # where we say fp32 we mean it
+    return torch.device(name)
 
 
 def autocast(device):

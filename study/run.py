@@ -141,7 +141,7 @@ def play(arm, seed, world):
         return out / "policy.pt"
     args = arguments(arm, seed, world)
     if before := arm_before(arm):
-        net, solver, content = load_model(play(before, seed, world), world.device)
+        net, content, solver = load_model(play(before, seed, world), world.device)
         start, past = before.name, content["study"]
     else:
         net, cloned = world.learner(arm.init)
@@ -203,7 +203,7 @@ def row_of(arm, seed, world, version):
                 rewards, key=lambda grid: rewards[grid].mean().item()))
             solver = baseline_solver(arm.name, more["grid"], arm.steps)
         else:
-            net, solver, content = load_model(play(arm, seed, world), world.device)
+            net, content, solver = load_model(play(arm, seed, world), world.device)
             more.update(content["study"])                           # measured is the file
         images, reward = deploy(net, solver, z, target, world.reward, world.alpha_bar)
         share, error = closed(reward, best)

@@ -212,7 +212,7 @@ class Books(unittest.TestCase):
             if name.startswith("weights"):
                 jumps = run.place(run.arm_before(done[name]), 0, world) / "policy.pt"
                 self.assertIn("--only weights --seeds 0", row["command"])
-                content = rl_distill.load_model(jumps)[2]
+                content = rl_distill.load_model(jumps)[1]
                 parameters = sum(p.numel() for p in world.teacher.parameters())
                 self.assertEqual(row["numbers"], parameters + content["study"]["numbers"])
                 self.assertGreater(row["trained"], content["study"]["trained"])
