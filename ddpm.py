@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # For the demonstration and main alone:
-from harness.figures import plot_points
+from harness.figures import plot_panels
 from harness.runs import claim_run, log_line, parser_for, pick_device, run_main
 
 # ==============================================================================================
@@ -188,8 +188,7 @@ def baseline_solver(kind, grid_name, steps):
 
 def baseline_kinds(net, steps):
     """The baseline solvers that differ: with one evaluation all are DDIM; and where x0_hat is no
-    estimate of the image (net.clip is False) there is no formula for leans, only for learned ones.
-    """
+    estimate of the image (net.clip is False) there is no formula for leans."""
     return SOLVERS if net.clip and steps > 1 else SOLVERS[:1]
 
 
@@ -475,19 +474,23 @@ def demo(out, seed, device):
     def rms(solver, i=1):
         x_0 = sample(net, x_T[i], solver, alpha_bar)
         return (x_0 - ends[i]).square().sum(1).mean().sqrt().item()
-    solvers = {kind: min((baseline_solver(kind, grid, 3) for grid in GRIDS),
-                         key=lambda solver: rms(solver, 0)) for kind in SOLVERS}
-    solvers["learned"] = policy_gradient(
-        net, x_T[0], ends[0], solvers["DDIM"], alpha_bar, generator)
+    solvers = {}
     print("three jumps, rms distance to where 1000 jumps end, times | leans")
-    for name, solver in solvers.items():
+    for name in (*SOLVERS, "learned"):
+        if name in SOLVERS:
+            solver = min((baseline_solver(name, grid, 3) for grid in GRIDS),
+                         key=lambda solver: rms(solver, 0))
+        else:
+            solver = policy_gradient(net, x_T[0], ends[0], solvers["DDIM"], alpha_bar, generator)
+        solvers[name] = solver
         print(f"{name:12s}{rms(solver):.4f}  ", *solver.times, "|",
               *(f"{lean:.2f}" for lean in solver.leans))
         log_line(out / "log.jsonl", name=name, rms=rms(solver), **solver._asdict())
-    del solvers["DPM++"]
-    plot_points([*((f"3 jumps, {name}", sample(net, x_T[1], solver, alpha_bar))
-                   for name, solver in solvers.items()), ("1000 jumps", ends[1])],
-                {name: solvers[name].times for name in ("DDIM", "learned")}, out / "ddpm.png")
+    points = [(f"3 jumps, {name}", sample(net, x_T[1], solvers[name], alpha_bar))
+              for name in ("DDIM", "AB2", "learned")] + [("1000 jumps", ends[1])]
+    times = [(name, range(4), solvers[name].times, "o-") for name in ("DDIM", "learned")]
+    plot_panels([*((label, "", [("", *x.T.cpu(), ".")]) for label, x in points),
+                 ("jumps made", "t", times)], out / "ddpm.png")
 
 
 # ==== COMMAND LINE ============================================================================

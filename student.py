@@ -129,13 +129,15 @@ class PathPool:
     def __init__(self, teacher, size, alpha_bar, device):
         self.teacher, self.alpha_bar, self.device = teacher, alpha_bar, device
         self.chunk = max(1, min(256, size // 4))       # on all devices alike
-        self.size, self.made, self.least = size // self.chunk * self.chunk, 0, 0
+        self.size, self.made = size // self.chunk * self.chunk, 0
         side = teacher.config["image_size"]
         self.paths = torch.zeros(self.size, len(TARGET.times), 3, side, side, device=device)
 
     def grow(self, wanted):
-        """Run the teacher from new noise until `wanted` paths were made; the oldest make room."""
-        while self.made < max(wanted, self.least):
+        """Run the teacher from new noise until `wanted` paths were made; the oldest make room. After
+        --resume the newest are made again."""
+        self.made = max(self.made, -(-wanted // self.chunk) * self.chunk - self.size)
+        while self.made < wanted:
             seeds = range(CLONE_SEEDS + self.made, CLONE_SEEDS + self.made + self.chunk)
             slot, z = self.made % self.size, seeded_noise(seeds, self.paths.shape[2:])
             with autocast(self.device):
@@ -148,16 +150,9 @@ class PathPool:
         return torch.randint(min(self.made, self.size), (n,), generator=generator,
                              device=self.device)
 
-    def state_dict(self):
-        """For a checkpoint: how many paths were made; the teacher makes the newest again."""
-        return dict(made=self.made)
-
-    def load_state_dict(self, saved):
-        self.made, self.least = max(0, saved["made"] - self.size), saved["made"]
-
 
 def clone(net, ema, teacher, args, out, device):
-    """Regress net on the teacher's paths, average it into ema. Returns (seconds, paths made)."""
+    """Regress net on the teacher's paths, average it into ema. Returns seconds."""
     alpha_bar, size = linear_alpha_bar(device), 8 if args.smoke else POOL
     pool = PathPool(compiled(teacher, args.compile), size, alpha_bar, device)
 
@@ -171,7 +166,7 @@ def clone(net, ema, teacher, args, out, device):
         save_network(out / "student.pt", "student", ema, provenance(
             "student.py", args, seconds, device, updates=updates, teacher_paths=pool.made,
             teacher=checksum(teacher), target=f"{len(TARGET.leans)} quadratic steps"))
-    return fit(net, ema, loss_of, save, args, out, device, "jumps", pool=pool), pool.made
+    return fit(net, ema, loss_of, save, args, out, device, "jumps")
 
 
 def cloning_evaluations(origin):
@@ -247,12 +242,12 @@ def main(argv=None):
     print(f"device {device_name(device)} | student {parameter_count(net) / 1e6:.2f} M, teacher "
           f"{parameter_count(teacher) / 1e6:.2f} M parameters | "
           f"{args.updates * args.batch_size} jumps")
-    seconds, paths = clone(net, ema, teacher, args, out, device)
+    seconds = clone(net, ema, teacher, args, out, device)
     plot_loss(out, "jumps", "cloning loss")
 
     net, *_ = load_model(out / "student.pt", device)           # what is measured is the file
     evaluate(net, teacher, 8 if args.smoke else 256, out, device)
-    print(f"cloned in {seconds / 60:.1f} min from {paths} teacher paths\n"
+    print(f"cloned in {seconds / 60:.1f} min\n"
           f"wrote {out}/student.pt, samples.png, state.pt, loss.png, log.jsonl")
 
 

@@ -92,13 +92,13 @@ def noise_and_targets(teacher, first_seed, n, device):
 
 # ==== TRAINING ================================================================================
 
-def fit(net, ema, loss_of, save, args, out, device, unit, **parts):
+def fit(net, ema, loss_of, save, args, out, device, unit):
     """Minimise loss_of(net, update, generator) over net, average it into ema: the loop of teacher
     and student. save(updates, seconds) writes what is handed on; with --resume it goes on from
-    out/state.pt, which keeps `parts` as well; unit: of the batch, in the log. Returns seconds."""
+    out/state.pt; unit: of the batch, in the log. Returns seconds."""
     generator = torch.Generator(device).manual_seed(args.seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    parts = dict(net=net, ema=ema, optimizer=optimizer, generator=generator, **parts)
+    parts = dict(net=net, ema=ema, optimizer=optimizer, generator=generator)
     fast = compiled(net, args.compile)
     first, seconds_before = load_state(out / "state.pt", parts) if args.resume else (0, 0.0)
     start, losses = time.time(), []

@@ -622,15 +622,14 @@ class Cloning(Case):
             pool.grow(3)
             self.assertEqual({*pool.draw(50, rng()).tolist()}, {0, 1, 2, 3})
             pool.grow(10)
-            again.load_state_dict(dict(made=10))                   # as after a kill
-            again.grow(1)
+            again.grow(10)                                         # as after a kill
             for newest in ([8, 9, *range(2, 8)], [*range(8, 12), *range(4, 8)]):
                 seeds = student.CLONE_SEEDS + torch.tensor(newest)
                 self.close(pool.paths[:, 0], ddpm.seeded_noise(seeds, (3, 8, 8)), 0)
                 self.assertTrue(torch.equal(pool.paths, again.paths))
                 pool.grow(12)
                 again.grow(12)
-        self.assertEqual(pool.state_dict(), dict(made=12))
+        self.assertEqual((pool.made, again.made), (12, 12))
 
     def test_cloning_lowers_its_loss_and_uses_its_own_seeds(self):
         torch.manual_seed(0)
@@ -639,7 +638,8 @@ class Cloning(Case):
         with mock.patch.object(student, "TARGET", few), mock.patch.multiple(
                 teacher, LOG_EVERY=8, WARMUP=4), mock.patch.object(
                 student, "seeded_noise", wraps=student.seeded_noise) as spy:
-            (_, made), _ = quiet(student.clone, net, ema, TEACHER, args, out, CPU)
+            quiet(student.clone, net, ema, TEACHER, args, out, CPU)
+        made = student.load_model(out / "student.pt")[1]["provenance"]["teacher_paths"]
         seen = [seed for call in spy.call_args_list for seed in call.args[0]]
         self.assertEqual(seen, [student.CLONE_SEEDS + i for i in range(made)])
         self.assertLess(losses(out)[-1], 0.8 * losses(out)[0])

@@ -113,4 +113,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, "--gains")
+    run_main(main)

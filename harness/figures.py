@@ -36,43 +36,34 @@ def plot_strips(panels, columns, path):
     figure.savefig(path)
 
 
-def plot_points(panels, times, path):
-    """Scatter plots side by side, and the times of samplers. panels: (title, points (N, 2)); times:
-    {name: list}."""
-    figure, axes = new_figure(1, len(panels) + 1, (14, 3))
-    for axis, (title, points) in zip(axes, panels):
-        axis.scatter(*points.T.cpu(), s=1)
-        axis.set(title=title, xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal")
-    for name, values in times.items():
-        axes[-1].plot(range(len(values)), values, "o-", label=name)
-    axes[-1].set(title="times", xlabel="jumps made", ylabel="t")
-    axes[-1].legend(fontsize=8)
-    figure.savefig(path)
-
-
 def plot_panels(panels, path, **axes_settings):
-    """Line plots side by side. panels: (x label, y label, lines); a line: (label, x, y, style)."""
-    figure, axes = new_figure(1, len(panels), (5.5 * len(panels), 3.6), squeeze=False)
+    """Plots side by side. panels: (x label, y label, lines); a line: (label, x, y, style), of which
+    '.' is points in the plane."""
+    width = min(5.5 * len(panels), 15)
+    figure, axes = new_figure(1, len(panels), (width, 3.6), squeeze=False)
     for axis, (x_label, y_label, lines) in zip(axes.flat, panels):
         for label, x, y, style in lines:
             grey = "grey" if style in ("--", ":", "-.") else None      # for what is not learned
-            axis.plot(x, y, style, label=label, markersize=4, color=grey)
+            axis.plot(x, y, style, label=label, markersize=2 if style == "." else 4, color=grey)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(xlabel=x_label, ylabel=y_label, **axes_settings)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if style == ".":
+            axis.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal")
+        else:
+            axis.legend(fontsize=8)
     figure.savefig(path)
 
 
 def plot_learned(folder, start, learned):
     """learned.png: reward over training, from log.jsonl; of its first and last row the times, leans
     and gains, where they moved. start, learned: Rows of the table."""
-    log = [row for row in read_log(Path(folder, "log.jsonl")) if "held_out" in row]
-    first, last = log[0], log[-1]
-    updates, batch = [row["update"] for row in log], [row for row in log if "batch" in row]
+    log = read_log(Path(folder, "log.jsonl"))
+    first, *_, last = log
     panels = [("update", "reward", [
-        ("held out", updates, [row["held_out"] for row in log], "o-"),
-        ("batch, exploring", [r["update"] for r in batch], [r["batch"] for r in batch], "-")])]
+        (label, [row["update"] for row in log], [row.get(key) for row in log], style)
+        for label, key, style in (("held out", "held_out", "o-"),
+                                  ("batch, exploring", "batch", "-"))])]
     for x, y, name in (("jumps made", "t", "times"), ("jump", "lean", "leans")):
         if first[name] != last[name]:
             panels.append((x, y, [(row.name, range(y == "lean", len(last["times"])), of[name], style)

@@ -160,12 +160,11 @@ class Folders(Case):
             self.assertEqual([*Path("x").glob("*.tmp")], [])
             Path("x/state.pt").unlink()
 
-    def test_a_torn_line_is_left_out(self):
-        self.assertEqual(runs.read_log("log.jsonl"), [])
-        runs.log_line("log.jsonl", update=1, folder="é")
-        with open("log.jsonl", "ab") as file:
-            file.write('{"update": 2, "name": "é'.encode()[:-1])
-        self.assertEqual(runs.read_log("log.jsonl"), [dict(update=1, folder="é")])
+    def test_a_log_is_a_row_a_line(self):
+        rows = [dict(update=1, folder="é"), dict(update=2, gains=[[0.5]], loss=None)]
+        for row in rows:
+            runs.log_line("log.jsonl", **row)
+        self.assertEqual(runs.read_log("log.jsonl"), rows)
 
 
 class CommandLine(Case):

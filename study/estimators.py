@@ -140,4 +140,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main, "NOISES")
+    run_main(main)
