@@ -64,7 +64,7 @@ def main(argv=None):
         module.__file__ = str(ROOT / f"{name}.py")
         exec(compile(changed(args.which, f"{name}.py"), module.__file__, "exec"), vars(module))
     vars(module).update(SHORTER)
-    run_main(lambda: module.main([*JOB, *MORE.get(args.which, []), *more]), "--group")
+    run_main(lambda: module.main([*JOB, *MORE.get(args.which, []), *more]))
 
 
 if __name__ == "__main__":
