@@ -789,6 +789,21 @@ class Commands(Working):
         self.assertLessEqual(sum(len(node.names) for node in ast.walk(tree) if isinstance(
             node, ast.ImportFrom) and node.module in {m.__name__ for m in MODULES}), 30)
 
+    def test_bad_input_of_every_script_as_a_command_is_one_sentence(self):
+        nowhere = ["--device", "nowhere"]
+        commands = [[module.__name__ + ".py", *nowhere] for module in MODULES] + [
+            ["checkpoints/train_encoders.py", "--smoke", *nowhere], ["study/run.py", *nowhere],
+            ["study/estimators.py", *nowhere], ["assignments/bugs.py", "none", *nowhere],
+            ["assignments/measure.py", "gains", "--policy", "nowhere"]]
+        started = [subprocess.Popen([sys.executable, HERE / words[0], *words[1:]], text=True,
+                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                   for words in commands]
+        for words, one in zip(commands, started):
+            with self.subTest(command=words):
+                out, error = one.communicate()
+                self.assertEqual((one.returncode, out), (2, ""), error[-300:])
+                self.assertRegex(error, r"^\w+\.py: .*nowhere.*\n$")
+
     def test_importing_prints_nothing_and_optimised_python_parses_from_any_folder(self):
         names = [module.__name__ for module in MODULES]
         done = subprocess.run(
