@@ -89,6 +89,7 @@ step is in units of what was explored. Returned is lists_of(mean). x_T, target: 
 
 # (file, what would give an answer away, instead); in README.md where it stands there
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+STUDY = (ROOT / "study" / "README.md").read_text(encoding="utf-8")
 TWENTY_LINES = README.split("```python\n")[1].split("```")[0]
 VEILED = (
     ("ddpm.py", "x_t = sqrt(ab) x0 + sqrt(1 - ab) eps, and\n"
@@ -104,6 +105,7 @@ VEILED = (
     ("README.md", "python test_all.py          # that everything is what it says, two minutes\n",
      ""),
     ("README.md", "min(ratio A, clip(ratio, 0.8, 1.2) A)", "... (exercise 6)"),
+    ("study/README.md", STUDY[STUDY.index("**Which baseline?**"):STUDY.index("Not complete:")], ""),
     ("assignments/README.md", "python assignments/handout.py ../my_redif         # by the lecturer:"
      " the repository with the exercises blank\ncd ../my_redif && ", ""))
 

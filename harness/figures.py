@@ -47,6 +47,9 @@ def plot_panels(panels, path, **axes_settings):
             axis.plot(x, y, style, label=label, markersize=2 if style == "." else 4, color=grey)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(xlabel=x_label, ylabel=y_label, **axes_settings)
+        if axes_settings.get("xscale") == "log":               # a tick at every x, and no others
+            axis.set_xticks(ticks := sorted({at for _, x, _, _ in lines for at in x}), ticks)
+            axis.minorticks_off()
         axis.grid(alpha=0.3)
         if style == ".":
             axis.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal")

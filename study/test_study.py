@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import arms                                     # puts the repository on the path   # noqa: E402
+import bias                                                                    # noqa: E402
 import estimators                                                              # noqa: E402
 import losses                                                                  # noqa: E402
 import report                                                                  # noqa: E402
@@ -258,6 +259,17 @@ class Books(unittest.TestCase):
 
 
 class Estimators(unittest.TestCase):
+    def test_the_derivatives_of_the_toy_are_right_and_its_baselines_leave_what_they_should(self):
+        mu, theta = (torch.tensor(value, requires_grad=True) for value in (bias.MU, bias.THETA))
+        mean = -((theta * mu - bias.C) ** 2 + theta ** 2 * bias.S ** 2 + bias.S ** 2)
+        for slope, true in zip(torch.autograd.grad(mean, (mu, theta)), bias.TRUE):
+            self.assertAlmostEqual(slope.item(), true, places=5)
+        for (name, how), expected in zip(bias.BASELINES.items(), (
+                (0.75, 0.75), (1, 1), (1, 1 / 3), (1, 1))):
+            found = bias.left(*how, 4, torch.Generator().manual_seed(1))
+            for share, right in zip(found, expected):
+                self.assertAlmostEqual(share, right, delta=0.04, msg=name)
+
     def test_both_policy_gradients_point_along_the_pathwise_one(self):
         net, z = tiny(), seeded_noise(range(4), (3, 4, 4))
         goal = view(sample(net, z, baseline_solver("DDIM", "uniform", 20), ALPHA_BAR).clamp(-1, 1))
