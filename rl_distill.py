@@ -36,7 +36,7 @@ HELD, MONITOR = 256, 64                 # held-out noises of the table; others, 
 GAINS = ("none", "block", "channel")    # see number_of_gains
 STD = dict(jump=0.05, block=0.08, channel=0.15)     # of u at first, 0.02..0.2; falls to a fifth
 JUMPS_FASTER = 3                        # how much faster than the gains logit rho and lean learn
-USUAL_STEPS, CLONED = 3, 0.4            # see exploration_scale
+USUAL_STEPS, CLONED = 3, 0.4            # see exploration
 CLIP_JUMPS, CLIP_LANDING = 0.2, 1e-4    # PPO's clip range of u; of x_next, see landing_logp
 SIGMA_FLOOR = 0.02                      # of the last landing in training, where DDIM's sigma is 0
 LOG_EVERY = 8                           # updates from one printed line to the next
@@ -170,14 +170,13 @@ def update_jumps(net, policy, z, target, reward, optimizer, args, std, alpha_bar
     adv = advantages(R, args.group)
     # TRAINING: no network in it
     ratios = []
-    for epoch in range(args.epochs + 1):                            # the last pass only looks
+    for epoch in range(args.epochs):
         loss, ratio = clipped_surrogate(policy.logp(u, std), logp_old, adv, CLIP_JUMPS)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
         ratios.append(ratio)
-        if epoch < args.epochs:
-            optimizer.zero_grad()
-            loss.mean().backward()
-            optimizer.step()
-    return R, ratios[0], ratios[-1]
+    return R, ratios[0], (policy.logp(u, std).detach() - logp_old).clamp(-20, 20).exp()
 
 
 def update_weights(net, solver, z, target, reward, optimizer, args, alpha_bar, generator):
@@ -217,18 +216,13 @@ def number_of_gains(net, kind):
     return dict(none=0, block=len(net.branches), channel=sum(net.branches))[kind]
 
 
-def exploration_scale(net, steps):
-    """Factor of STD and of the rates of u, by tries on noises of their own: the more jumps, the
-    less each may move (unscaled, six close 39 % and not 52); a clone has less to gain than that
-    costs."""
-    return (CLONED if isinstance(net, JumpUNet) else 1) * USUAL_STEPS / max(2, steps)
-
-
-def first_std(net, args):
-    """(number of gains n of a jump, std (2 + n,) of u at the first update)."""
+def exploration(net, args):
+    """Of the jumps: n gains of each, std (2 + n,) of u at the first update, and the factor of that
+    std and of the rates. The more jumps, the less each may move (unscaled, six close 39 % and not
+    52); a clone has less to gain than that costs. By tries on noises of their own."""
     n = number_of_gains(net, args.gains)
-    std = torch.tensor([STD["jump"]] * 2 + [STD.get(args.gains)] * n)
-    return n, exploration_scale(net, args.steps) * std
+    scale = (CLONED if isinstance(net, JumpUNet) else 1) * USUAL_STEPS / max(2, args.steps)
+    return n, scale * torch.tensor([STD["jump"]] * 2 + [STD.get(args.gains)] * n), scale
 
 
 def training_evaluations(args, M):
@@ -247,9 +241,8 @@ def train(net, start, train_set, monitor_set, reward, args, out):
     (z, target), device, jumps = train_set, train_set[0].device, args.learn == "jumps"
     alpha_bar, generator = linear_alpha_bar(device), torch.Generator().manual_seed(args.seed)
     if jumps:
-        (n_gains, std), scale = first_std(net, args), exploration_scale(net, args.steps)
-        std = std.to(device)
-        learns = JumpPolicy(start, n_gains).to(device)
+        n_gains, std, scale = exploration(net, args)
+        std, learns = std.to(device), JumpPolicy(start, n_gains).to(device)
         groups = [dict(params=[learns.jumps], lr=scale * args.lr * JUMPS_FASTER),
                   dict(params=[learns.gains], lr=scale * args.lr)]
     else:
@@ -258,7 +251,7 @@ def train(net, start, train_set, monitor_set, reward, args, out):
     optimizer, rates = torch.optim.Adam(groups), [group["lr"] for group in groups]
     parts = dict(learns=learns, optimizer=optimizer, generator=generator)
     first, seconds = load_state(out / "state.pt", parts) if args.resume else (0, 0.0)
-    seen, solver, began = None, learns.solver() if jumps else start, time.time() - seconds
+    seen, solver, began = {}, learns.solver() if jumps else start, time.time() - seconds
     print("update held-out   batch ± std   in-group ratio_t0 " + "approx_kl clipped " * jumps
           + " times | leans | rms of gains")
     for update in range(first, args.updates + 1):                   # 0: before the first
@@ -268,14 +261,15 @@ def train(net, start, train_set, monitor_set, reward, args, out):
                 group["lr"] = rate * left
             pick = torch.randperm(len(z), generator=generator)[:args.noises].to(device)
             some = z[pick], target.rows(pick), reward, optimizer, args
-            seen = (update_jumps(net, learns, *some, std * (0.2 + 0.8 * left), alpha_bar, generator)
-                    if jumps else update_weights(net, start, *some, alpha_bar, generator))
+            seen = diagnostics(args.group, *(
+                update_jumps(net, learns, *some, std * (0.2 + 0.8 * left), alpha_bar, generator)
+                if jumps else update_weights(net, start, *some, alpha_bar, generator)))
         if update % LOG_EVERY and update < args.updates:
             continue
         solver, seconds = learns.solver() if jumps else start, time.time() - began
         held = deploy(net, solver, *monitor_set, reward, alpha_bar)[1].mean().item()
-        row = dict(update=update, held_out=held, **diagnostics(seen, args), times=solver.times,
-                   leans=solver.leans, gains=solver.gains, seconds=seconds)
+        row = dict(update=update, held_out=held, **seen, times=solver.times, leans=solver.leans,
+                   gains=solver.gains, seconds=seconds)
         text = ("{batch:7.3f} ±{std:6.3f}   {in_group:.4f} {ratio_t0:.6f}" + "   {approx_kl:.1e}   "
                 " {clipped:.2f} " * jumps).format(**row) if seen else " " * (34 + 19 * jumps)
         rms = torch.tensor(solver.gains or []).square().mean().nan_to_num().sqrt()
@@ -286,12 +280,9 @@ def train(net, start, train_set, monitor_set, reward, args, out):
     return solver, seconds
 
 
-def diagnostics(seen, args):
+def diagnostics(group, R, before, after):
     """What is printed of an update's rewards and ratios: see README, Columns. A dict of floats."""
-    if seen is None:
-        return {}
-    R, before, after = seen
-    values = dict(batch=R.mean(), std=R.std(), in_group=R.reshape(-1, args.group).std(1).mean(),
+    values = dict(batch=R.mean(), std=R.std(), in_group=R.reshape(-1, group).std(1).mean(),
                   ratio_t0=before[(before - 1).abs().argmax()])
     if after is not None:
         values.update(approx_kl=(after - 1 - after.log()).mean(),

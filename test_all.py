@@ -1096,7 +1096,7 @@ class Loop(Nets):
                     net, *f"--learn {learn} --gains {gains} --updates 4 --lr 0.01".split(),
                     *["--group", "4"], start=start)
             first = torch.tensor([rl.STD["jump"]] * 2 + [rl.STD[gains]] * n)
-            scale = rl.exploration_scale(net, 3) if jumps else 1
+            scale = 1.5 if jumps else 1
             for (rates, std), left in zip(spied, (1, 0.75, 0.5, 0.25), strict=True):
                 most = [rl.JUMPS_FASTER, 1] if jumps else [1]
                 self.close(rates, [0.01 * scale * rate * left for rate in most], 1e-9)
@@ -1115,8 +1115,11 @@ class Loop(Nets):
 
     def test_more_jumps_and_a_clone_explore_less(self):
         for net, share in ((self.net, 1), (self.first, rl.CLONED)):
-            self.close([rl.exploration_scale(net, K) for K in (1, 2, 4, 12)], [
-                share * rl.USUAL_STEPS / K for K in (2, 2, 4, 12)], 1e-9)
+            for K, most in ((1, 2), (2, 2), (4, 4), (12, 12)):
+                n, std, scale = rl.exploration(net, rl.parse_args(["--steps", str(K)]))
+                self.close(scale, share * rl.USUAL_STEPS / most, 1e-9)
+                self.close(std, scale * torch.tensor([rl.STD["jump"]] * 2 + [rl.STD["block"]] * n))
+                self.assertEqual(n, len(net.branches))
 
     def test_the_log_begins_before_the_first_update_and_no_column_of_it_is_dead(self):
         self.patch(rl, LOG_EVERY=2)
@@ -1142,7 +1145,7 @@ class Loop(Nets):
             approx_kl=np.mean([r - 1 - math.log(r) for r in after.tolist()]),
             clipped=np.mean([abs(r - 1) > rl.CLIP_JUMPS for r in after.tolist()]))
         for looked, n in ((after, 6), (None, 4)):                      # none after: of weights
-            found = rl.diagnostics((R, before, looked), flags())
+            found = rl.diagnostics(flags().group, R, before, looked)
             self.assertEqual([*found], [*expected][:n])
             self.close([*found.values()], [*expected.values()][:n], 1e-5)
 

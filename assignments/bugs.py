@@ -22,7 +22,9 @@ MASK = "action_mask(len(u), n_gains)"
 VARIANTS = {
     "none": [],
     "a": [("rl_distill.py", "policy.logp(u, std), logp_old",
-           "policy.logp(u, vars(policy).setdefault('first_std', std)), logp_old")],
+           "policy.logp(u, vars(policy).setdefault('first_std', std)), logp_old"),
+          ("rl_distill.py", "policy.logp(u, std).detach() - logp_old",
+           "policy.logp(u, vars(policy)['first_std']).detach() - logp_old")],
     "b": [("rl_distill.py", "repeat_interleave(args.group)\n    u = policy",
            "repeat(args.group)\n    u = policy")],
     "c": [("rl_distill.py", "    # ADVANTAGES\n    R = rewards(reward, images, target, rows)",

@@ -25,7 +25,7 @@ import rl_distill                                                              #
 from ddpm import linear_alpha_bar, lists_of, sample, solver_of                 # noqa: E402
 from harness.runs import autocast, pick_device, run_main                       # noqa: E402
 from reward import best_baselines, closed, deploy, rewards                     # noqa: E402
-from rl_distill import JumpPolicy, first_std, load_inputs, load_model          # noqa: E402
+from rl_distill import JumpPolicy, exploration, load_inputs, load_model          # noqa: E402
 from teacher import HELD_OUT, noise_and_targets                                # noqa: E402
 
 REPEATS, GENERATIONS = {16: 48, 64: 16, 256: 6}, 8      # {rollouts: pairs of estimates}
@@ -96,7 +96,7 @@ def main(argv=None):
         noise_and_targets(teacher, first, 64, device) for first in (0, HELD_OUT)))
     alpha_bar, generator = linear_alpha_bar(), torch.Generator().manual_seed(given.seed)
     start = next(iter(best_baselines(net, 3, z, target, reward, alpha_bar).values()))[1]
-    n, std = first_std(net, args)
+    n, std, _ = exploration(net, args)
     policy = JumpPolicy(start, n)
     if given.what == "cosine":
         return cosine(net, policy, std, z, target, reward, generator)

@@ -21,8 +21,7 @@ from ddpm import (SOLVERS, T, estimate, expand_like, jump, linear_alpha_bar,   #
 from harness.runs import autocast                                              # noqa: E402
 import losses                                                                  # noqa: E402
 from reward import View, mse_reward                                            # noqa: E402
-from rl_distill import (JUMPS_FASTER, JumpPolicy, exploration_scale,            # noqa: E402
-                        first_std, number_of_gains)
+from rl_distill import JUMPS_FASTER, JumpPolicy, exploration                    # noqa: E402
 from teacher import TARGET, draw                                               # noqa: E402
 
 # Stds of the searches, in those of the policy gradient (rl_distill.STD) for each kind of number:
@@ -55,7 +54,7 @@ def mean_reward(net, u, z, target, reward):
 def random_search(net, start, train_set, reward, args, budget):
     """Gaussian steps around the best so far, whose std falls linearly; keep what scores higher on a
     fixed choice of the training noises. (1 + 1)-evolution strategy, Rechenberg 1973."""
-    generator, (n, std) = torch.Generator().manual_seed(args.seed), first_std(net, args)
+    generator, (n, std, _) = torch.Generator().manual_seed(args.seed), exploration(net, args)
     policy, noises = JumpPolicy(start, n), pick(SEARCH_NOISES, generator, *train_set)
     cost = len(noises[0]) * args.steps
     best, tries = policy.mean().detach(), max(1, budget // cost)
@@ -72,7 +71,7 @@ def random_search(net, start, train_set, reward, args, budget):
 def cross_entropy(net, start, train_set, reward, args, budget):
     """Mean and std of each number become those of the best quarter of a generation; a generation
     shares fresh noises. Cross-entropy method, De Boer et al. 2005. The last mean is deployed."""
-    generator, (n, unit) = torch.Generator().manual_seed(args.seed), first_std(net, args)
+    generator, (n, unit, _) = torch.Generator().manual_seed(args.seed), exploration(net, args)
     policy, size = JumpPolicy(start, n), min(args.noises, len(train_set[0]))
     mean, cost = policy.mean().detach(), POPULATION * size * args.steps
     std, generations = CEM_STD[0] * unit.expand_as(mean), max(1, budget // cost)
@@ -136,8 +135,8 @@ def ascend(groups, numbers, net, train_set, reward, args, budget):
 
 def pathwise(net, start, train_set, reward, args, budget):
     """The reward's own gradient of the numbers of the jumps."""
-    policy = JumpPolicy(start, number_of_gains(net, args.gains)).to(train_set[0].device)
-    rate = PATHWISE_LR * exploration_scale(net, args.steps)
+    n, _, scale = exploration(net, args)
+    policy, rate = JumpPolicy(start, n).to(train_set[0].device), PATHWISE_LR * scale
     groups = [dict(params=[policy.jumps], lr=rate),
               dict(params=[policy.gains], lr=rate / JUMPS_FASTER)]
     spent = ascend(groups, policy.mean, net, train_set, reward, args, budget)

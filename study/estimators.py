@@ -18,7 +18,7 @@ from ddpm import (action_mask, action_of, linear_alpha_bar, parameter_count, sam
 from harness.figures import plot_panels
 from harness.runs import ROOT, autocast, log_line, pick_device, run_main
 from reward import best_baselines, rewards
-from rl_distill import first_std, landing_logp, load_inputs, rollout
+from rl_distill import exploration, landing_logp, load_inputs, rollout
 from teacher import noise_and_targets
 
 STEPS, NOISES, SEED = 3, 64, 0
@@ -107,7 +107,7 @@ def measure(device):
     (_, start), *_ = baselines.values()
     generator = torch.Generator().manual_seed(SEED)
     for args.gains in ("block", "channel"):
-        n, std = first_std(net, args)
+        n, std, _ = exploration(net, args)
         u, std = action_of(start, n).to(device), std.to(device)
         numbers = action_mask(STEPS, n).sum().item()
         exact = pathwise_jumps(net, u, z, target, reward) * std     # in units of the exploration
