@@ -48,9 +48,9 @@ x_next given x0, and x_t given x_next, whose share of signal is alpha_bar[t] / a
 t, t_next: (B,) integers, t > t_next.""", "jump": JUMP},
     3: {"dpm_lean": """The lean (B,) that makes the jump one of second order, DPM-Solver++(2M).
 
-The best D for a jump is the estimate half way, in lambda (half_log_snr), between its two ends.
-Nobody has it: take it from the straight line, in lambda, through the estimates at t_last and t.
-0 where there is no such line: at the first jump (t_last = t), and into t = 0, where lambda is
+Were the estimate known all along the jump, which single value of it, taken for D, would leave the
+least error, to first order in the jump's length in lambda (half_log_snr)? Nobody has it: D is where
+the straight line through the estimates at t_last and t passes that point. 0 where there is none: at the first jump (t_last = t), and into t = 0, where lambda is
 infinite. All times: (B,) integers, t_last >= t > t_next.""", "jump": JUMP},
     4: {"x0_and_eps": """The two things that v says about x_t: x0_hat and eps_hat, (B, ...) each.
 
