@@ -295,8 +295,8 @@ def leaning(ddpm, g):
         told = dict(t_last=t_last, t=t, t_next=t_next)
         right = (level[t_next] - level[t]) / (2 * (level[t] - level[t_last]))
         theirs = ddpm.dpm_lean(t, t_next, t_last, ab.float())
-        same(theirs, right, "the lean that reaches the best point of a short jump, on the line through "
-             "the last two estimates", 1e-2, **told)
+        same(theirs, right, "the lean that reaches the best point of a short jump, on the line "
+             "through the last two estimates", 1e-2, **told)
         same(theirs / right, torch.ones(B), "the same, relative to the right value", 2e-3, **told)
         mixed = t_last.clone(), t_next.clone()
         mixed[0][0], mixed[1][1], right[:2] = t[0], 0, 0
