@@ -1,10 +1,9 @@
 """Denoising diffusion: noise schedule, loss, the jump, solvers, U-Net, known answers.
 
 The ground everything else stands on: Ho et al. 2020 (DDPM, arXiv 2006.11239), Song et al. 2020
-(DDIM, arXiv 2010.02502) and Lu et al. 2022 (DPM-Solver++, arXiv 2211.01095). ReDiF distils exactly
-this kind of model.
+(DDIM, arXiv 2010.02502) and Lu et al. 2022 (DPM-Solver++, arXiv 2211.01095).
 
-    python ddpm.py            # no data and no network needed, under a minute on two CPU cores
+    python ddpm.py            # no data and no internet needed, five seconds
 
 Run alone it replaces the U-Net by the *optimal* prediction for a mixture of Gaussians, which is
 known in closed form, compares the solvers with 1000 small jumps, and lets a policy gradient learn
@@ -34,6 +33,7 @@ from harness.runs import claim_run, log_line, parser_for, pick_device, run_main
 #   grid     K + 1 decreasing times from T to 0; rho = t_next / t
 #   lean     extrapolation weight: how far a jump follows the trend of the last two estimates
 #   gain     of a residual block: it adds (1 + gain) times its branch; 0 changes nothing
+#   landing  where a jump ends, x_next = mean + sigma noise; sigma is 0 unless something explores
 # ==============================================================================================
 
 T = 1000                                  # number of noise levels, Ho et al. section 4
@@ -60,7 +60,6 @@ def expand_like(values, like):
 
 def q_sample(x0, t, eps, alpha_bar) -> torch.Tensor:
     """x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps. Eq. 4, Ho et al. 2020.
-
     x0, eps: (B, ...); t: (B,) integers in 0..T."""
     ab = expand_like(alpha_bar[t], x0)
     return ab.sqrt() * x0 + (1 - ab).sqrt() * eps
@@ -76,7 +75,6 @@ def x0_and_eps(x_t, t, v, alpha_bar) -> tuple[torch.Tensor, torch.Tensor]:
 
 def simple_loss(net, x0, t, eps, alpha_bar) -> torch.Tensor:
     """L_simple = mean |eps - eps_hat(x_t, t)|^2. Eq. 14 and Algorithm 1, Ho et al. 2020.
-
     net(x_t, t) -> v, which becomes eps_hat by x0_and_eps. Returns a scalar."""
     x_t = q_sample(x0, t, eps, alpha_bar)
     _, eps_hat = x0_and_eps(x_t, t, net(x_t, t).float(), alpha_bar)
@@ -87,7 +85,6 @@ def simple_loss(net, x0, t, eps, alpha_bar) -> torch.Tensor:
 
 def ddim_sigma(t, t_next, eta, alpha_bar) -> torch.Tensor:
     """sigma = eta sqrt((1 - ab') / (1 - ab)) sqrt(1 - ab / ab'). Eq. 16, Song et al. 2020.
-
     t, t_next: (B,) integers with t > t_next. Returns (B,); 0 where t_next = 0."""
     ab, ab_next = alpha_bar[t], alpha_bar[t_next]
     return eta * ((1 - ab_next) / (1 - ab)).sqrt() * (1 - ab / ab_next).sqrt()
@@ -119,9 +116,7 @@ def half_log_snr(alpha_bar):
 def dpm_lean(t, t_next, t_last, alpha_bar) -> torch.Tensor:
     """The lean of DPM-Solver++(2M): h / (2 h_last) with h = lambda(t_next) - lambda(t) and h_last
     that of the jump before, t_last -> t. Algorithm 2, Lu et al. 2022.
-
-    All times (B,) integers. 0 at the first jump (t_last = t) and into t = 0 (lambda is infinite).
-    """
+    All times (B,) integers. 0 at the first jump (t_last = t) and into t = 0, an infinite lambda."""
     now, then, last = (half_log_snr(alpha_bar[s]) for s in (t, t_next, t_last))
     return torch.where((t_last > t) & (t_next > 0), (then - now) / (2 * (now - last)), 0.0)
 
@@ -152,25 +147,18 @@ def per_image(solver, n, device):
 
 
 def make_grid(name, steps):
-    """Decreasing list of steps + 1 integers from T to 0.
-
-    'uniform' and 'quadratic' in t (appendix D.2, Song et al. 2020); 'logsnr': uniform in lambda
-    (Lu et al. 2022), its last point, t = 1, moved on to 0. ValueError for what cannot be."""
+    """Decreasing list of steps + 1 integers from T to 0: 'uniform' and 'quadratic' in t (appendix
+    D.2, Song et al. 2020); 'logsnr': uniform in lambda (Lu et al. 2022), its last point, t = 1,
+    moved on to 0. ValueError for what cannot be."""
     if not 1 <= steps <= T or name not in GRIDS:
         raise ValueError(f"no '{name}' grid of {steps} steps; take one of {GRIDS} and 1..{T} steps")
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    if name != "logsnr":
-        power = 1 if name == "uniform" else 2
-        return strictly_decreasing((T * u ** power).round().int().tolist())
-    levels = half_log_snr(linear_alpha_bar()[1:])                              # of t = 1 .. T
-    wanted = levels[0] + u * (levels[-1] - levels[0])
-    nearest = (levels - wanted[:, None]).abs().argmin(1) + 1
-    return strictly_decreasing([*nearest.tolist()[:-1], 0])
-
-
-def strictly_decreasing(grid):
-    """Push apart entries that rounding made equal, within T .. 0: every jump needs t > t_next."""
-    for k in range(len(grid) - 2, -1, -1):
+    grid = (T * u ** (2 if name == "quadratic" else 1)).round().int().tolist()
+    if name == "logsnr":
+        levels = half_log_snr(linear_alpha_bar()[1:])                          # of t = 1 .. T
+        wanted = levels[0] + u * (levels[-1] - levels[0])
+        grid = [*((levels - wanted[:, None]).abs().argmin(1) + 1).tolist()[:-1], 0]
+    for k in range(steps - 1, -1, -1):                     # push apart what rounding made equal
         grid[k] = max(grid[k], grid[k + 1] + 1)
     return [min(t, T - k) for k, t in enumerate(grid)]
 
@@ -188,13 +176,12 @@ def baseline_solver(kind, grid_name, steps):
 
 def baseline_kinds(net, steps):
     """The baseline solvers that differ: with one evaluation all are DDIM; and where x0_hat is no
-    estimate of the image (net.clip is False) there is no formula for leans."""
-    return SOLVERS if net.clip and steps > 1 else SOLVERS[:1]
+    estimate of the image (net.estimates_image is False) there is no formula for leans."""
+    return SOLVERS if net.estimates_image and steps > 1 else SOLVERS[:1]
 
 
 def solver_of(u):
     """The Solver, one row per image, of u (B, K, 2 + n): of every jump logit rho, lean, n gains.
-
     t_next = round(rho t), but at most t - 1, and high enough for the jumps to come to still fall.
     The last jump lands at 0, whatever u says."""
     K, times = u.shape[1], [torch.full_like(u[:, 0, 0], T).long()]
@@ -228,7 +215,6 @@ def action_mask(steps, n_gains):
 
 def seeded_noise(seeds, shape, stream=0, device="cpu"):
     """Standard normal noise, one seed per image: the same seed is the same image in any batch.
-
     seeds: iterable of int; shape: of one image; stream: 0 for the start noise, k for jump k.
     Drawn on the CPU, whose generator uses 32 bits of a seed: an odd factor keeps those below 4e9
     apart. Returns (len(seeds), *shape)."""
@@ -237,10 +223,10 @@ def seeded_noise(seeds, shape, stream=0, device="cpu"):
 
 
 def estimate(net, x_t, t, t_next, gains, alpha_bar):
-    """One network evaluation, as x0_hat (B, ...). Where it is an image (net.clip) it is kept in
-    [-1, 1], as in Ho et al.'s code; jump() then finds the epsilon that belongs to it."""
+    """One network evaluation, as x0_hat (B, ...). Where it is an image it is kept in [-1, 1],
+    as in Ho et al.'s code; jump() then finds the epsilon that belongs to it."""
     x0_hat, _ = x0_and_eps(x_t, t, net(x_t, t, t_next, gains).float(), alpha_bar)
-    return x0_hat.clamp(-1, 1) if net.clip else x0_hat
+    return x0_hat.clamp(-1, 1) if net.estimates_image else x0_hat
 
 
 def step(net, x_t, x0_last, t, t_next, lean, gains, alpha_bar, eta=0.0):
@@ -252,14 +238,13 @@ def step(net, x_t, x0_last, t, t_next, lean, gains, alpha_bar, eta=0.0):
 @torch.no_grad()
 def sample(net, x_T, solver, alpha_bar, eta=0.0, seeds=None, path=False):
     """Run the reverse process. Algorithm 2, Ho et al. (eta = 1), DDIM or DPM-Solver++ (eta = 0).
-
     net(x, t, t_next, gains) -> v; x_T: (B, ...) standard normal; seeds: one per image, where
     eta > 0. Returns x_0 (B, ...), with path the list of all K + 1 states, from x_T on. Nothing adds
     noise on the jump into t = 0: its sigma is 0. ValueError: no seeds, or an impossible solver."""
     if eta > 0 and seeds is None:
         raise ValueError("eta above 0 adds noise: give one seed per image")
     times, leans, gains = per_image(solver, len(x_T), x_T.device)
-    x, x0_last, states = x_T, x_T, [x_T]
+    x, x0_last, states = x_T, x_T, [x_T]        # x0_last: anything, for the first lean is 0
     for k in range(leans.shape[1]):
         x, sigma, x0_last = step(net, x, x0_last, times[:, k], times[:, k + 1], leans[:, k],
                                  gains[:, k], alpha_bar, eta)
@@ -296,7 +281,6 @@ def zeroed(module):
 
 class ResBlock(nn.Module):
     """norm SiLU conv, + time, norm SiLU dropout conv: the branch. (B, C, H, W) -> (B, C', H, W).
-
     Returns shortcut(x) + (1 + gain) branch(x); gain: (B, 1), or (B, C') of every channel."""
 
     def __init__(self, c_in, c_out, c_time, dropout):
@@ -332,26 +316,17 @@ class Attention(nn.Module):
         return x + tokens.reshape(B, H, W, C).permute(0, 3, 1, 2)
 
 
-class Upsample(nn.Conv2d):
-    """Nearest-neighbour doubling, then this 3x3 convolution. (B, C, H, W) -> (B, C', 2H, 2W)."""
-
-    def forward(self, x):
-        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class UNet(nn.Module):
     """The teacher's network: (x_t (B, 3, H, W), t (B,)) -> v (B, 3, H, W).
-
     forward's gains: (B, blocks), one of every residual block in the order of evaluation; or
-    (B, channels) of every channel of their branches; None or 0 columns: the plain network. Gains on
-    attention, skips or shortcuts besides made what is learned worse, by reward and by judge.
+    (B, channels) of every channel of their branches; None or 0 columns: the plain network.
     DEVIATES: in Ho et al. it predicts eps, whose error is magnified by 1 / sqrt(ab), up to 157
     times, in x0_hat. Predicting v, an untrained network's eps_hat is right at t = T. The loss is
     theirs: of eps, ab |v - v_hat|^2.
-    width: channels at full resolution; mults: channel multiple per level, each level halves the
-    image; blocks: residual blocks per level; attention: resolutions that get self-attention.
+    width: channels at full resolution; mults: channel multiple per level, each level but the first
+    halves the image; blocks: residual blocks per level; attention: resolutions that have it.
     `config` rebuilds the network, and is what a checkpoint stores."""
-    clip = True                     # x0_hat is an estimate of the image, so it lies in [-1, 1]
+    estimates_image = True          # x0_hat is an estimate of the image, so it lies in [-1, 1]
 
     def __init__(self, width, mults, blocks, attention, dropout=0.0, image_size=32):
         super().__init__()
@@ -363,7 +338,6 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(3, width, 3, padding=1)
 
         def stage(c_in, c_out, size):
-            """One residual block, with attention at the chosen resolutions."""
             last = Attention(c_out) if size in attention else nn.Identity()
             return nn.ModuleList([ResBlock(c_in, c_out, c_time, dropout), last])
 
@@ -386,7 +360,7 @@ class UNet(nn.Module):
                 self.up.append(stage(c + skips.pop(), width * mult, size))
                 c = width * mult
             if level > 0:
-                self.up.append(Upsample(c, c, 3, padding=1))
+                self.up.append(nn.Conv2d(c, c, 3, padding=1))
                 size *= 2
         self.norm_out, self.conv_out = group_norm(c), zeroed(nn.Conv2d(c, 3, 3, padding=1))
         self.branches = [m.conv2.out_channels for m in self.modules() if isinstance(m, ResBlock)]
@@ -410,7 +384,7 @@ class UNet(nn.Module):
             skips.append(h)
         h = self.mid2(self.mid_attention(self.mid1(h, emb, next(gain))), emb, next(gain))
         for layer in self.up:
-            h = (layer(h) if isinstance(layer, Upsample) else
+            h = (layer(F.interpolate(h, scale_factor=2.0)) if isinstance(layer, nn.Conv2d) else
                  layer[1](layer[0](torch.cat([h, skips.pop()], dim=1), emb, next(gain))))
         return self.conv_out(F.silu(self.norm_out(h)))
 
@@ -424,10 +398,9 @@ def parameter_count(net):
 
 class MixtureNet:
     """A perfect network for data from an equal mixture of N(mean_i, std^2 I); one mean: Gaussian.
-
     x_t given i is N(sqrt(ab) mean_i, ab std^2 + 1 - ab), so that
     E[x0 | x_t] = sum_i p(i | x_t) (mean_i + ab^(1/2) std^2 (x_t - sqrt(ab) mean_i) / variance)."""
-    clip = False
+    estimates_image = False
 
     def __init__(self, means, std, alpha_bar):
         self.means, self.std, self.alpha_bar = means, std, alpha_bar           # means: (M, D)

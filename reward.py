@@ -25,6 +25,7 @@ from harness.figures import plot_panels
 from harness.runs import BadInput, claim_run, log_line, number, parser_for, pick_device, run_main
 
 BINS = 32                   # of the intensity histogram, per colour channel
+DISTORTIONS = ("noise", "blur", "shift", "wrong")       # see distort
 
 # ==== ENCODERS: images (B, 3, 32, 32) in [-1, 1] -> (list of feature maps, features (B, C), logits)
 
@@ -81,10 +82,8 @@ ENCODERS = {"coach": Coach, "judge": Judge}
 
 
 def load_encoder(path, role, device="cpu"):
-    """Frozen encoder of train_encoders.py, in eval mode. Returns (net, checkpoint).
-
-    Only its weights are frozen: gradients still reach the *images* (under no_grad they would not).
-    """
+    """Frozen encoder of train_encoders.py, in eval mode, and its checkpoint. Gradients still reach
+    the *images*: only its weights are frozen."""
     content = load_checkpoint(path, role)
     net = rebuild(ENCODERS[role], content, path, device)
     return net.to(memory_format=torch.channels_last), content
@@ -323,9 +322,6 @@ def distort(images, kind, level, generator):
         pixels = round(images.shape[-1] / 4 * level)
         return F.pad(images, (pixels, 0, 0, 0), mode="reflect")[..., :images.shape[-1]]
     return torch.lerp(images, images.roll(1, 0), level)
-
-
-DISTORTIONS = ("noise", "blur", "shift", "wrong")
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Reinforced distillation: a student learns from a reward alone to make in 3 jumps what took 50.
 
-The reward is likeness to the teacher's image of the same noise, the method ReDiF's (arXiv
+The reward is likeness to the teacher's image of the same noise, the method is ReDiF's (arXiv
 2512.22802): roll out, compare within a group, make what was better likelier. Two policies:
     --learn jumps    ours: action u = (logit rho, lean, a gain for every residual block) of every
                      jump, Normal(u; mean, std^2); the few numbers of the mean learn, in minutes
@@ -17,6 +17,7 @@ import copy
 import json
 import time
 from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -40,7 +41,7 @@ USUAL_STEPS, CLONED = 3, 0.4            # see exploration
 CLIP_JUMPS, CLIP_LANDING = 0.2, 1e-4    # PPO's clip range of u; of x_next, see landing_logp
 SIGMA_FLOOR = 0.02                      # of the last landing in training, where DDIM's sigma is 0
 LOG_EVERY = 8                           # updates from one printed line to the next
-# What --learn or --paper sets, unless a flag is given; noises: M of an update, of NOISES.
+# What --learn or --paper sets, unless a flag is given; noises, M of an update, has no flag.
 PRESETS = {
     "jumps": dict(init=["teacher", "checkpoints/student.pt"], updates=240, noises=16, group=2,
                   lr=0.01, eta=0.0),
@@ -56,7 +57,7 @@ class JumpPolicy(nn.Module):
     u is drawn for all jumps before the first evaluation and reads no state: exploration in
     parameters (PGPE, Sehnke et al. 2010), an evolution strategy (OpenAI-ES, Salimans et al. 2017,
     arXiv 1703.03864). Few numbers make it work: the cosine of the estimated gradient with the true
-    one goes as sqrt(rollouts / numbers), as long as that is small. Gains are an adapter, as LoRA
+    one grows as sqrt(rollouts / numbers), as long as it is small. Gains are an adapter, as LoRA
     (arXiv 2106.09685) is in ReDiF's code. DEVIATES: there the times are fixed, and x_next is the
     only action."""
 
@@ -290,7 +291,7 @@ def diagnostics(group, R, before, after):
     return {name: value.item() for name, value in values.items()}
 
 
-# ==== INPUTS ==================================================================================
+# ==== INPUTS AND COMMAND LINE =================================================================
 
 def load_inputs(args, device):
     """Read the checkpoints. Returns (teacher, learners, reward, (judge, its file)). A learner is
@@ -312,8 +313,6 @@ def load_inputs(args, device):
         learners.append((f"{Path(path).stem}: ", net, solver, trained))
     return teacher, learners, *load_reward(args.reward, args.encoders, device)
 
-
-# ==== COMMAND LINE ============================================================================
 
 def parse_args(argv=None):
     """Command line of rl_distill.py."""
@@ -343,6 +342,7 @@ def parse_args(argv=None):
       "DDIM; 0: only the last explores *")
     p.epilog += "".join(f" *  --{'learn ' * (name != 'paper')}{name}: {preset}"
                         for name, preset in PRESETS.items())
+    p.set_defaults(noises=None)
     p.set_defaults(**PRESETS[p.parse_args(argv).learn])             # where no flag is given
     args = p.parse_args(argv)
     args.updates = 4 if args.smoke else args.updates

@@ -55,7 +55,6 @@ def contenders(path, steps, device):
         yield f"{name}, its target", net, TARGET
 
 
-@torch.no_grad()
 def evaluate(args, models, reward, judge, teacher, out, device):
     """Print the table, and log it; models: lists of contenders."""
     alpha_bar = linear_alpha_bar(device)
@@ -129,8 +128,10 @@ def main(argv=None):
         raise BadInput(f"a student's estimates are no images to lean on, as {kind} does; give DDIM")
     how = "its own jumps" if solver else f"{kind} on the {grid} grid"
     solver = solver or baseline_solver(kind, grid, (args.steps or [4])[0])
+    beside = f"{Path(args.npz or '.').parent}/."
+    if args.npz and (Path(args.npz).exists() or not os.access(beside, os.W_OK)):
+        raise BadInput(f"{args.npz} exists, or cannot be written there; give another name")
     out = claim_run(args, "sample")
-    npz = open(args.npz, "xb") if args.npz else None            # fails before the work, or never
     print(f"device {device_name(device)} | {content['kind']} {parameter_count(net) / 1e6:.2f} M "
           f"parameters | {len(solver.leans)} evaluations an image, {how}")
     seeds, side = range(args.seed, args.seed + args.n), net.config["image_size"]
@@ -139,9 +140,9 @@ def main(argv=None):
     save_picture(out / "samples.png", images[:256], math.ceil(math.sqrt(min(args.n, 256))))
     path = draw_path(net, solver, z[:8], alpha_bar, args.eta, seeds[:8])
     save_picture(out / "path.png", path.flatten(0, 1), columns=path.shape[1])
-    if npz:
-        with npz:
-            np.savez(npz, to_uint8(images).permute(0, 2, 3, 1).numpy())
+    if args.npz:
+        with open(args.npz, "xb") as file:
+            np.savez(file, to_uint8(images).permute(0, 2, 3, 1).numpy())
     log_line(out / "log.jsonl", n=args.n, seconds=time.time() - began)
     print(f"{args.n} images in {time.time() - began:.1f} s\nwrote {out}/samples.png, path.png, "
           "log.jsonl" + (f", {args.npz}" if args.npz else ""))

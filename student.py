@@ -31,7 +31,7 @@ from harness.runs import (autocast, checksum, claim_run, device_name, log_line, 
 STUDENT_UNET = dict(width=32, mults=[1, 2, 3], blocks=1, attention=[8], dropout=0.0)   # 1.8 M
 START_SHARE = 1 / 3         # share of jumps that start at t = T, where every deployment starts
 LAND_SHARE = 1 / 2          # share of jumps that land at t = 0, where every deployment ends
-SHORTEST_JUMP = 10          # shortest jump trained (rounding noise grows as 1 / sin(d))
+SHORTEST_JUMP = 10          # shortest jump trained (rounding noise grows as 1 / its length)
 POOL, JUMPS_PER_PATH = 1024, 64         # teacher paths kept; jumps drawn from each
 CLONE_SEEDS = 10 ** 6       # seeds of cloning's noise count up from here
 
@@ -63,7 +63,7 @@ class JumpUNet(UNet):
     """U-Net that is told where to land as well: (x_t, t, t_next) -> the average velocity v.
 
     Its x0_hat is where its arc meets t = 0, the image only if t_next = 0: it is not clipped."""
-    clip = False
+    estimates_image = False
 
     def __init__(self, **unet):
         super().__init__(**unet)
@@ -88,7 +88,6 @@ def student_from_teacher(teacher):
 
 # ==== CLONING =================================================================================
 
-@torch.no_grad()
 def teacher_paths(teacher, x_T, alpha_bar):
     """All states of the teacher's target: (B, 3, H, W) -> (B, len(TARGET.times), 3, H, W)."""
     return torch.stack(sample(teacher, x_T, TARGET, alpha_bar, path=True), 1)
@@ -134,8 +133,8 @@ class PathPool:
         self.paths = torch.zeros(self.size, len(TARGET.times), 3, side, side, device=device)
 
     def grow(self, wanted):
-        """Run the teacher from new noise until `wanted` paths were made; the oldest make room. After
-        --resume the newest are made again."""
+        """Run the teacher from new noise until `wanted` paths were made; the oldest make room. What
+        would be overwritten at once is skipped: after --resume the newest are made again."""
         self.made = max(self.made, -(-wanted // self.chunk) * self.chunk - self.size)
         while self.made < wanted:
             seeds = range(CLONE_SEEDS + self.made, CLONE_SEEDS + self.made + self.chunk)
@@ -184,15 +183,15 @@ def load_model(path, device="cpu", *kinds):
         name = dict(teacher="UNet", student="JumpUNet").get(content["kind"]) or content["network"]
         net, solver = rebuild(dict(UNet=UNet, JumpUNet=JumpUNet)[name], content, path, device), None
         if content["kind"] == "policy":                             # ValueError if impossible
-            *_, gains = per_image(solver := Solver(*content["solver"]), 1, device)
-            if gains.shape[2] not in (0, len(net.branches), sum(net.branches)):
+            solver = Solver(*content["solver"])
+            n = per_image(solver, 1, device)[2].shape[2]
+            if n not in (0, len(net.branches), sum(net.branches)):
                 raise ValueError("gains that do not fit the network")
         return net, content, solver
 
 
 # ==== EVALUATION on held-out noise ============================================================
 
-@torch.no_grad()
 def evaluate(net, teacher, n, out, device):
     """MSE to the teacher's target on n held-out noises, of student and teacher in 1, 2, 4, 8 steps,
     printed; the target and the student's images into samples.png."""
@@ -232,7 +231,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = pick_device(args.device, )
+    device = pick_device(args.device)
     teacher, _ = load_teacher(args.teacher, device)
     out = claim_run(args, "student")
     torch.manual_seed(args.seed)

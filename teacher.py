@@ -1,15 +1,14 @@
 """The teacher: a DDPM trained on CIFAR-10, and the target it sets.
 
-Adds to ddpm.py what training needs: augmentation, an average of the weights (EMA) and the loop of
-Algorithm 1 (Ho et al. 2020). The result is the model to be distilled (ReDiF's is Stable Diffusion
-1.5); its image of a noise z in 50 quadratic DDIM steps is *the* target of z in every later file.
+Adds to ddpm.py augmentation, an average of the weights (EMA) and Algorithm 1 (Ho et al. 2020). Its
+image of a noise z in 50 quadratic DDIM steps is *the* target of z in every later file.
 
     python teacher.py                          # CIFAR-10, downloaded on first use
     python teacher.py --data DIR               # any folder of class subfolders of images
     python teacher.py --smoke                  # nothing needed, seconds, numbers mean nothing
 
-Reads images; writes to --out: teacher.pt (EMA weights in fp16, for the other files), state.pt (all
-that --resume needs), samples.png, loss.png, log.jsonl. Next file: student.py.
+Writes to --out: teacher.pt (EMA weights in fp16), state.pt (for --resume), samples.png, loss.png,
+log.jsonl. Next file: student.py.
 """
 import copy
 import math
@@ -104,8 +103,7 @@ def fit(net, ema, loss_of, save, args, out, device, unit):
     start, losses = time.time(), []
     for update in tqdm(range(first, args.updates), initial=first, total=args.updates, mininterval=5,
                        unit_scale=args.batch_size, unit=f" {unit}"):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(update, args.updates, args.lr)
+        optimizer.param_groups[0]["lr"] = rate = learning_rate(update, args.updates, args.lr)
         torch.manual_seed(args.seed + update)                       # of dropout
         with autocast(device):
             loss = loss_of(fast, update, generator)
@@ -120,7 +118,7 @@ def fit(net, ema, loss_of, save, args, out, device, unit):
         if done % LOG_EVERY == 0 or done == args.updates:
             log_line(out / "log.jsonl", update=done, **{unit: done * args.batch_size},
                      loss=torch.stack(losses).mean().item(), grad_norm=grad_norm.item(),
-                     lr=group["lr"], seconds=seconds)
+                     lr=rate, seconds=seconds)
             losses.clear()
         if done % SAVE_EVERY == 0 or done == args.updates:
             save(done, seconds)
@@ -130,7 +128,8 @@ def fit(net, ema, loss_of, save, args, out, device, unit):
 
 def train(net, ema, images, args, out, device):
     """Algorithm 1, Ho et al. 2020, on images (N, 3, H, W) uint8. Returns seconds."""
-    alpha_bar = linear_alpha_bar(device)
+    alpha_bar, side = linear_alpha_bar(device), net.config["image_size"]
+    z = seeded_noise(range(4 if args.smoke else 64), (3, side, side), device=device)
 
     def loss_of(net, update, generator):
         x0 = draw_batch(images, args.batch_size, generator)
@@ -142,7 +141,7 @@ def train(net, ema, images, args, out, device):
         save_network(out / "teacher.pt", "teacher", ema, provenance(
             "teacher.py", args, seconds, device, updates=updates,
             images=updates * args.batch_size, ema=EMA_DECAY))
-        save_samples(out / "samples.png", ema, device, n=4 if args.smoke else 64)
+        save_picture(out / "samples.png", draw(ema, TARGET, z, alpha_bar))
     return fit(net, ema, loss_of, save, args, out, device, "images")
 
 
@@ -150,13 +149,6 @@ def load_teacher(path, device="cpu"):
     """The teacher of a checkpoint, frozen, in eval mode. Returns (net, checkpoint)."""
     content = load_checkpoint(path, "teacher")
     return rebuild(UNet, content, path, device), content
-
-
-def save_samples(path, net, device, n=64):
-    """The teacher's images of seeds 0..n-1: always the same noise; training's RNG is left alone."""
-    side = net.config["image_size"]
-    z = seeded_noise(range(n), (3, side, side), device=device)
-    save_picture(path, draw(net, TARGET, z, linear_alpha_bar(device)))
 
 
 # ==== COMMAND LINE ============================================================================

@@ -35,6 +35,7 @@ import sample
 import student
 import teacher
 from ddpm import baseline_solver, seeded_noise
+from harness import figures
 from harness.checkpoints import half_weights, load_checkpoint, save_checkpoint
 from harness.runs import BadInput, read_log
 
@@ -143,7 +144,7 @@ def minus_mse(x, target):
 
 class Toy(torch.nn.Module):
     """Linear network, v = w x + b, two "residual blocks" of 2 and 3 channels."""
-    clip, branches = False, [2, 3]
+    estimates_image, branches = False, [2, 3]
 
     def __init__(self, w=0.2, b=-0.1):
         super().__init__()
@@ -330,7 +331,7 @@ class Sampler(Case):
         x, t, v = 3 * randn(3, 3, 8, 8), torch.tensor([1, 400, 1000]), randn(3, 3, 8, 8, seed=1)
         free = ab4(t).sqrt() * x - (1 - ab4(t)).sqrt() * v
         for kind, expected in ((student.JumpUNet, free), (ddpm.UNet, free.clamp(-1, 1))):
-            net = mock.Mock(return_value=v, clip=kind.clip)
+            net = mock.Mock(return_value=v, estimates_image=kind.estimates_image)
             self.close(ddpm.estimate(net, x, t, t, None, AB), expected)
 
     def test_states_are_kept_only_where_the_path_is_asked_for(self):
@@ -530,13 +531,13 @@ class Training(Case):
         self.close([rates[0], rates[-1]], [1e-3 / teacher.WARMUP, 0], 1e-8)
 
     def test_the_target_is_50_quadratic_ddim_steps_and_a_picture_leaves_the_rng_alone(self):
-        z, path = ddpm.seeded_noise(range(3), (3, 8, 8)), self.folder(enter=True) / "s.png"
+        z, path = ddpm.seeded_noise(range(3), (3, 8, 8)), self.folder() / "s.png"
         solver = ddpm.Solver(ddpm.make_grid("quadratic", 50), [0.0] * 50)
         fifty = ddpm.sample(TEACHER, z, solver, AB)
         before = torch.get_rng_state()
         with mock.patch.dict(teacher.CHUNK, cpu=2):
             self.close(teacher.draw(TEACHER, teacher.TARGET, z, AB), fifty, 1e-4)
-        teacher.save_samples(path, TEACHER, CPU, n=2)
+        figures.save_picture(path, fifty)
         self.assertTrue(torch.equal(before, torch.get_rng_state()) and path.exists())
 
     def test_algorithm_1_lowers_the_loss_on_one_image(self):
@@ -574,7 +575,7 @@ class Cloning(Case):
 
     def test_a_copied_teacher_is_the_teacher(self):
         copied = student.student_from_teacher(TEACHER)
-        with mock.patch.object(TEACHER, "clip", False):           # as the student
+        with mock.patch.object(TEACHER, "estimates_image", False):           # as the student
             for solver in (baseline_solver("DDIM", name, 4) for name in ddpm.GRIDS):
                 self.close(ddpm.sample(copied, self.z, solver, AB),
                            ddpm.sample(TEACHER, self.z, solver, AB))

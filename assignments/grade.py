@@ -236,7 +236,7 @@ def jump_gradient(ddpm, x_t, x0_hat, t, t_next, ab, **lean):
 
 class GaussianNet:
     """What the best network says of points from N(mean, std^2), and where its flow ends."""
-    clip = False
+    estimates_image = False
 
     def __init__(self, mean, std):
         self.mean, self.std, self.ab = mean, std, alpha_bars()

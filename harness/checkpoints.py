@@ -1,4 +1,5 @@
 """Checkpoints: tensors and plain values in one dict, written whole or not at all, read as data."""
+import contextlib
 import hashlib
 import io
 import os
@@ -95,14 +96,20 @@ def kept(folder, key, make, device):
     if path.exists():
         try:
             return load_checkpoint(path, word)["value"].to(device)
-        except BadInput as error:
-            print(f"{error}: made anew")
-    value = make()
-    save_checkpoint(path, word, value=value.cpu())
+        except BadInput:
+            print(f"{path} is damaged or of something else: made anew")
+    value, own = make(), f"{path}.{os.getpid()}"
+    with contextlib.suppress(OSError):                        # a folder that cannot be written
+        save_checkpoint(own, word, value=value.cpu())
+        os.replace(own, path)                                 # another run may make the same
     return value
 
 
 def provenance(script, args, seconds, device, **more):
     """Where a checkpoint comes from: flags, minutes, hardware, torch version; plain values."""
-    return dict(script=script, settings=settings(args), minutes=round(seconds / 60, 1),
-                device=device_name(device), torch=str(torch.__version__), **more)
+    def plain(value):                                         # no folder of yours in it
+        return [plain(x) for x in value] if isinstance(value, list) else (
+            Path(value).name if isinstance(value, str) else value)
+    return dict(script=script, settings={k: plain(v) for k, v in settings(args).items()},
+                minutes=round(seconds / 60, 1), device=device_name(device),
+                torch=str(torch.__version__), **more)

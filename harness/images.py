@@ -32,7 +32,7 @@ SPLITS = "train", "training", "test", "testing", "val", "valid", "validation"
 def read_square(path):
     """The central square of an image of 8 bits, upright, transparency on white: (32, 32, 3)."""
     from PIL import Image, ImageOps
-    with rebuilding(path, "image of 8 bits"):
+    with rebuilding(path, "image of 8 bits", "convert it or take it out"):
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode[0] in "IF":
             raise ValueError("deep greyscale of unknown range")
@@ -46,10 +46,15 @@ def load_images(data, train=True):
     subfolders called as SPLITS alone, those of the classes in them, or these itself (then there is
     no test split). BadInput or FileNotFoundError: what cannot be read."""
     from torchvision.datasets import CIFAR10, ImageFolder
+
+    class Visible(ImageFolder):
+        def find_classes(self, folder):
+            names = [name for name in super().find_classes(folder)[0] if name[0] != "."]
+            return names, {name: i for i, name in enumerate(names)}
     if data == "shapes":
         return shapes_images(seed=0 if train else 1)
     if data == "cifar10":
-        with rebuilding("--data cifar10", "copy or download; try --data DIR or shapes"):
+        with rebuilding("--data cifar10", "copy or download", "try --data DIR or --data shapes"):
             found = CIFAR10("data", train, download=True)     # a copy that is there is only checked
         images, labels = found.data, found.targets
     else:
@@ -57,8 +62,8 @@ def load_images(data, train=True):
         split = split if set(split) <= set(SPLITS) else {}    # its subfolders are the classes
         first = split.get("train") or split.get("training") or Path(data)
         test = next((split[name] for name in SPLITS[2:] if name in split), Path(data, "test"))
-        found = ImageFolder(first if train else test, loader=read_square)
-        if found.classes != (classes := ImageFolder(first).classes):
+        found = Visible(first if train else test, loader=read_square)
+        if found.classes != (classes := Visible(first).classes):
             raise BadInput(f"the classes of {test} must be those of {first}: {classes}")
         print(f"reads {len(found)} images of {len(classes)} classes below {found.root}")
         images, labels = zip(*tqdm(found, desc="reading images", delay=3, leave=False))

@@ -22,7 +22,7 @@ def rebuilding(path, what, advice="get it anew"):
     """Within: whatever the content of a file makes go wrong is BadInput, one sentence."""
     try:
         yield
-    except BadInput:
+    except (BadInput, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:                 # hostile content can make a reader raise anything
         raise BadInput(f"{path} has no usable {what} ({error!r:.120}); {advice}") from None
@@ -43,9 +43,12 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
         if getattr(args, "resume", False):
-            path = Path(args.out or "", "config.json")
-            with rebuilding(path, "settings", "--resume needs --out DIR of a run that has begun"):
-                self.set_defaults(**json.loads(path.read_bytes()))
+            with rebuilding(f"--out {args.out}", "settings", "--resume needs --out DIR of a run of "
+                            "this script"):
+                flags = json.loads(Path(args.out, "config.json").read_bytes())
+                if not flags.keys() <= vars(args).keys():
+                    raise ValueError("flags of another script")
+                self.set_defaults(**flags)
             args = super().parse_args(argv)
         return args
 
@@ -61,7 +64,7 @@ def parser_for(doc, example, trains=True):
     add = p.add_argument_group("the run").add_argument
     add("--out", type=os.path.expanduser,                                   # of --out=~/x too
         help="folder of the result, new or empty (default: the next free one in runs/)")
-    add("--seed", type=number(int, 0, 2 * 10 ** 9), default=0, help="of chance; not of start noise")
+    add("--seed", type=number(int, 0, 2 * 10 ** 9), default=0, help="of chance")
     add("--device", default="auto", help="cuda or cpu; auto: cuda where there is one")
     if trains:
         add("--resume", action="store_true", help="go on with the run in --out, with its flags")
@@ -92,20 +95,21 @@ def write_whole(path, data):
 
 def claim_run(args, default):
     """Claim a run's folder, when all its inputs are read: --out, or the next free runs/default-N.
-    Prints the flags, and writes them to its config.json. BadInput where --out is taken."""
-    folder, n, goes_on = Path(args.out or f"runs/{default}"), 1, getattr(args, "resume", False)
-    while True:
+    Prints the flags; a new run's config.json holds them. BadInput where --out is taken."""
+    folder, n = Path(args.out or f"runs/{default}"), 1
+    while not getattr(args, "resume", False):
         with contextlib.suppress(FileExistsError):             # taken, perhaps a moment ago
             folder.mkdir(parents=True, exist_ok=True)
-            if goes_on or not any(folder.iterdir()):
-                with open(folder / "config.json", "w" if goes_on else "x") as file:
+            if not any(folder.iterdir()):
+                with open(folder / "config.json", "x") as file:
                     json.dump(settings(args), file, default=str)
-                print(f"config: {vars(args) | dict(out=str(folder))}")
-                return folder
+                break
         if args.out:
             raise BadInput(f"{folder} is not empty, or no folder; give another --out, or --resume")
         n += 1
         folder = Path(f"runs/{default}-{n}")
+    print(f"config: {vars(args) | dict(out=str(folder))}")
+    return folder
 
 
 def log_line(path, /, **row):
@@ -131,7 +135,7 @@ def run_main(main):
     except (BadInput, OSError) as error:                       # OSError: full disk, no rights, ...
         sentence = error
     except (RuntimeError, MemoryError) as error:
-        sentence = "memory ran out; lower --batch-size, --group or --n, or give another --device"
+        sentence = "memory ran out; take smaller numbers (--help names them), or another --device"
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             sentence = "torch.compile does not work here (a compiler may lack); leave out --compile"
         elif not any(s in repr(error) for s in ("of memory", "te memory", "ALLOC", "MemoryE")):

@@ -99,9 +99,10 @@ class Folders(Case):
         Path("x/file").write_text("mine")
         for text, args in (("not empty", flags("x")), ("no folder", flags("x/file"))):
             self.bad_input(text, claim_run, args, "run")
+        Path("config.json").write_text("{}")                # of the working folder: another's
         for words in ("--out y", "--out x", ""):
-            self.bad_input("a run that has begun", teacher.parse_args, [*words.split(), "--resume"])
-        self.assertEqual(sorted(map(str, Path().rglob("*"))), ["x", "x/file"])
+            self.bad_input("a run of this script", teacher.parse_args, [*words.split(), "--resume"])
+        self.assertEqual(sorted(map(str, Path().rglob("*"))), ["config.json", "x", "x/file"])
 
     def test_of_many_that_start_at_once_each_gets_its_own_default_folder(self):
         gate, got = threading.Barrier(8), []
@@ -142,8 +143,9 @@ class Folders(Case):
         changed = rl.parse_args(["--out", "x", "--resume", "--lr", "1e-6"])     # after a NaN
         self.assertEqual(runs.settings(changed), {**runs.settings(args), "lr": 1e-6})
         self.assertEqual(quiet(claim_run, changed, "run")[0], Path("x"))
-        goes_on = rl.parse_args(["--out", "./x/", "--resume"])          # and so it does from now on
-        self.assertEqual(runs.settings(goes_on), runs.settings(changed))
+        goes_on = rl.parse_args(["--out", "./x/", "--resume"])          # a wrong flag does no harm
+        self.assertEqual(runs.settings(goes_on), runs.settings(args))
+        self.bad_input("flags of another script", teacher.parse_args, ["--out", "x", "--resume"])
         for damaged in ("", '{"lr": 0, "--l', "[]", "3", "null"):
             Path("x/config.json").write_text(damaged)
             self.bad_input("no usable settings", rl.parse_args, ["--out", "x", "--resume"])
@@ -200,9 +202,9 @@ class CommandLine(Case):
 
     def test_bad_input_a_full_disk_and_no_memory_are_one_sentence_and_other_errors_not_hidden(self):
         for text, error in (("no such", BadInput("no such")), ("no space", OSError(28, "no space")),
-                            ("ran out; lower", torch.cuda.OutOfMemoryError("CUDA out of memory")),
-                            ("ran out; lower", MemoryError()),
-                            ("ran out; lower", RuntimeError("CPUAllocator: can't allocate memory"))):
+                            ("ran out; take", torch.cuda.OutOfMemoryError("CUDA out of memory")),
+                            ("ran out; take", MemoryError()),
+                            ("ran out; take", RuntimeError("CPUAllocator: can't allocate memory"))):
             code, sentence = self.ends(mock.Mock(side_effect=error), "dir/s.py")
             self.assertEqual(code, 2)
             self.assertRegex(sentence, f"^s.py: .*{text}")
@@ -349,8 +351,8 @@ class Checkpoints(Case):
             self.save("deep/c.pt", mine=True)
             self.assertIn("mine", checkpoints.load_checkpoint("deep/c.pt", "toy"))
 
-    def test_provenance_is_plain(self):
-        row = checkpoints.provenance("s.py", flags(data="pics", init=["a.pt"]), 90,
+    def test_provenance_is_plain_and_names_no_folder(self):
+        row = checkpoints.provenance("s.py", flags(data="/home/me/pics", init=["/b/a.pt"]), 90,
                                      torch.device("cpu"), n=3)
         self.assertEqual(row["settings"], dict(seed=0, lr=1e-3, data="pics", init=["a.pt"]))
         self.assertEqual((row["script"], row["minutes"], row["n"]), ("s.py", 1.5, 3))
@@ -383,6 +385,21 @@ class Kept(Case):
             self.assertEqual((x, made), (4.0, 1))
             self.assertIn("made anew", text)
             self.assertEqual(self.ask(), (4.0, 0, ""))
+
+    def test_where_nothing_can_be_written_it_is_made_each_time(self):
+        Path("runs").write_text("a file")
+        self.assertEqual([self.ask(value=n) for n in (1.0, 2.0)], [(1.0, 1, ""), (2.0, 1, "")])
+
+    def test_two_runs_may_make_the_same_at_once(self):
+        def slow(*paths, real=os.replace, done=[]):
+            if not done.append(0) and len(done) == 1:                   # the other is faster
+                with mock.patch.object(os, "getpid", lambda: 1):
+                    self.ask(value=2.0)
+            real(*paths)
+        with mock.patch.object(os, "replace", slow):
+            self.assertEqual(self.ask(), (1.0, 1, ""))
+        self.assertEqual(self.ask(), (1.0, 0, ""))
+        self.assertEqual(len(os.listdir("runs/things")), 1)
 
     def test_a_checksum_of_weights_knows_every_weight_and_buffer(self):
         net, words = torch.nn.BatchNorm1d(3), set()
@@ -506,7 +523,7 @@ class Images(Case):
 
     def test_a_folder_is_read_in_order_of_classes_and_names(self):
         self.write("d/a/1.png", np.full((40, 60, 3), (200, 0, 0), np.uint8))
-        for name in ("b/deep/2.PNG", "loose.png"):
+        for name in ("b/deep/2.PNG", "loose.png", ".ipynb_checkpoints/1.png"):
             self.write(f"d/{name}")
         Path("d/b/notes.txt").write_text("not an image")
         (data, labels), text = quiet(images.load_images, "d")
@@ -596,7 +613,7 @@ class Images(Case):
 
     def test_no_network_for_the_download_is_one_sentence(self):
         with mock.patch.object(CIFAR10, "download", side_effect=OSError("unreachable")):
-            self.bad_input("no usable copy or download", images.load_images, "cifar10")
+            self.bad_input("try --data DIR or --data shapes", images.load_images, "cifar10")
         self.assertEqual(os.listdir(), [])
 
     def test_pictures_leave_the_random_numbers_alone_and_show_what_they_should(self):
@@ -874,7 +891,7 @@ class Commands(Working):
         self.assertIn("5 images", text)
         with mock.patch.object(sample, "draw", side_effect=AssertionError("too late")):
             for path in ("i.npz", "a/policy.pt/i.npz"):
-                with self.assertRaises(OSError):                    # before the work
+                with self.assertRaises(BadInput):                   # before the work
                     self.run_main(sample, "--model", "a/policy.pt", "--npz", path)
         text = self.run_main(sample, "--evaluate", "--n", "8", "--steps", "2", *self.words, "--out",
                              "e", "--model", "a/policy.pt", self.tiny / "teacher.pt")
@@ -984,8 +1001,7 @@ class Commands(Working):
             "DDIM", "quadratic", 2), seeded_noise([7, 8, 9], (3, 32, 32)), AB)
         self.close(array, images.to_uint8(x).permute(0, 2, 3, 1), 1)
         before = Path("a.npz").read_bytes()
-        with self.assertRaisesRegex(FileExistsError, "a.npz"):
-            self.run_main(sample, *words)
+        self.bad_input("a.npz exists", self.run_main, sample, *words)
         self.assertEqual(Path("a.npz").read_bytes(), before)
 
     def test_everything_a_checkpoint_can_do_is_compared(self):
