@@ -8,7 +8,6 @@ both: this student, and a copy of the teacher that was not cloned.
 
     python student.py                          # clones the bundled teacher from random weights
     python student.py --init teacher --lr 3e-4 # the paper's own start: a copy of the teacher
-    python student.py --smoke                  # seconds, numbers mean nothing
 
 Reads --teacher; writes to --out: student.pt (fp16), state.pt (for --resume), samples.png (rows: the
 teacher, then 1, 2, 4, 8 steps), loss.png, log.jsonl. Next file: reward.py.

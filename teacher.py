@@ -5,7 +5,6 @@ image of a noise z in 50 quadratic DDIM steps is *the* target of z in every late
 
     python teacher.py                          # CIFAR-10, downloaded on first use
     python teacher.py --data DIR               # any folder of class subfolders of images
-    python teacher.py --smoke                  # nothing needed, seconds, numbers mean nothing
 
 Writes to --out: teacher.pt (EMA weights in fp16), state.pt (for --resume), samples.png, loss.png,
 log.jsonl. Next file: student.py.
