@@ -215,7 +215,8 @@ def row_of(arm, seed, world, version):
                 mse=(images - target.images).square().mean().item(),
                 frechet=judged(images, world.judge), nfe=len(solver.leans), **more,
                 needs_gradient=arm.method in arms.NEED_GRADIENT, times=solver.times,
-                leans=solver.leans, commit=version,
+                leans=solver.leans, gains=solver.gains if more["numbers"] < 999 else None,
+                commit=version,
                 command=f"python study/run.py --only {arm.group} --seeds {seed}",
                 torch=str(torch.__version__), device=device_name(world.device))
 
