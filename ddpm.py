@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # For the demonstration and main alone:
-from harness.figures import plot_panels
+from harness.images import plot_panels
 from harness.runs import claim_run, log_line, parser_for, pick_device, run_main
 
 # ==============================================================================================

@@ -21,7 +21,7 @@ from torch import nn
 from ddpm import GRIDS, baseline_kinds, baseline_solver
 from teacher import draw, load_teacher, noise_and_targets
 from harness.checkpoints import load_checkpoint, rebuild
-from harness.figures import plot_panels
+from harness.images import plot_panels
 from harness.runs import BadInput, claim_run, log_line, number, parser_for, pick_device, run_main
 
 BINS = 32                   # of the intensity histogram, per colour channel

@@ -28,13 +28,12 @@ from teacher import HELD_OUT, TARGET, load_teacher, noise_and_targets
 from student import JumpUNet, cloning_evaluations, load_model
 from reward import TERMS, Row, best_baselines, deploy, load_reward, print_table, rewards
 from harness.checkpoints import load_state, provenance, save_network, save_state
-from harness.figures import plot_learned, plot_strips
+from harness.images import plot_learned, plot_strips
 from harness.runs import (BadInput, autocast, checksum, claim_run, device_name, log_line, number,
                           parser_for, pick_device, run_main, settings, write_whole)
 
 NOISES, BASELINE_NOISES = 128, 64       # training noises; those that choose the baseline solver
 HELD, MONITOR = 256, 64                 # held-out noises of the table; others, of the log
-GAINS = ("none", "block", "channel")    # see number_of_gains
 STD = dict(jump=0.05, block=0.08, channel=0.15)     # of u at first, 0.02..0.2; falls to a fifth
 JUMPS_FASTER = 3                        # how much faster than the gains logit rho and lean learn
 USUAL_STEPS, CLONED = 3, 0.4            # see exploration
@@ -109,9 +108,8 @@ def rollout(net, solver, z, group, eta, alpha_bar, generator):
     the last mean, from which they land apart. With eta above 0 every landing explores, and they
     share the first evaluation alone. DEVIATES: with eta 0 only the last evaluation gets a gradient.
 
-    Copies draw independently, so that their mean reward is a baseline without bias for every
-    landing (up to the factor 1 - 1 / group: it holds the copy's own). Opposite pairs would be
-    biased with eta above 0, and with eta 0 they brought nothing (measured at 3 jumps)."""
+    Copies draw independently: with eta above 0 the mean of opposite pairs is a biased baseline for
+    later landings, and with eta 0 they brought nothing (measured at 3 jumps)."""
     times, leans, gains = per_image(solver, len(z), z.device)
     x, x0_last, landings, K = z, z, [], leans.shape[1]
     for k in range(K):
@@ -212,16 +210,11 @@ def update_weights(net, solver, z, target, reward, optimizer, args, alpha_bar, g
 
 # ==== LOOP ====================================================================================
 
-def number_of_gains(net, kind):
-    """Of one jump: none, one of every residual block, or one of every channel of its branch."""
-    return dict(none=0, block=len(net.branches), channel=sum(net.branches))[kind]
-
-
 def exploration(net, args):
     """Of the jumps: n gains of each, std (2 + n,) of u at the first update, and the factor of that
     std and of the rates. The more jumps, the less each may move (unscaled, six close 39 % and not
     52); a clone has less to gain than that costs. By tries on noises of their own."""
-    n = number_of_gains(net, args.gains)
+    n = dict(none=0, block=len(net.branches), channel=sum(net.branches))[args.gains]
     scale = (CLONED if isinstance(net, JumpUNet) else 1) * USUAL_STEPS / max(2, args.steps)
     return n, scale * torch.tensor([STD["jump"]] * 2 + [STD.get(args.gains)] * n), scale
 
@@ -253,8 +246,8 @@ def train(net, start, train_set, monitor_set, reward, args, out):
     parts = dict(learns=learns, optimizer=optimizer, generator=generator)
     first, seconds = load_state(out / "state.pt", parts) if args.resume else (0, 0.0)
     seen, solver, began = {}, learns.solver() if jumps else start, time.time() - seconds
-    print("update held-out   batch ± std   in-group ratio_t0 " + "approx_kl clipped " * jumps
-          + " times | leans | rms of gains")
+    print("update held-out | times | leans | rms of gains | batch std in_group ratio_t0"
+          + " approx_kl clipped" * jumps)
     for update in range(first, args.updates + 1):                   # 0: before the first
         if update > 0:
             left = 1 - (update - 1) / args.updates
@@ -271,11 +264,10 @@ def train(net, start, train_set, monitor_set, reward, args, out):
         held = deploy(net, solver, *monitor_set, reward, alpha_bar)[1].mean().item()
         row = dict(update=update, held_out=held, **seen, times=solver.times, leans=solver.leans,
                    gains=solver.gains, seconds=seconds)
-        text = ("{batch:7.3f} ±{std:6.3f}   {in_group:.4f} {ratio_t0:.6f}" + "   {approx_kl:.1e}   "
-                " {clipped:.2f} " * jumps).format(**row) if seen else " " * (34 + 19 * jumps)
         rms = torch.tensor(solver.gains or []).square().mean().nan_to_num().sqrt()
-        print(f"{update:6d} {held:8.4f} {text}  ", *solver.times, "|",
-              *(f"{lean:.2f}" for lean in solver.leans), f"| {rms:.3f}", flush=True)
+        print(f"{update:6d} {held:8.4f} |", *solver.times, "|",
+              *(f"{lean:.2f}" for lean in solver.leans), f"| {rms:.3f} |",
+              *(f"{value:.4g}" for value in seen.values()), flush=True)
         log_line(out / "log.jsonl", **row)
         save_state(out / "state.pt", parts, update + 1, seconds)
     return solver, seconds
@@ -306,8 +298,7 @@ def load_inputs(args, device):
         if origin.get("teacher") != checksum(teacher):
             raise BadInput(f"{path} was not distilled from {args.teacher}; give another one")
         K, n = (len(solver.leans), len((solver.gains or [[]])[0])) if solver else (args.steps, 0)
-        if K != args.steps or args.learn == "jumps" and n not in (
-                0, number_of_gains(net, args.gains)):
+        if K != args.steps or args.learn == "jumps" and n not in (0, exploration(net, args)[0]):
             raise BadInput(f"{path} has {K} jumps of {n} gains; give --steps and --gains that fit")
         trained = origin.get("trained", 0) if solver else cloning_evaluations(origin)
         learners.append((f"{Path(path).stem}: ", net, solver, trained))
@@ -325,17 +316,15 @@ def parse_args(argv=None):
     group = p.add_argument_group("what is learned")
     a, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     either("--learn", choices=["jumps", "weights"], default="jumps", help="which action, see above")
-    either("--paper", dest="learn", action="store_const", const="paper",
-           help="the weights, by every landing, with the settings of ReDiF's code *")
-    a("--gains", choices=GAINS, default="block",
+    either("--paper", dest="learn", action="store_const", const="paper", help="as ReDiF's code *")
+    a("--gains", choices=["none", "block", "channel"], default="block",
       help="what u holds of a residual block: no gain, one, or one of each channel (jumps)")
     a("--steps", type=number(int, 1, 64), default=3, help="K, evaluations per image, 1..16")
     a("--reward", default="feature+perceptual", help=f"sum of {', '.join(TERMS)}; term:weight")
     a = p.add_argument_group("how (* see the last lines)").add_argument
     a("--updates", type=number(int, 1), help="20..500 *")
     a("--group", type=number(int, 2), help="G, rollouts, or landings, of each noise, 2..512 *")
-    a("--epochs", type=number(int, 1), default=1,
-      help="PPO's passes over a batch, of jumps; 1 is REINFORCE")
+    a("--epochs", type=number(int, 1), default=1, help="PPO's passes over a batch of jumps")
     a("--lr", type=number(float, 1e-9, 1), help="Adam's first rate, falls to 0: of gains 0.003.."
       "0.03 (rho and lean three times it), of weights 1e-6..1e-4 *")
     a("--eta", type=number(float, 0, 1), help="of the weights' landings before the last, Eq. 16 "

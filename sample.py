@@ -24,8 +24,7 @@ from ddpm import (GRIDS, SOLVERS, T, baseline_kinds, baseline_solver, linear_alp
 from teacher import HELD_OUT, TARGET, draw, load_teacher, noise_and_targets
 from student import load_model
 from reward import judged, load_reward, rewards, standard_error
-from harness.figures import save_picture
-from harness.images import to_uint8
+from harness.images import save_picture, to_uint8
 from harness.runs import (BadInput, claim_run, device_name, log_line, number, parser_for,
                           pick_device, run_main)
 

@@ -23,7 +23,7 @@ from ddpm import (Solver, T, UNet, baseline_solver, expand_like, linear_alpha_ba
                   per_image, sample, seeded_noise, time_embedding, zeroed)
 from teacher import HELD_OUT, TARGET, compiled, draw, fit, load_teacher, noise_and_targets
 from harness.checkpoints import load_checkpoint, provenance, rebuild, save_network
-from harness.figures import plot_loss, save_picture
+from harness.images import plot_loss, save_picture
 from harness.runs import (autocast, checksum, claim_run, device_name, log_line, number, parser_for,
                           pick_device, rebuilding, run_main)
 

@@ -21,8 +21,7 @@ from ddpm import (PAPER_UNET, SMALL_UNET, T, UNet, baseline_solver, linear_alpha
                   parameter_count, sample, seeded_noise, simple_loss)
 from harness.checkpoints import (kept, load_checkpoint, load_state, provenance, rebuild,
                                  save_network, save_state)
-from harness.figures import plot_loss, save_picture
-from harness.images import load_images
+from harness.images import load_images, plot_loss, save_picture
 from harness.runs import (autocast, checksum, claim_run, device_name, log_line, number, parser_for,
                           pick_device, run_main)
 

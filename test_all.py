@@ -35,8 +35,8 @@ import sample
 import student
 import teacher
 from ddpm import baseline_solver, seeded_noise
-from harness import figures
-from harness.checkpoints import half_weights, load_checkpoint, save_checkpoint
+from harness.checkpoints import load_checkpoint, save_checkpoint
+from harness.images import save_picture
 from harness.runs import BadInput, read_log
 
 HERE = Path(__file__).resolve().parent
@@ -537,7 +537,7 @@ class Training(Case):
         before = torch.get_rng_state()
         with mock.patch.dict(teacher.CHUNK, cpu=2):
             self.close(teacher.draw(TEACHER, teacher.TARGET, z, AB), fifty, 1e-4)
-        figures.save_picture(path, fifty)
+        save_picture(path, fifty)
         self.assertTrue(torch.equal(before, torch.get_rng_state()) and path.exists())
 
     def test_algorithm_1_lowers_the_loss_on_one_image(self):
@@ -682,7 +682,7 @@ class Rewards(Case):
 
     def test_gradients_pass_a_frozen_net(self):
         path, net = self.folder() / "coach.pt", reward.Coach()
-        save_checkpoint(path, "coach", config=dict(classes=10), weights=half_weights(net),
+        save_checkpoint(path, "coach", config=dict(classes=10), weights=net.state_dict(),
                         scales=self.scales)
         coach, content = reward.load_encoder(path, "coach")
         self.comes_back(coach, net)
@@ -1093,9 +1093,8 @@ class Loop(Nets):
             net, spied, jumps = Toy(), [], learn == "jumps"
             self.patch(rl, USUAL_STEPS=4.5)                            # a scale that is not 1
             with mock.patch.object(rl, f"update_{learn}", watched):
-                solver, _, out = self.train(
-                    net, *f"--learn {learn} --gains {gains} --updates 4 --lr 0.01".split(),
-                    *["--group", "4"], start=start)
+                words = f"--learn {learn} --gains {gains} --updates 4 --lr 0.01 --group 4".split()
+                solver, _, out = self.train(net, *words, start=start)
             first = torch.tensor([rl.STD["jump"]] * 2 + [rl.STD[gains]] * n)
             scale = 1.5 if jumps else 1
             for (rates, std), left in zip(spied, (1, 0.75, 0.5, 0.25), strict=True):
@@ -1139,12 +1138,11 @@ class Loop(Nets):
 
     def test_the_printed_columns_are_what_they_say(self):
         R, before, after = randn(12), 1 + 1e-3 * randn(12), (0.3 * randn(12, seed=1)).exp()
-        expected = dict(
-            batch=np.mean(R.tolist()), std=np.std(R.tolist(), ddof=1),
-            in_group=np.mean([np.std(R[i:i + 4].tolist(), ddof=1) for i in (0, 4, 8)]),
-            ratio_t0=max(before.tolist(), key=lambda r: abs(r - 1)),
-            approx_kl=np.mean([r - 1 - math.log(r) for r in after.tolist()]),
-            clipped=np.mean([abs(r - 1) > rl.CLIP_JUMPS for r in after.tolist()]))
+        expected = dict(batch=np.mean(R.tolist()), std=np.std(R.tolist(), ddof=1),
+                        in_group=np.mean([np.std(R[i:i + 4].tolist(), ddof=1) for i in (0, 4, 8)]),
+                        ratio_t0=max(before.tolist(), key=lambda r: abs(r - 1)),
+                        approx_kl=np.mean([r - 1 - math.log(r) for r in after.tolist()]),
+                        clipped=np.mean([abs(r - 1) > rl.CLIP_JUMPS for r in after.tolist()]))
         for looked, n in ((after, 6), (None, 4)):                      # none after: of weights
             found = rl.diagnostics(flags().group, R, before, looked)
             self.assertEqual([*found], [*expected][:n])
@@ -1155,16 +1153,15 @@ class Results(Case):
     def test_the_printed_table_is_right(self):
         n, g = 40, np.random.default_rng(0)
         common = 3 * g.normal(size=n) - 10                 # hard noises are hard for everybody
-        s, rows = {"AB2 uniform": common - 1.5 + 0.1 * g.normal(size=n), "DDIM": common - 2.5,
+        s, rows = {"AB2": common - 1.5 + 0.1 * g.normal(size=n), "DDIM": common - 2.5,
                    "learned": common - 1 + g.normal(size=n), "target": np.zeros(n)}, {}
         for i, (name, x) in enumerate(s.items()):
             rows[name] = reward.Row(name, i + 2, 1234567 * i, i, torch.tensor(x),
-                                    rows["AB2 uniform"] if name == "learned" else None)
+                                    rows["AB2"] if name == "learned" else None)
         self.patch(reward, judged=lambda x, judge: judge * (x + 1))
         table, text = quiet(reward.print_table, [*rows.values()], 1.5)
         json.dumps(table, allow_nan=False)
-        gain, way, again = s["learned"] - s["AB2 uniform"], -s["AB2 uniform"], g.integers(
-            n, size=(4000, n))
+        gain, way, again = s["learned"] - s["AB2"], -s["AB2"], g.integers(n, size=(4000, n))
         share = gain.mean() / way.mean()
         error = np.sqrt(np.sum((gain - share * way) ** 2) / (n - 1) / n) / way.mean()
         bootstrap = np.std([gain[i].mean() / way[i].mean() for i in again])
@@ -1176,7 +1173,7 @@ class Results(Case):
                            frechet=1.5 * (i + 1))
             if name == "learned":
                 numbers.update(closed=share, closed_error=error)
-                self.assertEqual(row.pop("start"), "AB2 uniform")
+                self.assertEqual(row.pop("start"), "AB2")
                 end = rf"{100 * share:.0f}% ± +{100 * error:.0f}% +"
             self.assertEqual((row.pop("name"), {*row}), (name, {*numbers}))
             for key, value in numbers.items():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = """ddpm.py teacher.py student.py reward.py rl_distill.py sample.py requirements.txt
-README.md LICENSE harness/__init__.py harness/checkpoints.py harness/figures.py harness/images.py
+README.md LICENSE harness/__init__.py harness/checkpoints.py harness/images.py
 harness/runs.py checkpoints/README.md checkpoints/coach.pt checkpoints/judge.pt
 checkpoints/policy.pt checkpoints/student.pt checkpoints/student_copy.pt checkpoints/teacher.pt
 checkpoints/teacher_earlier.pt checkpoints/train_encoders.py figures/ddpm.png figures/estimators.png
@@ -98,8 +98,9 @@ VEILED = (
     ("ddpm.py", "The loss is\n    theirs: of eps, ab |v - v_hat|^2.", "The loss is\n    theirs, of eps."),
     ("student.py", "turns x_t by d = phi_t - phi_next:   x_next = cos(d) x_t - sin(d) v",
      "is a rotation (exercise 4)"),
-    ("rl_distill.py", "Opposite pairs would be\n    biased with eta above 0, and with eta 0 they "
-     "brought nothing (measured at 3 jumps).", "Opposite pairs: exercise 8."),
+    ("rl_distill.py", "with eta above 0 the mean of opposite pairs is a biased baseline "
+     "for\n    later landings, and with eta 0 they brought nothing (measured at 3 jumps).",
+     "opposite pairs: exercise 8."),
     ("README.md", "(reward - mean of the pair) / rms over the batch", "... (exercise 5)"),
     ("README.md", TWENTY_LINES, "(exercise 7)\n"),
     ("README.md", "python test_all.py          # that everything is what it says, two minutes\n",

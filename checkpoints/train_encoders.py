@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ddpm import parameter_count                                               # noqa: E402
 from teacher import LOG_EVERY                                                  # noqa: E402
 from reward import DISTORTIONS, ENCODERS, TERMS, distort, encode, moments, view_of  # noqa: E402
-from harness.checkpoints import (half_weights, load_state, provenance,         # noqa: E402
-                                 save_checkpoint, save_state)
+from harness.checkpoints import (load_state, provenance, save_checkpoint,      # noqa: E402
+                                 save_state)
 from harness.images import load_images                                         # noqa: E402
 from harness.runs import (BadInput, autocast, claim_run, device_name,          # noqa: E402
                           log_line, number, parser_for, pick_device, run_main)
@@ -144,13 +144,13 @@ def main(argv=None):
         if (out / f"{role}.pt").exists():      # finished before --resume
             continue
         net, seconds = train_encoder(role, images, labels, args, out, device)
-        net.load_state_dict(half_weights(net))  # what the file holds is what is measured
+        net.half().float()                     # what the file holds is what is measured
         share = accuracy(net, test_images, test_labels)
         some = images[:512].float() / 127.5 - 1
         extra = (dict(scales=term_scales(net, some)) if role == "coach" else
                  judge_reference(net, images))
         save_checkpoint(out / f"{role}.pt", role, config=dict(classes=net.classify.out_features),
-                        weights=half_weights(net), **extra, provenance=provenance(
+                        weights=net.half().state_dict(), **extra, provenance=provenance(
                             "checkpoints/train_encoders.py", args, seconds, device, accuracy=share))
         log_line(out / "log.jsonl", encoder=role, accuracy=share, seconds=seconds)
         print(f"{role}: {parameter_count(net) / 1e6:.2f} M parameters, "

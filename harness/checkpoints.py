@@ -7,9 +7,9 @@ import zipfile
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from harness.runs import BadInput, device_name, find, rebuilding, settings, write_whole
+from harness.runs import ROOT, BadInput, device_name, rebuilding, settings, write_whole
 
 FORMAT = "redif-3"
 
@@ -28,11 +28,11 @@ def save_checkpoint(path, kind, **content):
 def load_checkpoint(path, *kinds):
     """The content of a checkpoint of one of these kinds, on the CPU; BadInput where it is missing,
     truncated, changed, foreign, or of another kind."""
-    path = find(path)
-    if not path.is_file():
+    place = Path(path) if Path(path).exists() else ROOT / path       # a bundled one, from anywhere
+    if not place.is_file():
         raise BadInput(f"there is no checkpoint {path}; train one, or give the path of another")
-    with rebuilding(f"{path} cannot be read: it", "content"), zipfile.ZipFile(path) as file:
-        content = torch.load(path, map_location="cpu", weights_only=True)     # runs no code
+    with rebuilding(f"{path} cannot be read: it", "content"), zipfile.ZipFile(place) as file:
+        content = torch.load(place, map_location="cpu", weights_only=True)     # runs no code
         if file.testzip() or content["format"] != FORMAT:
             raise ValueError(f"damaged, or not of format {FORMAT}")
         if content["kind"] not in kinds:
@@ -49,27 +49,19 @@ def rebuild(build, content, path, device="cpu"):
     return net.to(device).eval().requires_grad_(False)
 
 
-def half_weights(net):
-    """State dict in fp16, for the small files that are handed on (loaded back as fp32)."""
-    weights = {k: v.cpu() for k, v in net.state_dict().items()}
-    return {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-
-
 def save_network(path, kind, net, origin, half=True, **more):
-    """The small file that is handed on: net's config, weights, fp16 or as they are, and where they
-    come from."""
-    save_checkpoint(path, kind, config=net.config, provenance=origin, **more,
-                    weights=half_weights(net) if half else net.state_dict())
+    """The small file that is handed on: net's config, weights, fp16 or as they are, and origin."""
+    save_checkpoint(path, kind, config=net.config, provenance=origin, **more, weights={
+        k: v.half() if half and v.is_floating_point() else v for k, v in net.state_dict().items()})
 
 
 def save_state(path, parts, update, seconds):
     """All that --resume needs. parts: {name: torch.Generator, or what has a state_dict}."""
     log = Path(path).with_name("log.jsonl")
-    log.touch()
     saved = {name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
              for name, part in parts.items()}
     save_checkpoint(path, "state", parts=saved, update=update, seconds=seconds,
-                    log_bytes=log.stat().st_size)
+                    log_bytes=log.stat().st_size if log.exists() else 0)
 
 
 def load_state(path, parts):
@@ -77,13 +69,13 @@ def load_state(path, parts):
     log = Path(path).with_name("log.jsonl")
     if not Path(path).exists():                # killed before the first: start from the beginning
         log.unlink(missing_ok=True)
-        save_state(path, parts, 0, 0.0)
+        return 0, 0.0
     state = load_checkpoint(path, "state")
     with rebuilding(path, "state for this", "give the --device and the flags that it began with"):
         for name, part in parts.items():
             (getattr(part, "set_state", None) or part.load_state_dict)(state["parts"][name])
-    log.touch()                                               # it may have been lost, or cut short
-    os.truncate(log, min(state["log_bytes"], log.stat().st_size))
+    if log.exists():                                          # it may be lost, or cut short
+        os.truncate(log, min(state["log_bytes"], log.stat().st_size))
     print(f"resumed at update {state['update']}")
     return state["update"], state["seconds"]
 
@@ -98,18 +90,14 @@ def kept(folder, key, make, device):
             return load_checkpoint(path, word)["value"].to(device)
         except BadInput:
             print(f"{path} is damaged or of something else: made anew")
-    value, own = make(), f"{path}.{os.getpid()}"
-    with contextlib.suppress(OSError):                        # a folder that cannot be written
-        save_checkpoint(own, word, value=value.cpu())
-        os.replace(own, path)                                 # another run may make the same
+    value = make()
+    with contextlib.suppress(OSError):       # no right to write, or another run is faster
+        save_checkpoint(path, word, value=value.cpu())
     return value
 
 
 def provenance(script, args, seconds, device, **more):
     """Where a checkpoint comes from: flags, minutes, hardware, torch version; plain values."""
-    def plain(value):                                         # no folder of yours in it
-        return [plain(x) for x in value] if isinstance(value, list) else (
-            Path(value).name if isinstance(value, str) else value)
-    return dict(script=script, settings={k: plain(v) for k, v in settings(args).items()},
-                minutes=round(seconds / 60, 1), device=device_name(device),
-                torch=str(torch.__version__), **more)
+    plain = tree_map(lambda x: Path(x).name if isinstance(x, str) else x, settings(args))
+    return dict(script=script, settings=plain, minutes=round(seconds / 60, 1), **more,
+                device=device_name(device), torch=str(torch.__version__))   # no folder of yours

@@ -77,14 +77,8 @@ def settings(args):
     return {k: value for k, value in vars(args).items() if k not in ("out", "resume", "device")}
 
 
-def find(path):
-    """The path; where it is not there but in the repository (a bundled file), that one."""
-    return ROOT / path if not Path(path).exists() and (ROOT / path).exists() else Path(path)
-
-
 def write_whole(path, data):
-    """Write bytes under a temporary name, to the disk, then rename: the old file or the new, never
-    half a one, whenever the power fails."""
+    """Write bytes to a temporary file, then rename: the old file or the new, never half a one."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.tmp", "wb") as file:
         file.write(data)
@@ -124,8 +118,7 @@ def read_log(path):
 
 
 def run_main(main):
-    """Run a script's main: bad input, or no memory for these flags, ends in one sentence and exit
-    code 2; Ctrl-C in 130."""
+    """Run main(): bad input and too little memory end in one sentence and code 2, Ctrl-C in 130."""
     code = 2
     for name in ("stdout", "stderr"):
         if hasattr(getattr(sys, name), "reconfigure"):
@@ -147,8 +140,7 @@ def run_main(main):
 
 
 def pick_device(name="auto"):
-    """'auto' takes cuda, then cpu; BadInput for what cannot be used here. Not mps, whose gradients
-    several releases of torch get wrong."""
+    """The torch.device; BadInput. Not mps, whose gradients several releases of torch get wrong."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     with rebuilding(f"device '{name}'", "hardware here", "try --device cpu"):

@@ -171,7 +171,7 @@ PLANTED = [  # (module, what the source says, the mistake, the test that notices
     (checkpoints, "load_checkpoint(path, word)",
      "load_checkpoint(path, *[file.stem for file in path.parent.iterdir()])",
      "Kept.test_a_file_that_does_not_fit_is_told_and_made_anew"),
-    (checkpoints, "if half else net.state_dict()", "if True else net.state_dict()",
+    (checkpoints, "v.half() if half and", "v.half() if",
      "Kept.test_a_network_is_saved_in_fp16_or_as_it_is_with_more_beside_it"),
 ]
 

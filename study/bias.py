@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # From the repository:
-from harness.figures import plot_panels                                        # noqa: E402
+from harness.images import plot_panels                                        # noqa: E402
 
 MU, THETA, C, S = 0.5, 1.0, 1.0, 1.0
 TRUE = -2 * THETA * (THETA * MU - C), -2 * ((THETA * MU - C) * MU + THETA * S ** 2)

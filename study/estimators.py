@@ -15,7 +15,7 @@ import arms                                     # puts the repository on the pat
 import rl_distill
 from ddpm import (action_mask, action_of, linear_alpha_bar, parameter_count, sample, solver_of,
                   step)
-from harness.figures import plot_panels
+from harness.images import plot_panels
 from harness.runs import ROOT, autocast, log_line, pick_device, run_main
 from reward import best_baselines, rewards
 from rl_distill import exploration, landing_logp, load_inputs, rollout

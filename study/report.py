@@ -8,7 +8,7 @@ import statistics
 
 import arms                                     # puts the repository on the path
 # From the repository:
-from harness.figures import new_figure
+from harness.images import new_figure
 from harness.runs import ROOT, BadInput, write_whole
 
 FIGURE = ROOT / "figures" / "study.png"

@@ -30,7 +30,7 @@ import rl_distill
 from ddpm import (GRIDS, action_mask, baseline_kinds, baseline_solver, linear_alpha_bar,
                   parameter_count)
 from harness.checkpoints import kept, provenance, save_network
-from harness.runs import (ROOT, checksum, device_name, find, log_line, number, pick_device,
+from harness.runs import (ROOT, checksum, device_name, log_line, number, pick_device,
                           run_main, settings)
 from reward import best_baselines, closed, deploy, judged, standard_error
 from rl_distill import load_inputs, load_model, training_evaluations
@@ -53,7 +53,7 @@ class World:
         self.home = Path("runs", "study-smoke" if smoke else "study")
         self.results = self.home / "results.jsonl" if smoke else RESULTS
         self.teacher, _, self.reward, self.judge = load_inputs(args, device)
-        self.files = hashlib.sha256(b"".join(find(name).read_bytes() for name in (
+        self.files = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in (
             args.teacher, *(f"{args.encoders}/{role}.pt" for role in ("coach", "judge")),
             *list(arms.INIT.values())[1:]))).hexdigest()[:12]
         self.alpha_bar, self.starts = linear_alpha_bar(device), {}
