@@ -206,14 +206,15 @@ class Arm(NamedTuple):
 INIT = {"teacher": "teacher", "student": "checkpoints/student.pt",      # --init of rl_distill.py
         "copy": "checkpoints/student_copy.pt"}
 COMPETITORS = {"random search": random_search, "cross-entropy": cross_entropy,
-               "pathwise": pathwise, "pathwise weights": pathwise_weights,
-               "regression": regression_jumps, "regression of the weights": regression_weights,
+               "pathwise": pathwise, "pathwise, weights": pathwise_weights,
+               "regression": regression_jumps, "regression, weights": regression_weights,
                "cloning": losses.cloning, "progressive distillation": losses.progressive,
                "consistency distillation": losses.consistency}
-NEED_GRADIENT = "pathwise", "pathwise weights"  # of the reward
+NEED_GRADIENT = "pathwise", "pathwise, weights" # of the reward
 FIXED = [*COMPETITORS][-4:]                     # losses of the weights: they ask no reward
-JUMPS = "policy gradient"
-LEARNED = {"learned": ("jumps", JUMPS), "regression": ("fixed", "regression of the weights")}
+GRADIENT, ALL = "policy gradient", "times, leans, gains"
+GAINS = {"times and leans": ("--gains", "none"), ALL: (), "channel gains": ("--gains", "channel")}
+LEARNED = {"learned": f"{GRADIENT}, {ALL}", "regression": "regression, weights"}    # arm.start
 BASELINE_STEPS = {"teacher": (1, 2, 3, 4, 6, 8), "student": (1, 2, 3, 4, 8),
                   "copy": (1, 2, 3, 4, 8)}
 FEW = 1, 2, 3, 4
@@ -221,40 +222,42 @@ FEW = 1, 2, 3, 4
 
 def arms():
     """Every arm, the most important groups first."""
-    weights, channel = ("--learn", "weights"), ("--gains", "channel")
+    weights, later = ("--learn", "weights"), ("--learn", "weights", "--updates", "60", "--lr")
     out = [Arm("baseline", "target", "teacher", len(TARGET.leans))]
     out += [Arm("baseline", kind, init, K) for init, steps in BASELINE_STEPS.items() for K in steps
             for kind in (SOLVERS if init == "teacher" and K > 1 else SOLVERS[:1])]
-    out += [Arm("jumps", JUMPS, init, K) for init, steps in (
+    out += [Arm("jumps", f"{GRADIENT}, {ALL}", init, K) for init, steps in (
         ("teacher", (2, 3, 4, 6, 8, 1)), ("student", FEW), ("copy", FEW)) for K in steps]
-    out += [Arm("none", "policy gradient, no gains", "teacher", K, ("--gains", "none"))
+    out += [Arm("none", f"{GRADIENT}, times and leans", "teacher", K, ("--gains", "none"))
             for K in (2, 3, 4, 6, 8)]
-    for name in ("random search", "cross-entropy"):
-        out += [Arm("search", name, "teacher", K, method=name) for K in (2, 3, 4)]
-        out += [Arm("search", f"{name}, {gains} gains", "teacher", 3, ("--gains", flag), method=name)
-                for gains, flag in (("no", "none"), ("channel", "channel"))]
-    out += [Arm("pathwise", "pathwise", "teacher", K, method="pathwise") for K in (2, 3, 4)]
-    out += [Arm("fixed", "regression", "teacher", K, method="regression") for K in (2, 3, 4)]
+    out += [Arm("search", f"{name}, {what}", "teacher", K, flags, method=name)
+            for name in ("random search", "cross-entropy") for what, flags in GAINS.items()
+            for K in ((2, 3, 4) if what == ALL else (3,))]
+    out += [Arm(group, f"{name}, {ALL}", "teacher", K, method=name)
+            for group, name in (("pathwise", "pathwise"), ("fixed", "regression"))
+            for K in (2, 3, 4)]
     for K in FEW:                       # about as many evaluations as the jumps
         more = (*weights, "--updates", str(240 * K // (K + 4)))
         longer = (*weights, "--updates", str(240 * K // (K + 4) + 60))      # as from regression
         out += [Arm("fixed", name, "teacher", K, more, method=name) for name in FIXED]
-        out += [Arm("fixed", "regression, longer", "teacher", K, longer, method=FIXED[0])]
-        out += [Arm("weights", "weights", "teacher", K, more),
-                Arm("pathwise", "pathwise weights", "teacher", K, more, method="pathwise weights")]
-    out += [Arm("weights", f"weights, from {words}", init, K, (*weights, *more.split()), start)
-            for init, words, start, steps, more in (
-                ("teacher", "learned jumps", "learned", FEW, "--lr 1e-5 --updates 60"),
-                ("teacher", "regression", "regression", (2, 3, 4), "--lr 1e-5 --updates 60"),
-                ("teacher", "DDIM", "DDIM", (3,), ""),
-                ("student", "DDIM", "DDIM", FEW, "--lr 3e-6 --updates 60"),
-                ("copy", "DDIM", "DDIM", FEW, "--lr 3e-6 --updates 60")) for K in steps]
+        out += [Arm("fixed", "regression, weights, half more", "teacher", K, longer,
+                    method=FIXED[0]),
+                Arm("weights", f"{GRADIENT}, weights", "teacher", K, more),
+                Arm("pathwise", "pathwise, weights", "teacher", K, more, method="pathwise, weights")]
+    out += [Arm("weights", f"{GRADIENT}, weights, {words}", init, K, flags, start)
+            for init, words, start, steps, flags in (
+                ("teacher", "from learned jumps", "learned", FEW, (*later, "1e-5")),
+                ("teacher", "after regression", "regression", (2, 3, 4), (*later, "1e-5")),
+                ("teacher", "from DDIM", "DDIM", (2, 3, 4), weights),
+                ("student", "from DDIM", "DDIM", FEW, (*later, "3e-6")),
+                ("copy", "from DDIM", "DDIM", FEW, (*later, "3e-6"))) for K in steps]
+    channel = f"{GRADIENT}, channel gains"
     return out + [
-        Arm("channel", "policy gradient, channel gains", "teacher", 3, channel),
-        Arm("channel", "the same, from learned block gains", "teacher", 3, channel, "learned"),
-        Arm("paper", "as the paper", "teacher", 3, ("--paper",), "DDIM"),
-        Arm("paper", "as the paper", "teacher", 4, ("--paper",), "DDIM"),
-        Arm("placebo", "shuffled advantages", "teacher", 3, method="placebo")]
+        Arm("channel", channel, "teacher", 3, GAINS["channel gains"]),
+        Arm("channel", f"{channel}, from block gains", "teacher", 3, GAINS["channel gains"],
+            "learned"),
+        *(Arm("paper", f"{GRADIENT}, --paper", "teacher", K, ("--paper",), "DDIM") for K in (3, 4)),
+        Arm("placebo", "placebo: shuffled advantages", "teacher", 3, method="placebo")]
 
 
 GROUPS = tuple(dict.fromkeys(arm.group for arm in arms()))

@@ -34,11 +34,6 @@ def lines_of(rows):
     return found
 
 
-def learned(rows):
-    """Rows of what was learned."""
-    return [row for row in rows if row["group"] != "baseline"]
-
-
 def table(rows, cell):
     """Lines of markdown; cell: the text for the rows of all seeds of a sampler at one K."""
     lines = lines_of(rows)
@@ -84,8 +79,7 @@ def costs(rows):
 def tables(rows, missing):
     """All that stands between the markers, as lines; missing: samplers that have no row yet."""
     lines = [f"**Not complete yet: {missing} samplers are still to do.**", ""] if missing else []
-    if not rows:
-        return lines
+    learned = [row for row in rows if row["group"] != "baseline"]
 
     def words(name):
         return ", ".join(sorted({str(row[name]) for row in rows}))
@@ -96,15 +90,12 @@ def tables(rows, missing):
               "over training seeds; in brackets the standard error over noises.", "",
               "Reward `feature+perceptual`, 0 is the target's. Baselines on the grid that is best "
               "on these very noises:", "", *table(rows, column("reward", ".3f", "reward_error"))]
-    if learned(rows):
-        lines += ["", "Per cent closed of what the strongest baseline of the same network and K "
-                  "leaves to the target, paired:", "", *table(learned(rows), closed_cell)]
+    lines += ["", "Per cent closed of what the strongest baseline of the same network and K leaves to "
+              "the target, paired:", "", *table(learned, closed_cell)]
     lines += ["", f"Fréchet distance in the judge's features of these {words('n')} images to all "
               f"training images.{''.join(target)}", "", *table(rows, column("frechet", ".2f"))]
-    if learned(rows):
-        lines += ["", "What it learned from (a backward pass counts two; with what its start "
-                  "learned from), minutes without cloning, and how many numbers change:", "",
-                  *costs(learned(rows))]
+    lines += ["", "What it learned from (a backward pass counts two; with what its start learned "
+              "from), minutes without cloning, and how many numbers change:", "", *costs(learned)]
     return lines
 
 
@@ -115,26 +106,11 @@ COLOURS = {"policy gradient": "tab:red", "search": "grey", "reward's own gradien
 KINDS = dict(search="search", pathwise="reward's own gradient", fixed="fixed loss",
              baseline="fixed loss")             # of the groups of arms.py; all others are ours
 PANELS = 2, 3, 4
-SIZES = {"policy gradient": ("policy gradient, no gains", "policy gradient",
-                             "policy gradient, channel gains"),
-         **{name: (f"{name}, no gains", name, f"{name}, channel gains")
-            for name in ("cross-entropy", "random search")}}
-WORDS = {"policy gradient": "policy gradient, times, leans, gains",
-         "policy gradient, no gains": "policy gradient, times and leans",
-         "weights": "policy gradient, weights (x_next)", "pathwise": "pathwise, times, leans, gains",
-         "weights, from DDIM": "policy gradient, weights, from DDIM",
-         "weights, from learned jumps": "policy gradient, weights, from learned jumps",
-         "the same, from learned block gains": "policy gradient, channel gains, from block gains",
-         "pathwise weights": "pathwise, weights", "regression of the weights": "regression, weights",
-         "regression, longer": "regression, weights, half more",
-         "weights, from regression": "policy gradient, weights, after regression",
-         "regression": "regression, times, leans, gains", "as the paper": "policy gradient, --paper",
-         "shuffled advantages": "placebo: shuffled advantages"}
 
 
 def picture(rows, path):
     """Per cent closed of what the teacher's best baseline leaves, a line per method, a panel per K;
-    a dot per seed; best above. Clones are shown too, whatever they cost."""
+    a dot per seed; above, what is best at 3. Clones are shown too, whatever they cost."""
     best, shown = {}, {}
     for row in rows:
         if (row["group"], row["init"]) == ("baseline", "teacher") and row["steps"] in PANELS:
@@ -143,14 +119,12 @@ def picture(rows, path):
         group = next(iter(at.values()))[0]["group"]
         if (init == "teacher") != (group == "baseline"):
             cost = max(row["trained"] for same in at.values() for row in same) / 1e6
-            label = WORDS.get(name, name) if init == "teacher" else (
-                f"{init} after {cost:.1f} M of cloning")
+            label = name if init == "teacher" else f"{init} after {cost:.1f} M of cloning"
             closed = {K: [100 * (1 - row["reward"] / best[K]) for row in at[K]]
                       for K in best if K in at}
             if closed:
                 shown[label] = closed, KINDS.get(group, "policy gradient")
-    order = sorted(shown, key=lambda label: statistics.fmean(
-        statistics.fmean(values) for values in shown[label][0].values()))
+    order = sorted(shown, key=lambda label: statistics.fmean(shown[label][0].get(3, [-30])))
     figure, axes = new_figure(1, len(PANELS), (13, 1.2 + 0.25 * len(order)), sharey=True)
     for axis, K in zip(axes, PANELS):
         for y, label in enumerate(order):
@@ -170,10 +144,10 @@ def picture(rows, path):
 def sizes(rows, path):
     """Per cent closed at 3 evaluations against how many numbers are learned, a line per method."""
     figure, axis = new_figure(size=(5.5, 3.4))
-    for (method, names), colour in zip(SIZES.items(), ("tab:red", "black", "grey")):
-        found = [[row for row in rows if (row["init"], row["name"], row["steps"])
-                  == ("teacher", name, 3)] for name in names]
-        found = [same for same in found if same]
+    for method, colour in ((arms.GRADIENT, "tab:red"), ("cross-entropy", "black"),
+                           ("random search", "grey")):
+        found = [same for what in arms.GAINS if (same := [row for row in rows if (
+            row["init"], row["name"], row["steps"]) == ("teacher", f"{method}, {what}", 3)])]
         axis.plot([same[0]["numbers"] for same in found], [statistics.fmean(
             100 * row["closed"] for row in same) for same in found], "-", color=colour)
         axis.plot([row["numbers"] for same in found for row in same],
@@ -192,14 +166,11 @@ def write(rows, missing, path, figure=FIGURE):
     `figure`; BadInput where there are no markers."""
     text = "\n".join(tables(rows, missing))
     print(text)
-    if path is None:
-        return
     old = path.read_text(encoding="utf-8")
     between = re.compile(f"(?<={MARKERS[0]}).*?(?={MARKERS[1]})", re.DOTALL)
     if not between.search(old):
         raise BadInput(f"{path} has no markers {' and '.join(MARKERS)}; put them back")
     write_whole(path, between.sub(lambda _: f"\n{text}\n", old, count=1).encode())
-    if rows:
-        picture(rows, figure)
-        sizes(rows, figure.with_name("study_sizes.png"))
+    picture(rows, figure)
+    sizes(rows, figure.with_name("study_sizes.png"))
     print(f"wrote {path}")

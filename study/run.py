@@ -3,11 +3,10 @@
     python study/run.py --seeds 0 1 2          # all of it; the same command goes on after a kill
     python study/run.py --only baseline jumps  # some groups of arms.py
     python study/run.py --report               # tables again, from the rows that are there
-    python study/run.py --smoke                # tiny, minutes, numbers mean nothing; no tables kept
 
 One process. Every line of study/results.jsonl is one deployed sampler on held-out noises, with its
-command and commit; arms that have their row are skipped. runs/study/ keeps what was learned: a
-policy.pt and a log of every arm. Tables go to study/README.md (report.py).
+command and commit; arms that have their row are skipped. runs/study/COMMIT/ keeps what was learned:
+a policy.pt and a log of every arm. Tables go to study/README.md (report.py).
 """
 import argparse
 import contextlib
@@ -31,7 +30,7 @@ from ddpm import (GRIDS, action_mask, baseline_kinds, baseline_solver, linear_al
                   parameter_count)
 from harness.checkpoints import kept, provenance, save_network
 from harness.runs import (ROOT, checksum, device_name, log_line, number, pick_device,
-                          run_main, settings)
+                          run_main)
 from reward import best_baselines, closed, deploy, judged, standard_error
 from rl_distill import load_inputs, load_model, training_evaluations
 from teacher import HELD_OUT, TARGET, noise_and_targets
@@ -40,7 +39,6 @@ N, MONITOR = rl_distill.HELD, 4                 # held-out noises of a row; of t
 RESULTS, README = ROOT / "study" / "results.jsonl", ROOT / "study" / "README.md"
 KEY = "group", "name", "init", "steps", "seed"  # what a row is of
 ONCE = ("baseline",)                            # groups that draw nothing: seed 0 alone
-SMOKE = dict(n=4, noises=4, updates=2, group=4)
 
 # ==== WHAT ALL ARMS SHARE =====================================================================
 
@@ -48,20 +46,18 @@ SMOKE = dict(n=4, noises=4, updates=2, group=4)
 class World:
     """Networks, reward, judge and noises; baselines, which are scored once."""
 
-    def __init__(self, device, smoke):
-        args, self.device, self.smoke = rl_distill.parse_args(["--init", "teacher"]), device, smoke
-        self.home = Path("runs", "study-smoke" if smoke else "study")
-        self.results = self.home / "results.jsonl" if smoke else RESULTS
+    def __init__(self, device):
+        args, self.device = rl_distill.parse_args(["--init", "teacher"]), device
+        self.home = Path("runs", "study", commit())
         self.teacher, _, self.reward, self.judge = load_inputs(args, device)
         self.files = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in (
             args.teacher, *(f"{args.encoders}/{role}.pt" for role in ("coach", "judge")),
             *list(arms.INIT.values())[1:]))).hexdigest()[:12]
         self.alpha_bar, self.starts = linear_alpha_bar(device), {}
-        n, noises = (SMOKE["n"], SMOKE["noises"]) if smoke else (N, rl_distill.NOISES)
         self.train_set, self.monitor_set, self.held_set = (
             (z, self.reward.view(target)) for z, target in (
                 noise_and_targets(self.teacher, *seeds, device) for seeds in (
-                    (0, noises), (HELD_OUT + 10 ** 6, MONITOR), (HELD_OUT, n))))
+                    (0, rl_distill.NOISES), (HELD_OUT + 10 ** 6, MONITOR), (HELD_OUT, N))))
 
     def learner(self, init):
         """(a network that may be changed, evaluations of its cloning)."""
@@ -101,35 +97,21 @@ class World:
 
 # ==== PLAYING ONE ARM =========================================================================
 
-def command(arm, seed):
-    """The flags of rl_distill.py that are this arm's."""
-    return ["--init", arms.INIT[arm.init], *arm.flags, "--steps", str(arm.steps),
-            "--seed", str(seed)]
-
-
-def arguments(arm, seed, world):
+def arguments(arm, seed):
     """The arguments of rl_distill.py that are this arm's."""
-    args = rl_distill.parse_args(command(arm, seed))
-    if world.smoke:
-        args.updates, args.group = SMOKE["updates"], min(args.group, SMOKE["group"])
-    return args
+    return rl_distill.parse_args(["--init", arms.INIT[arm.init], *arm.flags, "--steps",
+                                  str(arm.steps), "--seed", str(seed)])
 
 
 def arm_before(arm):
     """The arm whose result another starts at; None where that is a baseline."""
-    name = arms.LEARNED.get(arm.start)
-    return next((a for a in arms.arms() if (a.group, a.name) == name
+    return next((a for a in arms.arms() if a.name == arms.LEARNED.get(arm.start)
                  and (a.init, a.steps) == (arm.init, arm.steps)), None)
 
 
 def place(arm, seed, world):
-    """Folder of an arm's policy.pt, another one where its flags or the checkpoints changed. Delete
-    runs/study where the code of the methods or a constant did."""
-    before = arm_before(arm)
-    known = (world.files, settings(arguments(arm, seed, world)),
-             str(place(before, seed, world)) if before else "")
-    word = hashlib.sha256(repr(known).encode()).hexdigest()[:8]
-    words = f"{arm.group} {arm.name} {arm.init} {arm.steps} {seed} {word}"
+    """Folder of an arm's policy.pt, below that of this commit."""
+    words = f"{arm.group} {arm.name} {arm.init} {arm.steps} {seed}"
     return world.home / "".join(c if c.isalnum() else "-" for c in words)
 
 
@@ -140,7 +122,7 @@ def play(arm, seed, world):
     out = place(arm, seed, world)
     if (out / "policy.pt").exists():
         return out / "policy.pt"
-    args = arguments(arm, seed, world)
+    args = arguments(arm, seed)
     if before := arm_before(arm):
         net, content, solver = load_model(play(before, seed, world), world.device)
         start, past = before.name, content["study"]
@@ -247,10 +229,7 @@ def parse_args(argv=None):
     p.add_argument("--only", nargs="+", choices=arms.GROUPS, help="groups of arms")
     p.add_argument("--device", default="auto", help="auto, cuda or cpu")
     p.add_argument("--report", action="store_true", help="only the tables")
-    p.add_argument("--smoke", action="store_true", help="tiny sizes, seed 0; numbers mean nothing")
-    args = p.parse_args(argv)
-    args.seeds = [0] if args.smoke else args.seeds
-    return args
+    return p.parse_args(argv)
 
 
 def main(argv=None):
@@ -259,19 +238,19 @@ def main(argv=None):
     if args.report:
         rows = read_rows(RESULTS)
         return report.write([*rows.values()], len(todo(rows, args.seeds)), README)
-    world, version = World(pick_device(args.device), args.smoke), commit()
+    world, version = World(pick_device(args.device)), commit()
     world.home.mkdir(parents=True, exist_ok=True)
-    open(world.results, "a").close()                            # it can be written, before the work
-    left = todo(read_rows(world.results), args.seeds, args.only)
+    open(RESULTS, "a").close()                            # it can be written, before the work
+    left = todo(read_rows(RESULTS), args.seeds, args.only)
     print(f"{len(left)} samplers to do", flush=True)
     for arm, seed in left:
         began, row = time.time(), row_of(arm, seed, world, version)
-        log_line(world.results, **row)
+        log_line(RESULTS, **row)
         print(f"{arm.init:8s}{arm.name:37s} K {arm.steps:2d} seed {seed}  reward "
               f"{row['reward']:8.4f}  closed {100 * (row.get('closed') or 0):4.0f} %  Fréchet "
               f"{row['frechet']:7.3f}  {time.time() - began:5.0f} s", flush=True)
-    rows = read_rows(world.results)
-    report.write([*rows.values()], len(todo(rows, args.seeds)), None if args.smoke else README)
+    rows = read_rows(RESULTS)
+    report.write([*rows.values()], len(todo(rows, args.seeds)), README)
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ class Arms(unittest.TestCase):
         self.assertEqual(len({arm[:4] for arm in found}), len(found))
         self.assertEqual(len({(arm.init, arm.name, arm.steps) for arm in found}), len(found))
         for arm in found:
-            args = rl_distill.parse_args(run.command(arm, 2))
+            args = run.arguments(arm, 2)
             self.assertEqual((args.steps, args.seed, args.init),
                              (arm.steps, 2, [arms.INIT[arm.init]]))
             self.assertIn(arm.method, {"train", "placebo", *arms.COMPETITORS})
@@ -190,25 +190,36 @@ class Books(unittest.TestCase):
 
     def world(self):
         """A World of a tiny teacher."""
+        def small(*arm, real=run.arguments):
+            args = real(*arm)
+            args.updates, args.group = 2, min(args.group, 4)
+            return args
+        for module, name, value in ((run, "N", 4), (rl_distill, "NOISES", 4),
+                                    (run, "arguments", small)):
+            patch = mock.patch.object(module, name, value)
+            patch.start()
+            self.addCleanup(patch.stop)
         judge = Judge().eval(), dict(mean=torch.zeros(160), covariance=torch.eye(160))
         toy_reward.view = view
         with mock.patch.object(run, "load_inputs", return_value=(tiny(), [], toy_reward, judge)):
-            return run.World(CPU, True)
+            return run.World(CPU)
 
     def test_an_arm_from_learned_jumps_plays_these_first_and_is_not_played_again(self):
         world = self.world()
         done = {arm.group + arm.name: arm for arm in arms.arms() if arm.steps == 3
                 and arm.init == "teacher" and arm.name != "DPM++"}
-        for name in ("baselineDDIM", "weightsweights, from learned jumps", "searchcross-entropy",
-                     "channelthe same, from learned block gains", "placeboshuffled advantages",
-                     "fixedcloning", "fixedregression of the weights", "fixedregression"):
+        for name in ("baselineDDIM", "weightspolicy gradient, weights, from learned jumps",
+                     "searchcross-entropy, times, leans, gains",
+                     "channelpolicy gradient, channel gains, from block gains",
+                     "placeboplacebo: shuffled advantages", "fixedcloning",
+                     "fixedregression, weights", "fixedregression, times, leans, gains"):
             row = json.loads(json.dumps(run.row_of(done[name], 0, world, "c")))
             self.assertLessEqual(set(run.KEY), set(row))
             self.assertLessEqual(row["start_reward"], 0)
             folder = run.place(done[name], 0, world)
             self.assertEqual((folder / "policy.pt").exists(), not name.startswith("baseline"))
             if name.startswith("fixed"):
-                self.assertEqual(row["numbers"] > 1000, name != "fixedregression")
+                self.assertEqual(row["numbers"] > 1000, "leans" not in name)
                 self.assertFalse(row["needs_gradient"])
             if name.startswith("weights"):
                 jumps = run.place(run.arm_before(done[name]), 0, world) / "policy.pt"
@@ -240,7 +251,7 @@ class Books(unittest.TestCase):
     def test_tables_stand_between_the_markers_and_nothing_else_changes(self):
         path, (begin, end) = Path("README.md"), report.MARKERS
         jumps, target = (next(a for a in arms.arms() if a.name == name and a.steps in (3, 50))
-                         for name in (arms.JUMPS, "target"))
+                         for name in (f"{arms.GRADIENT}, {arms.ALL}", "target"))
         base = next(arm for arm in arms.arms() if arm.name == "AB2" and arm.steps == 3)
         path.write_text(f"above\n{begin}\nold\n{end}\nbelow é\n", encoding="utf-8")
         with contextlib.redirect_stdout(io.StringIO()):
@@ -249,9 +260,9 @@ class Books(unittest.TestCase):
         text = path.read_text(encoding="utf-8")
         self.assertTrue(Path("a.png").exists() and text.startswith(f"above\n{begin}\n**Not comp"))
         self.assertTrue(text.endswith(f"\n{end}\nbelow é\n") and "old" not in text)
-        for line in ("| teacher, policy gradient | -2.000 ± 1.414 (0.100) |",
-                     "| teacher, policy gradient | 40 ± 14 (5) |", "The target itself, 50 evalu",
-                     "| teacher, policy gradient | 3 | 2.0 | 0 | 1.0 | 35 | no |"):
+        for line in ("| teacher, policy gradient, times, leans, gains | -2.000 ± 1.414 (0.100) |",
+                     "gains | 40 ± 14 (5) |", "The target itself, 50 evalu",
+                     "| teacher, policy gradient, times, leans, gains | 3 | 2.0 | 0 | 1.0 | 35 | no |"):
             self.assertIn(line, text)
         with self.assertRaises(report.BadInput), contextlib.redirect_stdout(io.StringIO()):
             Path("none.md").write_text("no markers")
