@@ -5,6 +5,7 @@ random search, the cross-entropy method, and the reward's own gradient; that gra
 network's weights; and the fixed losses of losses.py. All start where the policy gradient starts,
 see the same training noises, and spend no more network evaluations. Next file: run.py.
 """
+import contextlib
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # From the repository:
 import rl_distill                                                              # noqa: E402
-from ddpm import (SOLVERS, T, estimate, expand_like, jump, linear_alpha_bar,   # noqa: E402
-                  lists_of, action_of, solver_of)
+from ddpm import (SOLVERS, T, action_mask, action_of, estimate, expand_like,   # noqa: E402
+                  jump, linear_alpha_bar, lists_of, solver_of)
 from harness.runs import autocast                                              # noqa: E402
 import losses                                                                  # noqa: E402
 from reward import View, mse_reward                                            # noqa: E402
@@ -180,6 +181,14 @@ def channel_gains(solver, branches):
                                    for _ in range(channels)] for row in solver.gains])
 
 
+def only(columns):
+    """Within: of u only these act; 0: logit rho, 1: lean, 2: the gains."""
+    def mask(steps, n_gains):
+        kinds = torch.tensor([0, 1] + [2] * n_gains)
+        return action_mask(steps, n_gains) & torch.isin(kinds, torch.tensor(columns))
+    return mock.patch.object(rl_distill, "action_mask", mask)
+
+
 def shuffled(seed):
     """Within: the policy gradient's advantages are those of other draws of its batch."""
     generator, real = torch.Generator().manual_seed(seed), rl_distill.advantages
@@ -188,6 +197,12 @@ def shuffled(seed):
         order = torch.randperm(len(reward), generator=generator).to(reward.device)
         return real(reward, group)[order]
     return mock.patch.object(rl_distill, "advantages", advantages)
+
+
+def within(method, seed):
+    """The context in which rl_distill.train() plays a method."""
+    return (shuffled(seed) if method == "placebo" else
+            only(PARTS[method]) if method in PARTS else contextlib.nullcontext())
 
 
 # ==== ALL ARMS ================================================================================
@@ -200,7 +215,7 @@ class Arm(NamedTuple):
     steps: int                          # K
     flags: tuple = ()                   # of rl_distill.py, besides --init, --steps and --seed
     start: str = "best"                 # kind of baseline solver; "best"; or a key of LEARNED
-    method: str = "train"               # of rl_distill.py; "placebo"; or a key of COMPETITORS
+    method: str = "train"               # of rl_distill.py; a key of COMPETITORS, PARTS; "placebo"
 
 
 INIT = {"teacher": "teacher", "student": "checkpoints/student.pt",      # --init of rl_distill.py
@@ -214,6 +229,7 @@ NEED_GRADIENT = "pathwise", "pathwise, weights" # of the reward
 FIXED = [*COMPETITORS][-4:]                     # losses of the weights: they ask no reward
 GRADIENT, ALL = "policy gradient", "times, leans, gains"
 GAINS = {"times and leans": ("--gains", "none"), ALL: (), "channel gains": ("--gains", "channel")}
+PARTS = {"times": [0], "leans": [1], "gains": [2], "times, gains": [0, 2], "leans, gains": [1, 2]}
 LEARNED = {"learned": f"{GRADIENT}, {ALL}", "regression": "regression, weights"}    # arm.start
 BASELINE_STEPS = {"teacher": (1, 2, 3, 4, 6, 8), "student": (1, 2, 3, 4, 8),
                   "copy": (1, 2, 3, 4, 8)}
@@ -257,6 +273,7 @@ def arms():
         Arm("channel", f"{channel}, from block gains", "teacher", 3, GAINS["channel gains"],
             "learned"),
         *(Arm("paper", f"{GRADIENT}, --paper", "teacher", K, ("--paper",), "DDIM") for K in (3, 4)),
+        *(Arm("part", f"{GRADIENT}, {what}", "teacher", 3, method=what) for what in PARTS),
         Arm("placebo", "placebo: shuffled advantages", "teacher", 3, method="placebo")]
 
 

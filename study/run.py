@@ -26,7 +26,7 @@ import arms                                     # puts the repository on the pat
 import report
 # From the repository:
 import rl_distill
-from ddpm import (GRIDS, action_mask, baseline_kinds, baseline_solver, linear_alpha_bar,
+from ddpm import (GRIDS, baseline_kinds, baseline_solver, linear_alpha_bar,
                   parameter_count)
 from harness.checkpoints import kept, provenance, save_network
 from harness.runs import (ROOT, checksum, device_name, log_line, number, pick_device,
@@ -139,7 +139,7 @@ def play(arm, seed, world):
     jumps, began = args.learn == "jumps", time.time()
     with open(out / "printed.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
             mock.patch.object(rl_distill, "LOG_EVERY", args.updates), \
-            arms.shuffled(seed) if arm.method == "placebo" else contextlib.nullcontext():
+            arms.within(arm.method, seed):
         if arm.method in arms.COMPETITORS:
             solver, spent, *other = arms.COMPETITORS[arm.method](
                 net, solver, world.train_set, world.reward, args, spent)
@@ -147,9 +147,9 @@ def play(arm, seed, world):
         else:
             solver, _ = rl_distill.train(net, solver, world.train_set, world.monitor_set,
                                          world.reward, args, out)
+        numbers = (rl_distill.action_mask(args.steps, len(solver.gains[0])).sum().item() if jumps
+                   else past["numbers"] % parameter_count(net) + parameter_count(net))
     seconds = time.time() - began
-    numbers = (action_mask(args.steps, len(solver.gains[0])).sum().item() if jumps else
-               past["numbers"] % parameter_count(net) + parameter_count(net))    # weights once
     study = dict(trained=past["trained"] + spent, cloned=past["cloned"], numbers=numbers,
                  minutes=past["minutes"] + seconds / 60)
     save_network(out / "policy.pt", "policy", net, provenance(

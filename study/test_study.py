@@ -160,7 +160,7 @@ class Arms(unittest.TestCase):
             args = run.arguments(arm, 2)
             self.assertEqual((args.steps, args.seed, args.init),
                              (arm.steps, 2, [arms.INIT[arm.init]]))
-            self.assertIn(arm.method, {"train", "placebo", *arms.COMPETITORS})
+            self.assertIn(arm.method, {"train", "placebo", *arms.COMPETITORS, *arms.PARTS})
             self.assertEqual(run.arm_before(arm) in found, arm.start in arms.LEARNED)
 
     def test_gains_of_blocks_given_to_channels_change_no_image(self):
@@ -171,6 +171,15 @@ class Arms(unittest.TestCase):
         self.assertEqual(len(wide.gains[0]), sum(net.branches))
         self.assertTrue(torch.allclose(*(sample(net, z, s, ALPHA_BAR) for s in (solver, wide)),
                                        atol=1e-5))
+
+    def test_of_a_part_only_that_learns(self):
+        for what, columns in arms.PARTS.items():
+            with arms.within(what, 0):
+                policy = rl_distill.JumpPolicy(baseline_solver("AB2", "uniform", 3), 4)
+            u = policy.draw(2, torch.ones(6), torch.Generator().manual_seed(0))[0]
+            self.assertEqual({*(u != policy.mean()).nonzero()[:, 1].clamp(max=2).tolist()},
+                             {*columns}, what)
+            self.assertTrue(((u != policy.mean()) <= action_mask(3, 4)).all())
 
     def test_shuffled_advantages_are_those_of_other_draws(self):
         R, real = torch.randn(64), rl_distill.advantages
