@@ -40,7 +40,7 @@ T = 1000                                  # number of noise levels, Ho et al. se
 BETA_FIRST, BETA_LAST = 1e-4, 0.02        # linear schedule, Ho et al. section 4
 GRIDS = ("uniform", "quadratic", "logsnr")      # see make_grid
 SOLVERS = ("DDIM", "DPM++", "AB2")        # baseline solvers, see baseline_solver
-NOISE_STREAMS = 1009                      # per seed: the start and up to T jumps; odd
+NOISE_STREAMS = 1009                      # per seed: the start, then up to T jumps
 POINTS = 1000                             # in the plane, of the closed-form demonstration
 
 # ==== NOISE SCHEDULE AND FORWARD PROCESS ======================================================

@@ -33,10 +33,10 @@ from harness.runs import (BadInput, autocast, checksum, claim_run, device_name, 
                           parser_for, pick_device, run_main, settings, write_whole)
 
 NOISES, BASELINE_NOISES = 128, 64       # training noises; those that choose the baseline solver
-HELD, MONITOR = 256, 64                 # held-out noises of the table; others, of the log
+HELD, VALIDATION = 256, 64              # held-out noises of the table; others, of the log
 STD = dict(jump=0.05, block=0.08, channel=0.15)     # of u at first, 0.02..0.2; falls to a fifth
 JUMPS_FASTER = 3                        # how much faster than the gains logit rho and lean learn
-USUAL_STEPS, CLONED = 3, 0.4            # see exploration
+USUAL_STEPS, CLONED = 3, 0.4            # std and rates go as 3 / K, times 0.4 for clones
 CLIP_JUMPS, CLIP_LANDING = 0.2, 1e-4    # PPO's clip range of u; of x_next, see landing_logp
 SIGMA_FLOOR = 0.02                      # of the last landing in training, where DDIM's sigma is 0
 LOG_EVERY = 8                           # updates from one printed line to the next
@@ -92,9 +92,9 @@ class JumpPolicy(nn.Module):
 def landing_logp(mean, x_next, sigma):
     """log N(x_next; mean, sigma^2 I), what depends on the mean: (B, C, H, W) twice, (B,) -> (B,).
 
-    DEVIATES: a *mean* over the 3072 dimensions where the density has their sum, as in ReDiF's and
-    DDPO's code; hence a clip range of 1e-4, as 0.2 / 3072. One step of Adam takes nearly every
-    ratio beyond it, so the weights get a single pass over a batch, in which the ratio is 1."""
+    A *mean* over the 3072 dimensions where the density has their sum, as in the code of ReDiF and
+    DDPO (Black et al. 2023, arXiv 2305.13301); hence a clip range of 1e-4, as 0.2 / 3072. One step
+    of Adam takes nearly every ratio beyond it: a single pass over a batch, where the ratio is 1."""
     return -((x_next - mean) / expand_like(sigma, mean)).square().mean((1, 2, 3)) / 2
 
 
@@ -102,14 +102,14 @@ def landing_logp(mean, x_next, sigma):
 def rollout(net, solver, z, group, eta, alpha_bar, generator):
     """Images (M * group, 3, H, W) in [-1, 1] of `group` copies of each noise of z (M, 3, H, W), and
     the landings that explored: (state, x_next (M * group, 3, H, W), sigma, logp (M * group,)).
-    state: what step() was given, of B images; M * group / B copies in a row landed from each.
+    state: what step() was given, of B images; each has M * group / B landings, side by side.
 
     With eta 0 only the last jump explores: the copies of a noise share every state, evaluation and
     the last mean, from which they land apart. With eta above 0 every landing explores, and they
     share the first evaluation alone. DEVIATES: with eta 0 only the last evaluation gets a gradient.
 
     Copies draw independently: with eta above 0 the mean of opposite pairs is a biased baseline for
-    later landings, and with eta 0 they brought nothing (measured at 3 jumps)."""
+    later landings, and with eta 0 such pairs brought nothing (measured at 3 jumps)."""
     times, leans, gains = per_image(solver, len(z), z.device)
     x, x0_last, landings, K = z, z, [], leans.shape[1]
     for k in range(K):
@@ -181,8 +181,8 @@ def update_jumps(net, policy, z, target, reward, optimizer, args, std, alpha_bar
 def update_weights(net, solver, z, target, reward, optimizer, args, alpha_bar, generator):
     """Land in groups, move the weights so that the better landings of a group become likelier.
 
-    The mean of A noise / sigma over the copies of a state goes along the gradient of the expected
-    reward at the mean; one backward pass takes it into the weights. DEVIATES: with eta above 0
+    The mean of A noise / sigma over the copies of a state estimates the gradient of the expected
+    reward by the mean; one backward pass takes it into the weights. DEVIATES: with eta above 0
     landings are weighted by sigma, as in ReDiF's code: less variance, but no longer that gradient.
     And where a jump leans, the estimate before counts as given, though the weights made it."""
     # SAMPLING
@@ -229,7 +229,7 @@ def training_evaluations(args, M):
     return args.updates * 4 * states
 
 
-def train(net, start, train_set, monitor_set, reward, args, out):
+def train(net, start, train_set, validation_set, reward, args, out):
     """Learn from Solver `start` on: the policy of the jumps, or the weights of net itself. Sets:
     (noise, View of its targets). Returns (Solver, seconds)."""
     (z, target), device, jumps = train_set, train_set[0].device, args.learn == "jumps"
@@ -246,7 +246,7 @@ def train(net, start, train_set, monitor_set, reward, args, out):
     parts = dict(learns=learns, optimizer=optimizer, generator=generator)
     first, seconds = load_state(out / "state.pt", parts) if args.resume else (0, 0.0)
     seen, solver, began = {}, learns.solver() if jumps else start, time.time() - seconds
-    print("update held-out | times | leans | rms of gains | batch std in_group ratio_t0"
+    print("update validation | times | leans | rms of gains | batch std in_group ratio_before"
           + " approx_kl clipped" * jumps)
     for update in range(first, args.updates + 1):                   # 0: before the first
         if update > 0:
@@ -261,8 +261,8 @@ def train(net, start, train_set, monitor_set, reward, args, out):
         if update % LOG_EVERY and update < args.updates:
             continue
         solver, seconds = learns.solver() if jumps else start, time.time() - began
-        held = deploy(net, solver, *monitor_set, reward, alpha_bar)[1].mean().item()
-        row = dict(update=update, held_out=held, **seen, times=solver.times, leans=solver.leans,
+        held = deploy(net, solver, *validation_set, reward, alpha_bar)[1].mean().item()
+        row = dict(update=update, validation=held, **seen, times=solver.times, leans=solver.leans,
                    gains=solver.gains, seconds=seconds)
         rms = torch.tensor(solver.gains or []).square().mean().nan_to_num().sqrt()
         print(f"{update:6d} {held:8.4f} |", *solver.times, "|",
@@ -276,7 +276,7 @@ def train(net, start, train_set, monitor_set, reward, args, out):
 def diagnostics(group, R, before, after):
     """What is printed of an update's rewards and ratios: see README, Columns. A dict of floats."""
     values = dict(batch=R.mean(), std=R.std(), in_group=R.reshape(-1, group).std(1).mean(),
-                  ratio_t0=before[(before - 1).abs().argmax()])
+                  ratio_before=before[(before - 1).abs().argmax()])
     if after is not None:
         values.update(approx_kl=(after - 1 - after.log()).mean(),
                       clipped=((after - 1).abs() > CLIP_JUMPS).float().mean())
@@ -296,7 +296,7 @@ def load_inputs(args, device):
         net, content, solver = load_model(path, device, "student", "policy")
         origin = content["provenance"]
         if origin.get("teacher") != checksum(teacher):
-            raise BadInput(f"{path} was not distilled from {args.teacher}; give another one")
+            raise BadInput(f"{path} is no student of {args.teacher}; give --init teacher")
         K, n = (len(solver.leans), len((solver.gains or [[]])[0])) if solver else (args.steps, 0)
         if K != args.steps or args.learn == "jumps" and n not in (0, exploration(net, args)[0]):
             raise BadInput(f"{path} has {K} jumps of {n} gains; give --steps and --gains that fit")
@@ -332,7 +332,7 @@ def parse_args(argv=None):
     p.epilog += "".join(f" *  --{'learn ' * (name != 'paper')}{name}: {preset}"
                         for name, preset in PRESETS.items())
     p.set_defaults(noises=None)
-    p.set_defaults(**PRESETS[p.parse_args(argv).learn])             # where no flag is given
+    p.set_defaults(**PRESETS[p.parse_args(argv).learn])             # the first pass finds --learn
     args = p.parse_args(argv)
     args.updates = 4 if args.smoke else args.updates
     if args.learn == "jumps" and (args.group % 2 or args.eta > 0):
@@ -344,7 +344,7 @@ def parse_args(argv=None):
     return args
 
 
-def distil(learner, teacher, train_set, monitor_set, held_set, reward, args, out):
+def distil(learner, teacher, train_set, validation_set, held_set, reward, args, out):
     """Baselines, training and deployment of one learner, into folder `out`. Returns its Rows."""
     name, net, own, trained = learner
     (z, target), K, first = held_set, args.steps, slice(BASELINE_NOISES)
@@ -355,7 +355,7 @@ def distil(learner, teacher, train_set, monitor_set, held_set, reward, args, out
         net, solver, z, target, reward, alpha_bar)) for kind, (grid, solver) in starts.items()}
     kind = "DDIM" if args.eta > 0 and not own else next(iter(starts))   # leans magnify noise
     print(f"\n{parameter_count(net) / 1e6:.2f} M parameters start from {rows[kind].name}")
-    solver, seconds = train(net, starts[kind][1], train_set, monitor_set, reward, args, out)
+    solver, seconds = train(net, starts[kind][1], train_set, validation_set, reward, args, out)
     trained += training_evaluations(args, min(args.noises, len(train_set[0])))
     save_network(out / "policy.pt", "policy", net, provenance(
         "rl_distill.py", args, seconds, z.device, start=rows[kind].name, trained=trained,
@@ -374,7 +374,7 @@ def main(argv=None):
     device = pick_device(args.device)
     teacher, learners, reward, judge = load_inputs(args, device)
     out = claim_run(args, "rl_distill")
-    noises, watched, held = (8, 8, 8) if args.smoke else (NOISES, MONITOR, HELD)
+    noises, watched, held = (8, 8, 8) if args.smoke else (NOISES, VALIDATION, HELD)
     print(f"device {device_name(device)} | {args.steps} evaluations per image, "
           f"{args.updates} updates of {min(args.noises, noises)} noises x {args.group}")
     sets = [(z, reward.view(target)) for z, target in (

@@ -90,7 +90,7 @@ def parse_args(argv=None):
     a("--solver", choices=SOLVERS, help="baseline solver of a teacher or a student (default: DDIM)")
     a("--grid", choices=GRIDS, help="its times (default: quadratic)")
     a("--eta", type=number(float, 0, 1), default=0.0, help="0 DDIM .. 1 DDPM")
-    a("--n", type=number(int, 1), default=64, help="number of images")
+    a("--n", type=number(int, 1), help="number of images (default: 64; with --evaluate 256)")
     a("--npz", type=os.path.expanduser, help="also write the images to this .npz")
     a("--evaluate", action="store_true", help="the table over all baseline solvers, no pictures")
     a("--reward", default="feature+perceptual", help="with --evaluate, as in rl_distill.py")
@@ -98,6 +98,7 @@ def parse_args(argv=None):
     a("--encoders", default="checkpoints", help="with --evaluate: folder of coach.pt and judge.pt")
     p.set_defaults(seed=HELD_OUT)
     args = p.parse_args(argv)
+    args.n = args.n or (256 if args.evaluate else 64)
     if args.evaluate and (args.npz or args.eta or args.solver or args.grid or args.n < 8):
         p.error("--evaluate takes all solvers and grids, --eta 0, no --npz, and --n of at least 8")
     if not args.evaluate and max(len(args.model), len(args.steps or [4])) > 1:

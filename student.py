@@ -38,7 +38,8 @@ CLONE_SEEDS = 10 ** 6       # seeds of cloning's noise count up from here
 # A JUMP IS A ROTATION. With sqrt(ab_t) = cos(phi_t), DDIM's update (Eq. 12, Song et al. 2020, at
 # sigma = 0) turns x_t by d = phi_t - phi_next:   x_next = cos(d) x_t - sin(d) v
 # The teacher's v is the velocity at x_t; the *average velocity* between two points of its path
-# makes one jump of any length exact (shortcut models, arXiv 2410.12557; MeanFlow, 2505.13447).
+# makes one jump of any length exact (shortcut models, arXiv 2410.12557; MeanFlow, 2505.13447; as
+# in progressive distillation, 2202.00512, it is the v of the one DDIM jump that lands there).
 # ==============================================================================================
 
 

@@ -94,7 +94,7 @@ def fit(net, ema, loss_of, save, args, out, device, unit):
     and student. save(updates, seconds) writes what is handed on; with --resume it goes on from
     out/state.pt; unit: of the batch, in the log. Returns seconds."""
     generator = torch.Generator(device).manual_seed(args.seed)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
     parts = dict(net=net, ema=ema, optimizer=optimizer, generator=generator)
     fast = compiled(net, args.compile)
     first, seconds_before = load_state(out / "state.pt", parts) if args.resume else (0, 0.0)

@@ -1129,18 +1129,18 @@ class Loop(Nets):
             _, rows, _ = self.train(Toy(), "--learn", learn, "--lr", lr, "--eta", eta, "--updates",
                                     "5", "--group", "4", start=start)
             self.assertEqual([row["update"] for row in rows], [0, 2, 4, 5])
-            self.close(rows[0]["held_out"], first, 1e-6)
+            self.close(rows[0]["validation"], first, 1e-6)
             self.assertEqual((rows[0]["times"], rows[0]["leans"]), start[:2])
             self.assertNotIn("batch", rows[0])
             for name in {*rows[-1]} - ({"gains"} if learn == "weights" else set()):
                 self.assertTrue(any(tree_flatten([row.get(name, 0) for row in rows])[0]), name)
-            self.assertGreater(abs(rows[-1]["held_out"] - rows[0]["held_out"]), 1e-4)
+            self.assertGreater(abs(rows[-1]["validation"] - rows[0]["validation"]), 1e-4)
 
     def test_the_printed_columns_are_what_they_say(self):
         R, before, after = randn(12), 1 + 1e-3 * randn(12), (0.3 * randn(12, seed=1)).exp()
         expected = dict(batch=np.mean(R.tolist()), std=np.std(R.tolist(), ddof=1),
                         in_group=np.mean([np.std(R[i:i + 4].tolist(), ddof=1) for i in (0, 4, 8)]),
-                        ratio_t0=max(before.tolist(), key=lambda r: abs(r - 1)),
+                        ratio_before=max(before.tolist(), key=lambda r: abs(r - 1)),
                         approx_kl=np.mean([r - 1 - math.log(r) for r in after.tolist()]),
                         clipped=np.mean([abs(r - 1) > rl.CLIP_JUMPS for r in after.tolist()]))
         for looked, n in ((after, 6), (None, 4)):                      # none after: of weights

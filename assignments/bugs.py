@@ -16,7 +16,8 @@ sys.path.insert(0, str(ROOT))
 
 JOB = ["--init", "teacher", "--steps", "3", "--updates", "12", "--group", "8"]
 MORE = {"d": ["--learn", "weights", "--group", "32"]}                # of the paper's action
-SHORTER = dict(NOISES=64, HELD=64, MONITOR=32, BASELINE_NOISES=32, LOG_EVERY=1)   # of rl_distill.py
+# Constants of rl_distill.py:
+SHORTER = dict(NOISES=64, HELD=64, VALIDATION=32, BASELINE_NOISES=32, LOG_EVERY=1)
 MASK = "action_mask(len(u), n_gains)"
 # (file, what stands in it, what the variant puts there)
 VARIANTS = {

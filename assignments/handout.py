@@ -99,7 +99,7 @@ VEILED = (
     ("student.py", "turns x_t by d = phi_t - phi_next:   x_next = cos(d) x_t - sin(d) v",
      "is a rotation (exercise 4)"),
     ("rl_distill.py", "with eta above 0 the mean of opposite pairs is a biased baseline "
-     "for\n    later landings, and with eta 0 they brought nothing (measured at 3 jumps).",
+     "for\n    later landings, and with eta 0 such pairs brought nothing (measured at 3 jumps).",
      "opposite pairs: exercise 8."),
     ("README.md", "(reward - mean of the pair) / rms over the batch", "... (exercise 5)"),
     ("README.md", TWENTY_LINES, "(exercise 7)\n"),

@@ -126,7 +126,7 @@ def plot_learned(folder, start, learned):
     log = read_log(Path(folder, "log.jsonl"))
     (first, *_, last), updates = log, [row["update"] for row in log]
     panels = [("update", "reward", [
-        ("held out", updates, [row["held_out"] for row in log], "o-"),
+        ("validation", updates, [row["validation"] for row in log], "o-"),
         ("batch, exploring", updates, [row.get("batch") for row in log], "-")])]
     for x, y, name in (("jumps made", "t", "times"), ("jump", "lean", "leans")):
         if first[name] != last[name]:

@@ -628,7 +628,7 @@ class Images(Case):
         Path("log.jsonl").unlink()
         for n, gains in enumerate((None, [[]] * 2, [[0.1] * 3] * 2, [[0.1] * 99] * 2)):
             for update in (0, 4):
-                runs.log_line("log.jsonl", update=update, held_out=-1.0, times=[1000, n + 1, 0],
+                runs.log_line("log.jsonl", update=update, validation=-1.0, times=[1000, n + 1, 0],
                               leans=[0.0, 0.5], gains=gains, **dict(batch=-1.0) if update else {})
             row = types.SimpleNamespace(name="a row")
             images.plot_learned(".", row, row)
@@ -881,7 +881,7 @@ class Commands(Working):
             kept = load_checkpoint(f"{folder}/policy.pt", "policy")
             self.assertTrue(all(w.dtype == torch.float16 for w in kept["weights"].values()))
             self.assertEqual(len(kept["solver"][2][0]), sum(self.net.branches))
-        self.assertRegex(text, r" 1 [0-9.e-]+ [0-9.]+\n[^@]*closed[^@]*student: learned [^@]*wrote a/images")
+        self.assertRegex(text, r" 1 [0-9.e-]+ [0-9.]+\n[^@]*closed[^@]*student: learned ")
         for name in (*re.search(r"wrote a/(images.*)", text)[1].split(", "), "learned.png",
                      "learner-2/learned.png"):
             self.assertTrue(Path("a", name).exists(), name)
@@ -934,7 +934,7 @@ class Commands(Working):
             except BadInput as error:
                 self.assertIn("--gains", str(error))
 
-    def test_training_monitor_and_table_share_no_noise(self):
+    def test_training_validation_and_table_share_no_noise(self):
         spies = [mock.Mock(side_effect=f) for f in (
             rl.best_baselines, rl.train, rl.deploy, rl.print_table, seeded_noise)]
         self.patch(rl, **dict(zip(("best_baselines", "train", "deploy", "print_table"), spies)))
@@ -1030,8 +1030,8 @@ class Commands(Working):
                 ("no checkpoint", rl, *init, "none.pt"),
                 ("cannot be read", rl, *init, "cut.pt"),
                 ("a student or policy is needed", rl, *init, coach),
-                ("not distilled from", rl, *self.job, "--teacher", "another.pt"),
-                ("not distilled from", rl, *init, "policy.pt"),
+                ("is no student of", rl, *self.job, "--teacher", "another.pt"),
+                ("is no student of", rl, *init, "policy.pt"),
                 ("two.pt has 2 jumps", rl, *init, "two.pt"),
                 ("plain.pt has 2 jumps", rl, *init, "plain.pt", "--learn", "weights"),
                 ("no checkpoint empty", rl, *self.job, "--encoders", "empty"),

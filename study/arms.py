@@ -259,7 +259,7 @@ def arms():
         out += [Arm("fixed", "regression, weights, half more", "teacher", K, longer,
                     method=FIXED[0]),
                 Arm("weights", f"{GRADIENT}, weights", "teacher", K, more),
-                Arm("pathwise", "pathwise, weights", "teacher", K, more, method="pathwise, weights")]
+                Arm("pathwise", NEED_GRADIENT[1], "teacher", K, more, method=NEED_GRADIENT[1])]
     out += [Arm("weights", f"{GRADIENT}, weights, {words}", init, K, flags, start)
             for init, words, start, steps, flags in (
                 ("teacher", "from learned jumps", "learned", FEW, (*later, "1e-5")),

@@ -62,7 +62,7 @@ def paths_of(net, z):
 # ==== OBJECTIVES ==============================================================================
 # (net, start Solver, (z, View of the targets), reward, args, budget)
 # -> (Solver, evaluations spent, net that learned). Regression through all jumps, of the weights or
-# of the jumps' numbers (Luhman & Luhman 2021, arXiv 2101.02388), is arms.ascend() on the term 'mse'.
+# of the jumps' numbers (Luhman & Luhman 2021, arXiv 2101.02388), is in arms.py.
 
 def cloning(net, start, train_set, reward, args, budget):
     """This repository's: the average velocity between two points of the teacher's path, for jumps

@@ -46,7 +46,7 @@ def table(rows, cell):
 
 
 def closed_cell(same):
-    """A cell for table(): per cent closed; or, where that is no share any more, where it started."""
+    """A cell for table(): per cent closed; or, far below, where it started."""
     if statistics.fmean(row["closed"] for row in same) < -1:
         return f"far below {same[0]['start']}"
     return column("closed", ".0f", "closed_error", 100)(same)
@@ -90,8 +90,8 @@ def tables(rows, missing):
               "over training seeds; in brackets the standard error over noises.", "",
               "Reward `feature+perceptual`, 0 is the target's. Baselines on the grid that is best "
               "on these very noises:", "", *table(rows, column("reward", ".3f", "reward_error"))]
-    lines += ["", "Per cent closed of what the strongest baseline of the same network and K leaves to "
-              "the target, paired:", "", *table(learned, closed_cell)]
+    lines += ["", "Per cent closed of what the strongest baseline of the same network and K leaves "
+              "to the target, paired:", "", *table(learned, closed_cell)]
     lines += ["", f"Fréchet distance in the judge's features of these {words('n')} images to all "
               f"training images.{''.join(target)}", "", *table(rows, column("frechet", ".2f"))]
     lines += ["", "What it learned from (a backward pass counts two; with what its start learned "

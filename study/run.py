@@ -35,7 +35,7 @@ from reward import best_baselines, closed, deploy, judged, standard_error
 from rl_distill import load_inputs, load_model, training_evaluations
 from teacher import HELD_OUT, TARGET, noise_and_targets
 
-N, MONITOR = rl_distill.HELD, 4                 # held-out noises of a row; of the logs, in no table
+N, VALIDATION = rl_distill.HELD, 4              # held-out noises of a row; of the logs, in no table
 RESULTS, README = ROOT / "study" / "results.jsonl", ROOT / "study" / "README.md"
 KEY = "group", "name", "init", "steps", "seed"  # what a row is of
 ONCE = ("baseline",)                            # groups that draw nothing: seed 0 alone
@@ -54,10 +54,10 @@ class World:
             args.teacher, *(f"{args.encoders}/{role}.pt" for role in ("coach", "judge")),
             *list(arms.INIT.values())[1:]))).hexdigest()[:12]
         self.alpha_bar, self.starts = linear_alpha_bar(device), {}
-        self.train_set, self.monitor_set, self.held_set = (
+        self.train_set, self.validation_set, self.held_set = (
             (z, self.reward.view(target)) for z, target in (
                 noise_and_targets(self.teacher, *seeds, device) for seeds in (
-                    (0, rl_distill.NOISES), (HELD_OUT + 10 ** 6, MONITOR), (HELD_OUT, N))))
+                    (0, rl_distill.NOISES), (HELD_OUT + 10 ** 6, VALIDATION), (HELD_OUT, N))))
 
     def learner(self, init):
         """(a network that may be changed, evaluations of its cloning)."""
@@ -145,7 +145,7 @@ def play(arm, seed, world):
                 net, solver, world.train_set, world.reward, args, spent)
             net = other[0] if other else net
         else:
-            solver, _ = rl_distill.train(net, solver, world.train_set, world.monitor_set,
+            solver, _ = rl_distill.train(net, solver, world.train_set, world.validation_set,
                                          world.reward, args, out)
         numbers = (rl_distill.action_mask(args.steps, len(solver.gains[0])).sum().item() if jumps
                    else past["numbers"] % parameter_count(net) + parameter_count(net))
