@@ -199,9 +199,16 @@ def shuffled(seed):
     return mock.patch.object(rl_distill, "advantages", advantages)
 
 
+def preferences():
+    """Within: of a pair of images the policy gradient is told no more than which has the higher
+    reward. A preference has no gradient."""
+    real = rl_distill.advantages
+    return mock.patch.object(rl_distill, "advantages", lambda *args: real(*args).sign())
+
+
 def within(method, seed):
     """The context in which rl_distill.train() plays a method."""
-    return (shuffled(seed) if method == "placebo" else
+    return (shuffled(seed) if method == "placebo" else preferences() if method == "preferences" else
             only(PARTS[method]) if method in PARTS else contextlib.nullcontext())
 
 
@@ -215,7 +222,7 @@ class Arm(NamedTuple):
     steps: int                          # K
     flags: tuple = ()                   # of rl_distill.py, besides --init, --steps and --seed
     start: str = "best"                 # kind of baseline solver; "best"; or a key of LEARNED
-    method: str = "train"               # of rl_distill.py; a key of COMPETITORS, PARTS; "placebo"
+    method: str = "train"               # "placebo", "preferences"; a key of COMPETITORS, PARTS
 
 
 INIT = {"teacher": "teacher", "student": "checkpoints/student.pt",      # --init of rl_distill.py
@@ -274,6 +281,8 @@ def arms():
             "learned"),
         *(Arm("paper", f"{GRADIENT}, --paper", "teacher", K, ("--paper",), "DDIM") for K in (3, 4)),
         *(Arm("part", f"{GRADIENT}, {what}", "teacher", 3, method=what) for what in PARTS),
+        *(Arm("preferences", f"{GRADIENT}, {ALL}, of preferences", "teacher", K,
+              method="preferences") for K in (2, 3, 4)),
         Arm("placebo", "placebo: shuffled advantages", "teacher", 3, method="placebo")]
 
 

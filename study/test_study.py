@@ -160,7 +160,7 @@ class Arms(unittest.TestCase):
             args = run.arguments(arm, 2)
             self.assertEqual((args.steps, args.seed, args.init),
                              (arm.steps, 2, [arms.INIT[arm.init]]))
-            self.assertIn(arm.method, {"train", "placebo", *arms.COMPETITORS, *arms.PARTS})
+            self.assertIn(arm.method, {"train", "placebo", "preferences", *arms.COMPETITORS, *arms.PARTS})
             self.assertEqual(run.arm_before(arm) in found, arm.start in arms.LEARNED)
 
     def test_gains_of_blocks_given_to_channels_change_no_image(self):
@@ -180,6 +180,11 @@ class Arms(unittest.TestCase):
             self.assertEqual({*(u != policy.mean()).nonzero()[:, 1].clamp(max=2).tolist()},
                              {*columns}, what)
             self.assertTrue(((u != policy.mean()) <= action_mask(3, 4)).all())
+
+    def test_preferences_say_which_of_a_pair_is_better_and_no_more(self):
+        R = torch.tensor([3.0, 1.0, -7.0, 2.0, 5.0, 5.0])
+        with arms.within("preferences", 0):
+            self.assertEqual(rl_distill.advantages(R, 2).tolist(), [1, -1, -1, 1, 0, 0])
 
     def test_shuffled_advantages_are_those_of_other_draws(self):
         R, real = torch.randn(64), rl_distill.advantages
