@@ -329,11 +329,11 @@ def leaning(ddpm, g):
 
 def exercise_4(ddpm, student, g):
     """What v says, and the average velocity"""
-    for _ in range(TRIALS):
+    for trial in range(TRIALS):
         ab = alpha_bars(g)
         B = whole(g, 2, 6)
         t, t_next = jump_times(g, B)
-        x_t = images(g, B)
+        x_t = draw(g, B, 2) if trial else images(g, B)              # points as well as images
         x_next, v = draw(g, *x_t.shape), draw(g, *x_t.shape)
         when = torch.cat([torch.zeros(1).long(), t[1:]])            # t = 0 as well
         told = dict(t=when, x_t=x_t, v=v)
@@ -344,8 +344,8 @@ def exercise_4(ddpm, student, g):
                 pair(ddpm.x0_and_eps(both[0], when, both[1], ab.float()),
                      "x0_and_eps returns x0_hat and eps_hat"),
                 (now.cos(), now.sin()), (-now.sin(), now.cos()), ("x0", "eps")):
-            same(result, x_share * x_t + v_share * v, f"{name}_hat is what x_t and v say of {name}",
-                 **told)
+            same(result, x_share * x_t + v_share * v, f"{name}_hat: x_t is q_sample of x0_hat "
+                 "and eps_hat, v its derivative by phi", **told)
             rule = f"{name}_hat has its gradient with respect to x_t and v"
             if not result.requires_grad:
                 raise Wrong("wrong value", rule)
@@ -377,8 +377,8 @@ def exercise_5(rl_distill, g):
         same(f(flat, G), (centred / centred.square().mean().sqrt()).reshape(-1),
              "distances from the group's mean, of mean square 1 over the batch", 2e-5, **told)
         same(f(flat + 5, G), f(flat, G), "a shift of all rewards changes nothing", 1e-3, **told)
-        same(f(1e-9 * flat, G), f(flat, G), "a factor of 1e-9 on all rewards changes nothing", 1e-3,
-             reward=1e-9 * flat, group=G)
+        same(f(1e-12 * flat, G), f(flat, G), "a factor of 1e-12 on all rewards changes nothing",
+             1e-3, reward=1e-12 * flat, group=G)
         tie = r.clone()
         tie[0] = tie[0, 0]
         same(f(tie.reshape(-1), G)[:G], torch.zeros(G), "where the rewards of one group are equal, "
@@ -490,8 +490,9 @@ def exercise_7(ddpm, g):
                                     f"{before:.4f} before, {mine:.4f} by yours, below "
                                     f"{before - 0.7 * (before - best):.4f} is wanted"), **told)
                 continue
-            same((theirs - first)[1:, 1], (right - first)[1:, 1], "with the random numbers drawn "
-                 "as the docstring says, how far the leans moved", 1e-3, **told)
+            same((theirs - first)[1:, 1], (right - first)[1:, 1], "how far the leans moved: the "
+                 "draws, who is compared with whom, reward, scale and step are the docstring's",
+                 1e-3, **told)
             same(theirs[0, 1], torch.zeros(()), "the first lean stays 0", 0, **told)
             wanted = 1000 * torch.sigmoid(right[:-1, 0]).cumprod(0) - torch.tensor(
                 start.times[1:-1])
@@ -521,10 +522,10 @@ def exercise_8(yours, g):
             theirs, told = yours.expected(theta, mu, s1, s2, c, group), dict(
                 theta=theta, mu=mu, s1=s1, s2=s2, c=c, group=group)
             for value, right, what in zip(pair(theirs, "expected returns two numbers"), toy(
-                    theta, mu, s1, s2, c, group), ("advantage", "reward")):
-                same(torch.as_tensor(value), right, f"the expectation of {what} times score (how "
-                     "does the partner's reward go with a score that is not its own?)", 1e-4,
-                     **told)
+                    theta, mu, s1, s2, c, group), ("first, advantage", "second, reward")):
+                same(torch.as_tensor(value), right, f"of the two expectations the {what} times "
+                     "score (how does the partner's reward go with a score that is not its own?)",
+                     1e-4, **told)
     f = yours.paired_advantages
     for _ in range(TRIALS):
         M, G = whole(g, 2, 3), 2 * whole(g, 2, 4)

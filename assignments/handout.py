@@ -40,7 +40,7 @@ is x0's share; at t = 0 it is x0. alpha_bar: (T + 1,). Images and points (B, 2) 
         "simple_loss": """How far off the network is about the noise mixed into x0. A scalar.
 
 The mean over everything of the squared error of eps_hat. The network, net(x_t, t) -> v, is asked
-once, about q_sample's x_t; x0_and_eps makes eps_hat of its answer, in float32 whatever it was."""},
+once, about q_sample's x_t; x0_and_eps makes eps_hat of its answer, in float32 (autocast gives bf16)."""},
     2: {"ddim_sigma": """Standard deviation (B,) of the noise that a jump t -> t_next adds.
 
 eta times that of x_next when x_t and x0 are known, in DDPM's forward process: by Bayes' rule from
@@ -54,8 +54,8 @@ the straight line through the estimates at t_last and t passes that point. 0 whe
 infinite. All times: (B,) integers, t_last >= t > t_next.""", "jump": JUMP},
     4: {"x0_and_eps": """The two things that v says about x_t: x0_hat and eps_hat, (B, ...) each.
 
-With sqrt(alpha_bar) = cos(phi), x_t lies at angle phi between x0 and eps, and v is its derivative
-with respect to phi. x_t, v: (B, ...); t: (B,).""",
+With sqrt(alpha_bar) = cos(phi), x_t lies at angle phi on the way from x0 to eps, and v is its
+derivative with respect to phi, both held fixed. x_t, v: (B, ...), images or points; t: (B,).""",
         "average_velocity": """The v whose one jump from x_t at t to t_next lands exactly at x_next.
 
 A jump without noise keeps x0_hat and eps_hat, so that it turns x_t by d = phi_t - phi_next.
@@ -82,9 +82,9 @@ u, is all that learns. Entries that do not act (action_mask) are not explored an
 `generator` each update takes first 64 indices of x_T (torch.randint), then 64 standard normal
 (K, 2) (torch.randn): each of these points is rolled out twice, by that noise and by its opposite.
 The reward is minus the squared distance of where sample() ends to the target; advantages are as
-in exercise 5 (written again here: this file imports none), the two of a point being the group. The
-mean goes by `rate` along the average over all 128 of advantage times score, times std^2, so that a
-step is in units of what was explored. Returned is lists_of(mean). x_T, target: (N, 2)."""}}
+in exercise 5 (written again here: this file imports none; nothing ties), the two of a point being
+the group. The mean goes by rate std^2 times the average over all 128 of advantage times score, so
+that a step is in units of what was explored. Returned is lists_of(mean). x_T, target: (N, 2)."""}}
 
 
 # (file, what would give an answer away, instead); in README.md where it stands there

@@ -127,6 +127,9 @@ MISTAKES = {
         (ddpm, PAIR, PAIR.replace("x_t - (1", "x_t + (1")),
         (ddpm, PAIR, PAIR.replace("x_t + ab", "x_t - ab")),
         (ddpm, PAIR, PAIR.replace(".sqrt()", "")),
+        (ddpm, "ab = expand_like(alpha_bar[t], x_t)\n    " + PAIR,
+         "ab = alpha_bar[t].view(-1, 1, 1, 1)\n    " + PAIR),
+        (student, VELOCITY, "return (x_t - x_next) / d"),
         (student, VELOCITY, "return (x_next - d.cos() * x_t) / d.sin()"),
         (student, VELOCITY, "return d.cos() * x_t - x_next"),
         (student, VELOCITY, "return (x_t - x_next) / d.sin()"),
@@ -148,6 +151,7 @@ MISTAKES = {
         (rl_distill, SCALED, SCALED.replace(".mean()", ".mean(1, keepdim=True)")),
         (rl_distill, SCALED, SCALED.replace(".clamp(min=1e-30)", "")),
         (rl_distill, SCALED, SCALED.replace(".clamp(min=1e-30)", ".add(1e-2)")),
+        (rl_distill, SCALED, SCALED.replace(".clamp(min=1e-30)", ".add(1e-12)")),
         (rl_distill, GROUPS, "groups = reward.reshape(group, -1).T"),
     ],
     6: [
@@ -337,13 +341,15 @@ class Grader(unittest.TestCase):
                 result = grade.grade(folder, 1, 0, seconds=5 if "while" in code else 60)
                 self.assertEqual(result["verdict"], "error", code)
                 self.assertIn(expected, result["property"])
-            mark, child = Path(folder, "mark"), "import time; time.sleep(1); open({!r}, 'w')"
+            mark = Path(folder, "mark")             # a child of it grows this file, on and on
+            child = f"import time\nwhile True: open({str(mark)!r}, 'a').write('x'); time.sleep(0.1)"
             Path(folder, "ddpm.py").write_text(
-                "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', "
-                f"{child.format(str(mark))!r}])")
+                f"import os, subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {child!r}])\n"
+                f"while not os.path.exists({str(mark)!r}): pass")
             grade.grade(folder, 1, 0)
-            time.sleep(1.5)
-            self.assertFalse(mark.exists(), "what it has started must end with it")
+            before = mark.stat().st_size
+            time.sleep(1)
+            self.assertEqual(mark.stat().st_size, before, "what it has started must end with it")
             Path(folder, "student.py").unlink()
             self.assertIn("No module named 'student'", grade.grade(folder, 4, 0)["property"])
             Path(folder, "ddpm.py").write_text("")            # and it falls back to nothing
