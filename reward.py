@@ -186,7 +186,7 @@ def load_reward(spec, folder, device):
 
 
 @torch.no_grad()
-def rewards(reward, images, target, rows, batch=500):
+def rewards(reward, images, target, rows, batch=128):
     """Rewards (N,) of images (N, 3, H, W), in batches; rows (N,): which target is each one's."""
     return torch.cat([reward(x, target.rows(i))
                       for x, i in zip(images.split(batch), rows.split(batch))])
