@@ -25,12 +25,12 @@ from torch import nn
 from ddpm import (action_mask, action_of, expand_like, linear_alpha_bar, lists_of, parameter_count,
                   per_image, sample, solver_of, step)
 from teacher import HELD_OUT, TARGET, load_teacher, noise_and_targets
-from student import JumpUNet, cloning_evaluations, load_model
+from student import cloning_evaluations, load_model
 from reward import TERMS, Row, best_baselines, deploy, load_reward, print_table, rewards
 from harness.checkpoints import load_state, provenance, save_network, save_state
 from harness.images import plot_learned, plot_strips
 from harness.runs import (BadInput, autocast, checksum, claim_run, device_name, log_line, number,
-                          parser_for, pick_device, run_main, settings, write_whole)
+                          parser_for, pick_device, run_main, write_whole)
 
 NOISES, BASELINE_NOISES = 128, 64       # training noises; those that choose the baseline solver
 HELD, VALIDATION = 256, 64              # held-out noises of the table; others, of the log
@@ -215,7 +215,7 @@ def exploration(net, args):
     std and of the rates. The more jumps, the less each may move (unscaled, six close 39 % and not
     52); a clone has less to gain than that costs. By tries on noises of their own."""
     n = dict(none=0, block=len(net.branches), channel=sum(net.branches))[args.gains]
-    scale = (CLONED if isinstance(net, JumpUNet) else 1) * USUAL_STEPS / max(2, args.steps)
+    scale = (1 if net.estimates_image else CLONED) * USUAL_STEPS / max(2, args.steps)
     return n, scale * torch.tensor([STD["jump"]] * 2 + [STD.get(args.gains)] * n), scale
 
 
@@ -391,7 +391,7 @@ def main(argv=None):
                          for row in rows[1:] + rows[:1]], 12, out / "images.png")
     print(f"\n{held} held-out noises, of which ± is the standard error; one training seed; the "
           f"training noises' targets took {noises * len(TARGET.leans):,} more evaluations")
-    result = dict(rows=print_table(rows, judge), n=held, settings=settings(args))
+    result = dict(rows=print_table(rows, judge), n=held)
     write_whole(out / "result.json", json.dumps(result, indent=1).encode())
     print(f"wrote {out}/images.png, result.json, log.jsonl")
 

@@ -1096,7 +1096,7 @@ class Loop(Nets):
                 words = f"--learn {learn} --gains {gains} --updates 4 --lr 0.01 --group 4".split()
                 solver, _, out = self.train(net, *words, start=start)
             first = torch.tensor([rl.STD["jump"]] * 2 + [rl.STD[gains]] * n)
-            scale = 1.5 if jumps else 1
+            scale = 1.5 * rl.CLONED if jumps else 1
             for (rates, std), left in zip(spied, (1, 0.75, 0.5, 0.25), strict=True):
                 most = [rl.JUMPS_FASTER, 1] if jumps else [1]
                 self.close(rates, [0.01 * scale * rate * left for rate in most], 1e-9)
