@@ -279,7 +279,7 @@ def arms():
         Arm("channel", channel, "teacher", 3, GAINS["channel gains"]),
         Arm("channel", f"{channel}, from block gains", "teacher", 3, GAINS["channel gains"],
             "learned"),
-        *(Arm("paper", f"{GRADIENT}, --paper", "teacher", K, ("--paper",), "DDIM") for K in (3, 4)),
+        Arm("paper", f"{GRADIENT}, --paper", "teacher", 3, ("--paper",), "DDIM"),
         *(Arm("part", f"{GRADIENT}, {what}", "teacher", 3, method=what) for what in PARTS),
         *(Arm("preferences", f"{GRADIENT}, {ALL}, of preferences", "teacher", K,
               method="preferences") for K in (2, 3, 4)),
