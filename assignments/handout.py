@@ -103,7 +103,7 @@ VEILED = (
      "opposite pairs: exercise 8."),
     ("README.md", "(reward - mean of the pair) / rms over the batch", "... (exercise 5)"),
     ("README.md", TWENTY_LINES, "(exercise 7)\n"),
-    ("README.md", "python test_all.py          # that everything is what it says, two minutes\n",
+    ("README.md", "python test_all.py          # that the code does what it says, two to five minutes\n",
      ""),
     ("README.md", "min(ratio A, clip(ratio, 0.8, 1.2) A)", "... (exercise 6)"),
     ("study/README.md", STUDY[STUDY.index("**Which baseline?**"):STUDY.index("Not complete:")], ""),
