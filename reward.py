@@ -294,8 +294,8 @@ def print_table(rows, judge):
             share, error = closed(row.reward, row.start.reward)
             values.update(closed=share, closed_error=error, start=row.start.name)
             text = f"{share:6.0%} ± {error:3.0%}"
-        print("{name:{width}s} {nfe:4d} {trained:10,d} {reward:8.3f} ± {error:.3f} {}{frechet:9.2f}"
-              .format(text, width=width, **values))
+        print("{name:{width}s} {nfe:4d} {trained:10,d} {reward:8.3f} ± {error:.3f} {}"
+              "{frechet:9.2f}".format(text, width=width, **values))
         table.append(values)
     return table
 

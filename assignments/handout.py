@@ -40,7 +40,8 @@ is x0's share; at t = 0 it is x0. alpha_bar: (T + 1,). Images and points (B, 2) 
         "simple_loss": """How far off the network is about the noise mixed into x0. A scalar.
 
 The mean over everything of the squared error of eps_hat. The network, net(x_t, t) -> v, is asked
-once, about q_sample's x_t; x0_and_eps makes eps_hat of its answer, in float32 (autocast gives bf16)."""},
+once, about q_sample's x_t; x0_and_eps makes eps_hat of its answer, in float32 (autocast gives
+bf16)."""},
     2: {"ddim_sigma": """Standard deviation (B,) of the noise that a jump t -> t_next adds.
 
 eta times that of x_next when x_t and x0 are known, in DDPM's forward process: by Bayes' rule from

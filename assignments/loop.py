@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 # From the repository:
 from ddpm import estimate, linear_alpha_bar, per_image, sample                  # noqa: E402
-from harness.images import new_figure, tile                                   # noqa: E402
+from harness.images import new_figure, tile                                    # noqa: E402
 from harness.runs import run_main                                              # noqa: E402
 from reward import load_reward                                                 # noqa: E402
 from student import load_model                                              # noqa: E402

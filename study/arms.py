@@ -251,7 +251,7 @@ def arms():
             for kind in (SOLVERS if init == "teacher" and K > 1 else SOLVERS[:1])]
     out += [Arm("jumps", f"{GRADIENT}, {ALL}", init, K) for init, steps in (
         ("teacher", (2, 3, 4, 6, 8, 1)), ("student", FEW), ("copy", FEW)) for K in steps]
-    out += [Arm("none", f"{GRADIENT}, times and leans", "teacher", K, ("--gains", "none"))
+    out += [Arm("none", f"{GRADIENT}, times and leans", "teacher", K, GAINS["times and leans"])
             for K in (2, 3, 4, 6, 8)]
     out += [Arm("search", f"{name}, {what}", "teacher", K, flags, method=name)
             for name in ("random search", "cross-entropy") for what, flags in GAINS.items()

@@ -26,11 +26,9 @@ import arms                                     # puts the repository on the pat
 import report
 # From the repository:
 import rl_distill
-from ddpm import (GRIDS, baseline_kinds, baseline_solver, linear_alpha_bar,
-                  parameter_count)
+from ddpm import GRIDS, baseline_kinds, baseline_solver, linear_alpha_bar, parameter_count
 from harness.checkpoints import kept, provenance, save_network
-from harness.runs import (ROOT, checksum, device_name, log_line, number, pick_device,
-                          run_main)
+from harness.runs import ROOT, checksum, device_name, log_line, number, pick_device, run_main
 from reward import best_baselines, closed, deploy, judged, standard_error
 from rl_distill import load_inputs, load_model, training_evaluations
 from teacher import HELD_OUT, TARGET, noise_and_targets
@@ -238,13 +236,13 @@ def main(argv=None):
     if args.report:
         rows = read_rows(RESULTS)
         return report.write([*rows.values()], len(todo(rows, args.seeds)), README)
-    world, version = World(pick_device(args.device)), commit()
+    world = World(pick_device(args.device))
     world.home.mkdir(parents=True, exist_ok=True)
-    open(RESULTS, "a").close()                            # it can be written, before the work
+    open(RESULTS, "a").close()                                  # it can be written, before the work
     left = todo(read_rows(RESULTS), args.seeds, args.only)
     print(f"{len(left)} samplers to do", flush=True)
     for arm, seed in left:
-        began, row = time.time(), row_of(arm, seed, world, version)
+        began, row = time.time(), row_of(arm, seed, world, world.home.name)
         log_line(RESULTS, **row)
         print(f"{arm.init:8s}{arm.name:37s} K {arm.steps:2d} seed {seed}  reward "
               f"{row['reward']:8.4f}  closed {100 * (row.get('closed') or 0):4.0f} %  Fréchet "

@@ -160,7 +160,8 @@ class Arms(unittest.TestCase):
             args = run.arguments(arm, 2)
             self.assertEqual((args.steps, args.seed, args.init),
                              (arm.steps, 2, [arms.INIT[arm.init]]))
-            self.assertIn(arm.method, {"train", "placebo", "preferences", *arms.COMPETITORS, *arms.PARTS})
+            self.assertIn(arm.method, {"train", "placebo", "preferences", *arms.COMPETITORS,
+                                       *arms.PARTS})
             self.assertEqual(run.arm_before(arm) in found, arm.start in arms.LEARNED)
 
     def test_gains_of_blocks_given_to_channels_change_no_image(self):
