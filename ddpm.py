@@ -405,18 +405,15 @@ class MixtureNet:
     def __init__(self, means, std, alpha_bar):
         self.means, self.std, self.alpha_bar = means, std, alpha_bar           # means: (M, D)
 
-    def x0(self, x, t):
-        """E[x0 | x_t = x]: (B, D), (B,) -> (B, D)."""
-        ab = expand_like(self.alpha_bar[t], x)                                      # (B, 1)
+    def __call__(self, x, t, t_next=None, gains=None):
+        """(B, D), (B,) -> v (B, D), that of x0_hat = E[x0 | x_t = x]."""
+        ab = expand_like(self.alpha_bar[t], x)                                 # (B, 1)
         offset = x[:, None] - ab[..., None].sqrt() * self.means                # (B, M, D)
         variance = ab * self.std ** 2 + 1 - ab                                 # (B, 1)
-        share = torch.softmax(-offset.square().sum(-1) / (2 * variance), 1)[..., None]
+        share = torch.softmax(-offset.square().sum(-1) / (2 * variance), 1)    # (B, M)
         shrink = ab.sqrt() * self.std ** 2 / variance
-        return (share * (self.means + shrink[..., None] * offset)).sum(1)
-
-    def __call__(self, x, t, t_next=None, gains=None):
-        ab = expand_like(self.alpha_bar[t], x)
-        return (ab.sqrt() * x - self.x0(x, t)) / (1 - ab).sqrt()
+        x0_hat = (share[..., None] * (self.means + shrink[..., None] * offset)).sum(1)
+        return (ab.sqrt() * x - x0_hat) / (1 - ab).sqrt()
 
 
 def policy_gradient(net, x_T, target, start, alpha_bar, generator, updates=200, std=0.1, rate=0.3):
@@ -444,37 +441,27 @@ def demo(out, seed, device):
     x_T = torch.randn(2, POINTS, 2, generator=generator).to(device)     # to learn from; to measure
     ends = [sample(net, x, baseline_solver("DDIM", "uniform", T), alpha_bar) for x in x_T]
 
-    def rms(solver, i=1):
+    def rms(solver, i):
         x_0 = sample(net, x_T[i], solver, alpha_bar)
         return (x_0 - ends[i]).square().sum(1).mean().sqrt().item()
-    solvers = {}
+    solvers = {name: min((baseline_solver(name, grid, 3) for grid in GRIDS),
+                         key=lambda solver: rms(solver, 0)) for name in SOLVERS}
+    solvers["learned"] = policy_gradient(net, x_T[0], ends[0], solvers["DDIM"], alpha_bar,
+                                         generator)
     print("three jumps, rms distance to where 1000 jumps end, times | leans")
-    for name in (*SOLVERS, "learned"):
-        if name in SOLVERS:
-            solver = min((baseline_solver(name, grid, 3) for grid in GRIDS),
-                         key=lambda solver: rms(solver, 0))
-        else:
-            solver = policy_gradient(net, x_T[0], ends[0], solvers["DDIM"], alpha_bar, generator)
-        solvers[name] = solver
-        print(f"{name:12s}{rms(solver):.4f}  ", *solver.times, "|",
+    for name, solver in solvers.items():
+        print(f"{name:12s}{rms(solver, 1):.4f}  ", *solver.times, "|",
               *(f"{lean:.2f}" for lean in solver.leans))
-        log_line(out / "log.jsonl", name=name, rms=rms(solver), **solver._asdict())
+        log_line(out / "log.jsonl", name=name, rms=rms(solver, 1), **solver._asdict())
     points = [(f"3 jumps, {name}", sample(net, x_T[1], solvers[name], alpha_bar))
               for name in ("DDIM", "AB2", "learned")] + [("1000 jumps", ends[1])]
-    times = [(name, range(4), solvers[name].times, "o-") for name in ("DDIM", "learned")]
     plot_panels([*((label, "", [("", *x.T.cpu(), ".")]) for label, x in points),
-                 ("jumps made", "t", times)], out / "ddpm.png")
-
-
-# ==== COMMAND LINE ============================================================================
-
-def parse_args(argv=None):
-    """Command line of ddpm.py."""
-    return parser_for(__doc__, "python ddpm.py --seed 1", trains=False).parse_args(argv)
+                 ("jumps made", "t", [(name, range(4), solvers[name].times, "o-")
+                                      for name in ("DDIM", "learned")])], out / "ddpm.png")
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args = parser_for(__doc__, "python ddpm.py --seed 1", trains=False).parse_args(argv)
     device, out = pick_device(args.device), claim_run(args, "ddpm")
     demo(out, args.seed, device)
     print(f"wrote {out}/ddpm.png, log.jsonl")
