@@ -460,8 +460,15 @@ def demo(out, seed, device):
                                       for name in ("DDIM", "learned")])], out / "ddpm.png")
 
 
+# ==== COMMAND LINE ============================================================================
+
+def parse_args(argv=None):
+    """Command line of ddpm.py."""
+    return parser_for(__doc__, "python ddpm.py --seed 1", trains=False).parse_args(argv)
+
+
 def main(argv=None):
-    args = parser_for(__doc__, "python ddpm.py --seed 1", trains=False).parse_args(argv)
+    args = parse_args(argv)
     device, out = pick_device(args.device), claim_run(args, "ddpm")
     demo(out, args.seed, device)
     print(f"wrote {out}/ddpm.png, log.jsonl")

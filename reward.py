@@ -10,6 +10,7 @@ All rewards compare a student's image with the teacher's from the same start noi
 Reads --encoders (trained by checkpoints/train_encoders.py) and --teacher; writes rewards.png and
 log.jsonl to --out. Next file: rl_distill.py.
 """
+import json
 from argparse import ArgumentTypeError
 from typing import NamedTuple
 
@@ -22,7 +23,8 @@ from ddpm import GRIDS, baseline_kinds, baseline_solver
 from teacher import draw, load_teacher, noise_and_targets
 from harness.checkpoints import load_checkpoint, rebuild
 from harness.images import plot_panels
-from harness.runs import BadInput, claim_run, log_line, number, parser_for, pick_device, run_main
+from harness.runs import (BadInput, claim_run, log_line, number, parser_for, pick_device, run_main,
+                          write_whole)
 
 BINS = 32                   # of the intensity histogram, per colour channel
 DISTORTIONS = ("noise", "blur", "shift", "wrong")       # see distort
@@ -280,9 +282,9 @@ def best_baselines(net, steps, z, target, reward, alpha_bar):
     return {kind: best[kind][1:] for kind in sorted(best, key=best.get, reverse=True)}
 
 
-def print_table(rows, judge):
-    """Print Rows and return them as a list of dicts of plain values. closed: of the way from what a
-    learned row started at to the target, in per cent."""
+def print_table(rows, judge, path):
+    """Print Rows, and write them to a .json. closed: of the way from what a learned row started at
+    to the target, in per cent."""
     width, table = max(len(row.name) for row in rows), []
     print(f"{'':{width}s}  NFE    trained   reward ± error    closed       Fréchet")
     for row in rows:
@@ -297,7 +299,7 @@ def print_table(rows, judge):
         print("{name:{width}s} {nfe:4d} {trained:10,d} {reward:8.3f} ± {error:.3f} {}"
               "{frechet:9.2f}".format(text, width=width, **values))
         table.append(values)
-    return table
+    write_whole(path, json.dumps(dict(rows=table, n=len(rows[0].reward)), indent=1).encode())
 
 
 # ==== GRADED DISTORTIONS: for the scales of the terms (train_encoders.py), and for the figure =

@@ -14,7 +14,6 @@ Reads --teacher, --encoders, --init; writes to --out: policy.pt, state.pt (for -
 images.png, learned.png, result.json. Next file: sample.py.
 """
 import copy
-import json
 import time
 from pathlib import Path
 
@@ -22,15 +21,15 @@ import torch
 from torch import nn
 
 # From earlier files:
-from ddpm import (action_mask, action_of, expand_like, linear_alpha_bar, lists_of, parameter_count,
-                  per_image, sample, solver_of, step)
+from ddpm import (action_mask, action_of, expand_like, linear_alpha_bar, lists_of, per_image,
+                  sample, solver_of, step)
 from teacher import HELD_OUT, TARGET, load_teacher, noise_and_targets
 from student import cloning_evaluations, load_model
 from reward import TERMS, Row, best_baselines, deploy, load_reward, print_table, rewards
 from harness.checkpoints import load_state, provenance, save_network, save_state
 from harness.images import plot_learned, plot_strips
-from harness.runs import (BadInput, autocast, checksum, claim_run, device_name, log_line, number,
-                          parser_for, pick_device, run_main, write_whole)
+from harness.runs import (BadInput, autocast, checksum, claim_run, log_line, number, parser_for,
+                          pick_device, run_main)
 
 NOISES, BASELINE_NOISES = 128, 64       # training noises; those that choose the baseline solver
 HELD, VALIDATION = 256, 64              # held-out noises of the table; others, of the log
@@ -354,7 +353,7 @@ def distil(learner, teacher, train_set, validation_set, held_set, reward, args, 
     rows = {kind: Row(f"{name}{kind} {grid}".strip(), K, trained, *deploy(
         net, solver, z, target, reward, alpha_bar)) for kind, (grid, solver) in starts.items()}
     kind = "DDIM" if args.eta > 0 and not own else next(iter(starts))   # leans magnify noise
-    print(f"\n{parameter_count(net) / 1e6:.2f} M parameters start from {rows[kind].name}")
+    print(f"\nstarts from {rows[kind].name}")
     solver, seconds = train(net, starts[kind][1], train_set, validation_set, reward, args, out)
     trained += training_evaluations(args, min(args.noises, len(train_set[0])))
     save_network(out / "policy.pt", "policy", net, provenance(
@@ -375,8 +374,8 @@ def main(argv=None):
     teacher, learners, reward, judge = load_inputs(args, device)
     out = claim_run(args, "rl_distill")
     noises, watched, held = (8, 8, 8) if args.smoke else (NOISES, VALIDATION, HELD)
-    print(f"device {device_name(device)} | {args.steps} evaluations per image, "
-          f"{args.updates} updates of {min(args.noises, noises)} noises x {args.group}")
+    print(f"{args.steps} evaluations per image, {args.updates} updates of "
+          f"{min(args.noises, noises)} noises x {args.group}")
     sets = [(z, reward.view(target)) for z, target in (
         noise_and_targets(teacher, *seeds, device) for seeds in (
             (0, noises), (HELD_OUT + 10 ** 6, watched), (HELD_OUT, held)))]
@@ -391,8 +390,7 @@ def main(argv=None):
                          for row in rows[1:] + rows[:1]], 12, out / "images.png")
     print(f"\n{held} held-out noises, of which ± is the standard error; one training seed; the "
           f"training noises' targets took {noises * len(TARGET.leans):,} more evaluations")
-    result = dict(rows=print_table(rows, judge), n=held)
-    write_whole(out / "result.json", json.dumps(result, indent=1).encode())
+    print_table(rows, judge, out / "result.json")
     print(f"wrote {out}/images.png, result.json, log.jsonl")
 
 

@@ -25,8 +25,7 @@ from teacher import HELD_OUT, TARGET, draw, load_teacher, noise_and_targets
 from student import load_model
 from reward import judged, load_reward, rewards, standard_error
 from harness.images import save_picture, to_uint8
-from harness.runs import (BadInput, claim_run, device_name, log_line, number, parser_for,
-                          pick_device, run_main)
+from harness.runs import BadInput, claim_run, log_line, number, parser_for, pick_device, run_main
 
 # ==== PICTURES ================================================================================
 
@@ -132,7 +131,7 @@ def main(argv=None):
     if args.npz and (Path(args.npz).exists() or not os.access(beside, os.W_OK)):
         raise BadInput(f"{args.npz} exists, or cannot be written there; give another name")
     out = claim_run(args, "sample")
-    print(f"device {device_name(device)} | {content['kind']} {parameter_count(net) / 1e6:.2f} M "
+    print(f"{content['kind']} {parameter_count(net) / 1e6:.2f} M "
           f"parameters | {len(solver.leans)} evaluations an image, {how}")
     seeds, side = range(args.seed, args.seed + args.n), net.config["image_size"]
     z, alpha_bar = seeded_noise(seeds, (3, side, side), device=device), linear_alpha_bar(device)

@@ -24,8 +24,8 @@ from ddpm import (Solver, T, UNet, baseline_solver, expand_like, linear_alpha_ba
 from teacher import HELD_OUT, TARGET, compiled, draw, fit, load_teacher, noise_and_targets
 from harness.checkpoints import load_checkpoint, provenance, rebuild, save_network
 from harness.images import plot_loss, save_picture
-from harness.runs import (autocast, checksum, claim_run, device_name, log_line, number, parser_for,
-                          pick_device, rebuilding, run_main)
+from harness.runs import (autocast, checksum, claim_run, log_line, number, parser_for, pick_device,
+                          rebuilding, run_main)
 
 STUDENT_UNET = dict(width=32, mults=[1, 2, 3], blocks=1, attention=[8], dropout=0.0)   # 1.8 M
 START_SHARE = 1 / 3         # share of jumps that start at t = T, where every deployment starts
@@ -238,7 +238,7 @@ def main(argv=None):
     net = (student_from_teacher(teacher) if args.init == "teacher" else
            JumpUNet(**{**STUDENT_UNET, "image_size": teacher.config["image_size"]})).to(device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    print(f"device {device_name(device)} | student {parameter_count(net) / 1e6:.2f} M, teacher "
+    print(f"student {parameter_count(net) / 1e6:.2f} M, teacher "
           f"{parameter_count(teacher) / 1e6:.2f} M parameters | "
           f"{args.updates * args.batch_size} jumps")
     seconds = clone(net, ema, teacher, args, out, device)

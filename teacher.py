@@ -22,8 +22,8 @@ from ddpm import (PAPER_UNET, SMALL_UNET, T, UNet, baseline_solver, linear_alpha
 from harness.checkpoints import (kept, load_checkpoint, load_state, provenance, rebuild,
                                  save_network, save_state)
 from harness.images import load_images, plot_loss, save_picture
-from harness.runs import (autocast, checksum, claim_run, device_name, log_line, number, parser_for,
-                          pick_device, run_main)
+from harness.runs import (autocast, checksum, claim_run, log_line, number, parser_for, pick_device,
+                          run_main)
 
 EMA_DECAY = 0.9995          # per update; Ho et al. use 0.9999 for 800,000 updates
 WARMUP = 200                # updates until the learning rate is full
@@ -177,8 +177,8 @@ def main(argv=None):
     shape = PAPER_UNET if args.paper_shape else SMALL_UNET
     net = UNet(**shape | (dict(width=16) if args.smoke else {})).to(device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    print(f"device {device_name(device)} | {parameter_count(net) / 1e6:.2f} M parameters | "
-          f"{len(images)} images, {args.updates * args.batch_size / len(images):.1f} epochs")
+    print(f"{parameter_count(net) / 1e6:.2f} M parameters | {len(images)} images, "
+          f"{args.updates * args.batch_size / len(images):.1f} epochs")
     seconds = train(net, ema, images.to(device), args, out, device)
     plot_loss(out, "images", "L_simple")
     print(f"trained {args.updates} updates in {seconds / 60:.1f} min\n"

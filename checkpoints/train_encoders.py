@@ -25,8 +25,8 @@ from reward import DISTORTIONS, ENCODERS, TERMS, distort, encode, moments, view_
 from harness.checkpoints import (load_state, provenance, save_checkpoint,      # noqa: E402
                                  save_state)
 from harness.images import load_images                                         # noqa: E402
-from harness.runs import (BadInput, autocast, claim_run, device_name,          # noqa: E402
-                          log_line, number, parser_for, pick_device, run_main)
+from harness.runs import (BadInput, autocast, claim_run, log_line, number,     # noqa: E402
+                          parser_for, pick_device, run_main)
 
 SAVE_EVERY = 200            # updates
 
@@ -138,7 +138,7 @@ def main(argv=None):
         raise BadInput(f"--data {args.data} has {len(sets[0])} training and {len(sets[2])} test "
                        "images; at least 2 and 1 are needed")
     out = claim_run(args, "encoders")
-    print(f"device {device_name(device)} | {len(sets[0])} images")
+    print(f"{len(sets[0])} images")
     images, labels, test_images, test_labels = (x.to(device) for x in sets)
     for role in ENCODERS:
         if (out / f"{role}.pt").exists():      # finished before --resume

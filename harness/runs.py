@@ -89,7 +89,7 @@ def write_whole(path, data):
 
 def claim_run(args, default):
     """Claim a run's folder, when all its inputs are read: --out, or the next free runs/default-N.
-    Prints the flags; a new run's config.json holds them. BadInput where --out is taken."""
+    Prints flags and hardware; a new run's config.json has the flags. BadInput: --out is taken."""
     folder, n = Path(args.out or f"runs/{default}"), 1
     while not getattr(args, "resume", False):
         with contextlib.suppress(FileExistsError):             # taken, perhaps a moment ago
@@ -100,9 +100,9 @@ def claim_run(args, default):
                 break
         if args.out:
             raise BadInput(f"{folder} is not empty, or no folder; give another --out, or --resume")
-        n += 1
-        folder = Path(f"runs/{default}-{n}")
-    print(f"config: {vars(args) | dict(out=str(folder))}")
+        folder, n = Path(f"runs/{default}-{n + 1}"), n + 1
+    where = dict(out=str(folder), device=device_name(pick_device(args.device)))
+    print(f"config: {vars(args) | where}")
     return folder
 
 

@@ -117,7 +117,7 @@ class Folders(Case):
     def test_of_two_processes_with_one_out_one_wins_and_one_gets_a_sentence(self):
         code = ("import sys; from types import SimpleNamespace as Flags; from harness.runs import *"
                 "\nprint(flush=True); sys.stdin.read(1)\n"
-                "run_main(lambda: claim_run(Flags(out='same'), 'run'))")
+                "run_main(lambda: claim_run(Flags(out='same', device='cpu'), 'run'))")
         both = [process(code), process(code)]
         for one in both:
             one.stdout.readline()                                  # both are ready: now
@@ -940,7 +940,7 @@ class Commands(Working):
         self.patch(rl, **dict(zip(("best_baselines", "train", "deploy", "print_table"), spies)))
         self.patch(teacher, seeded_noise=spies[-1])
         self.run_main(rl, *self.job)
-        base, train, score, (rows, _) = (spy.call_args[0] for spy in spies[:4])
+        base, train, score, (rows, *_) = (spy.call_args[0] for spy in spies[:4])
         coach, _ = reward.load_encoder(self.tiny / "coach.pt", "coach")
         drawn = [set(call[0][0]) for call in spies[-1].call_args_list]
         self.assertTrue(all(not a & b for a, b in itertools.combinations(drawn, 2)))

@@ -1,9 +1,9 @@
 """What the policy gradient is compared with: every arm of the study, and its competitors.
 
 Adds to rl_distill.py other ways to find the same numbers u (logit rho, lean and gains of a jump):
-random search, the cross-entropy method, and the reward's own gradient; that gradient for the
-network's weights; and the fixed losses of losses.py. All start where the policy gradient starts,
-see the same training noises, and spend no more network evaluations. Next file: run.py.
+random search, the cross-entropy method, and the pathwise gradient of the reward; that gradient for
+the network's weights; and the fixed losses of losses.py. All see the same training noises and spend
+no more network evaluations; study/README.md says which start elsewhere. Next file: run.py.
 """
 import contextlib
 import sys
@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # From the repository:
 import rl_distill                                                              # noqa: E402
 from ddpm import (SOLVERS, T, action_mask, action_of, estimate, expand_like,   # noqa: E402
-                  jump, linear_alpha_bar, lists_of, solver_of)
+                  jump, linear_alpha_bar, lists_of, solver_of, step)
 from harness.runs import autocast                                              # noqa: E402
 import losses                                                                  # noqa: E402
 from reward import View, mse_reward                                            # noqa: E402
-from rl_distill import JUMPS_FASTER, JumpPolicy, exploration                    # noqa: E402
+from rl_distill import JUMPS_FASTER, JumpPolicy, exploration, rollout           # noqa: E402
 from teacher import TARGET, draw                                               # noqa: E402
 
 # Stds of the searches, in those of the policy gradient (rl_distill.STD) for each kind of number:
@@ -30,7 +30,6 @@ SEARCH_NOISES, SEARCH_STD = 64, (1.0, 0.2)      # noises of each try; std, first
 POPULATION, ELITES = 16, 4                      # of a generation, De Boer et al. 2005
 CEM_STD = 1.0, 0.2                              # of the first generation; floor of all others
 PATHWISE_LR = 0.03                              # Adam's first rate of (logit rho, lean), falls to 0
-WEIGHTS_LR = REGRESSION_LR = 3e-5               # the same of the network's weights
 
 # ==== COMPETITORS =============================================================================
 # (net, start Solver of lists, (z (N, 3, H, W), View of the targets), reward, args of rl_distill.py,
@@ -86,8 +85,8 @@ def cross_entropy(net, start, train_set, reward, args, budget):
     return lists_of(mean), generations * cost
 
 
-# ==== THE REWARD'S OWN GRADIENT ("pathwise") ==================================================
-# of the same numbers, as LD3 does for the times (Tong et al. 2024, arXiv 2405.15506)
+# ==== PATHWISE GRADIENT =======================================================================
+# The reward's, backpropagated through sampler and coach; of the same numbers, as LD3 does for the times (Tong et al. 2024, arXiv 2405.15506)
 
 class SmoothSchedule:
     """alpha_bar[t] for times that are no integers: linear in log alpha_bar between two integers, so
@@ -135,7 +134,7 @@ def ascend(groups, numbers, net, train_set, reward, args, budget):
 
 
 def pathwise(net, start, train_set, reward, args, budget):
-    """The reward's own gradient of the numbers of the jumps."""
+    """The pathwise gradient of the numbers of the jumps."""
     n, _, scale = exploration(net, args)
     policy, rate = JumpPolicy(start, n).to(train_set[0].device), PATHWISE_LR * scale
     groups = [dict(params=[policy.jumps], lr=rate),
@@ -144,12 +143,28 @@ def pathwise(net, start, train_set, reward, args, budget):
     return policy.solver(), spent
 
 
-def pathwise_weights(net, start, train_set, reward, args, budget, rate=None):
+def pathwise_weights(net, start, train_set, reward, args, budget):
     """The same of the network's weights, at the jumps of `start`."""
     n_gains = len(start.gains[0]) if start.gains else 0
     u = action_of(start, n_gains).to(train_set[0].device)
-    groups = [dict(params=[*net.requires_grad_(True).parameters()], lr=rate or WEIGHTS_LR)]
+    groups = [dict(params=[*net.requires_grad_(True).parameters()], lr=args.lr)]
     spent = ascend(groups, lambda: u, net, train_set, reward, args, budget)
+    net.requires_grad_(False)
+    return start, spent
+
+
+def pathwise_last(net, start, train_set, reward, args, budget):
+    """The same through the last jump alone: what the policy gradient of the weights estimates."""
+    size, alpha_bar = min(args.noises, len(train_set[0])), linear_alpha_bar(train_set[0].device)
+
+    def loss_of(generator):
+        z, target = pick(size, generator, *train_set)
+        _, [(state, *_)] = rollout(net, start, z, 1, 0.0, alpha_bar, generator)
+        mean, *_ = step(net, *state, alpha_bar)
+        return -reward(mean.clamp(-1, 1), target).mean()
+    groups = [dict(params=[*net.requires_grad_(True).parameters()], lr=args.lr)]
+    spent = losses.descend(groups, loss_of, size * (args.steps + 1 + losses.BACKWARD), args, budget,
+                           train_set[0].device)
     net.requires_grad_(False)
     return start, spent
 
@@ -169,7 +184,7 @@ def regression_jumps(net, start, train_set, reward, args, budget):
 
 def regression_weights(net, start, train_set, reward, args, budget):
     """Regression by the weights."""
-    return pathwise_weights(net, start, train_set, squared_error, args, budget, REGRESSION_LR)
+    return pathwise_weights(net, start, train_set, squared_error, args, budget)
 
 
 # ==== VARIANTS OF THE POLICY GRADIENT =========================================================
@@ -229,10 +244,12 @@ INIT = {"teacher": "teacher", "student": "checkpoints/student.pt",      # --init
         "copy": "checkpoints/student_copy.pt"}
 COMPETITORS = {"random search": random_search, "cross-entropy": cross_entropy,
                "pathwise": pathwise, "pathwise, weights": pathwise_weights,
+               "pathwise, weights, last jump": pathwise_last,
                "regression": regression_jumps, "regression, weights": regression_weights,
                "cloning": losses.cloning, "progressive distillation": losses.progressive,
                "consistency distillation": losses.consistency}
-NEED_GRADIENT = "pathwise", "pathwise, weights" # of the reward
+NEED_GRADIENT = [name for name in COMPETITORS if "pathwise" in name]     # of the reward
+COACH = 0.107                           # a call of the reward, in evaluations (0.081, 0.756 GFLOP)
 FIXED = [*COMPETITORS][-4:]                     # losses of the weights: they ask no reward
 GRADIENT, ALL = "policy gradient", "times, leans, gains"
 GAINS = {"times and leans": ("--gains", "none"), ALL: (), "channel gains": ("--gains", "channel")}
@@ -262,11 +279,16 @@ def arms():
     for K in FEW:                       # about as many evaluations as the jumps
         more = (*weights, "--updates", str(240 * K // (K + 4)))
         longer = (*weights, "--updates", str(240 * K // (K + 4) + 60))      # as from regression
+        equal = (*weights, "--updates", str(round(                          # 128 calls included
+            240 * K // (K + 4) * (1 + 128 * COACH / (K + 3)))))
         out += [Arm("fixed", name, "teacher", K, more, method=name) for name in FIXED]
         out += [Arm("fixed", "regression, weights, half more", "teacher", K, longer,
                     method=FIXED[0]),
-                Arm("weights", f"{GRADIENT}, weights", "teacher", K, more),
-                Arm("pathwise", NEED_GRADIENT[1], "teacher", K, more, method=NEED_GRADIENT[1])]
+                Arm("fixed", "regression, weights, calls too", "teacher", K, equal,
+                    method=FIXED[0]),
+                Arm("weights", f"{GRADIENT}, weights", "teacher", K, more)]
+        out += [Arm("pathwise", name, "teacher", K, more, method=name)
+                for name in NEED_GRADIENT[1:]]
     out += [Arm("weights", f"{GRADIENT}, weights, {words}", init, K, flags, start)
             for init, words, start, steps, flags in (
                 ("teacher", "from learned jumps", "learned", FEW, (*later, "1e-5")),
@@ -276,6 +298,8 @@ def arms():
                 ("copy", "from DDIM", "DDIM", FEW, (*later, "3e-6"))) for K in steps]
     channel = f"{GRADIENT}, channel gains"
     return out + [
+        *(Arm("pathwise", "pathwise, weights, after regression", "teacher", K, (*later, "1e-5"),
+              "regression", "pathwise, weights") for K in (2, 3, 4)),
         Arm("channel", channel, "teacher", 3, GAINS["channel gains"]),
         Arm("channel", f"{channel}, from block gains", "teacher", 3, GAINS["channel gains"],
             "learned"),

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # From the repository:
 from ddpm import baseline_solver, estimate, jump, linear_alpha_bar, make_grid   # noqa: E402
 from harness.runs import autocast                                              # noqa: E402
-from student import (average_velocity, clone_loss, draw_jumps, state_at,       # noqa: E402
+from student import (average_velocity, clone_loss, state_at,                   # noqa: E402
                      student_from_teacher, teacher_paths)
 from teacher import TARGET                                                     # noqa: E402
 
@@ -65,14 +65,15 @@ def paths_of(net, z):
 # of the jumps' numbers (Luhman & Luhman 2021, arXiv 2101.02388), is in arms.py.
 
 def cloning(net, start, train_set, reward, args, budget):
-    """This repository's: the average velocity between two points of the teacher's path, for jumps
-    of any length (MeanFlow, 2505.13447; shortcut models, 2410.12557)."""
+    """student.py's loss, of the K jumps that are deployed: each lands on the teacher's own path
+    (MeanFlow, 2505.13447; shortcut models, 2410.12557)."""
     paths, alpha_bar, draw_rows = paths_of(net, train_set[0])
-    net = student_from_teacher(net).to(paths.device)
+    net, grid = student_from_teacher(net).to(paths.device), torch.tensor(
+        make_grid("quadratic", args.steps))
 
     def loss_of(generator):
-        t, t_next = draw_jumps(BATCH, generator)
-        return clone_loss(net, paths, draw_rows(generator), t, t_next, alpha_bar)
+        rows, k = draw_rows(generator), torch.randint(args.steps, (BATCH,), generator=generator)
+        return clone_loss(net, paths, rows, grid[k], grid[k + 1], alpha_bar)
     spent = descend_weights(net, loss_of, 1 + BACKWARD, RATES["cloning"], args, budget)
     return baseline_solver("DDIM", "quadratic", args.steps), spent, net
 

@@ -95,6 +95,17 @@ class World:
 
 # ==== PLAYING ONE ARM =========================================================================
 
+class Counted:
+    """A reward that counts the images it is asked of; one that gets a gradient counts three."""
+
+    def __init__(self, reward):
+        self.reward, self.calls = reward, 0
+
+    def __call__(self, images, target):
+        self.calls += len(images) * (3 if images.requires_grad else 1)
+        return self.reward(images, target)
+
+
 def arguments(arm, seed):
     """The arguments of rl_distill.py that are this arm's."""
     return rl_distill.parse_args(["--init", arms.INIT[arm.init], *arm.flags, "--steps",
@@ -116,7 +127,7 @@ def place(arm, seed, world):
 def play(arm, seed, world):
     """The policy.pt of an arm that learns: the one that is there, or one learned now, as
     rl_distill.distil() does, or by a competitor. Its content has 'study': trained and cloned
-    (network evaluations), minutes, numbers, all with those of its start."""
+    (network evaluations), calls of the reward, minutes, numbers, all with those of its start."""
     out = place(arm, seed, world)
     if (out / "policy.pt").exists():
         return out / "policy.pt"
@@ -127,28 +138,29 @@ def play(arm, seed, world):
     else:
         net, cloned = world.learner(arm.init)
         start, solver = world.start(arm.init, args.steps, arm.start)
-        past = dict(trained=cloned, cloned=cloned, minutes=0.0, numbers=0)
+        past = dict(trained=cloned, cloned=cloned, calls=0, minutes=0.0, numbers=0)
     if arm.start == "learned" and args.gains == "channel":
         solver = arms.channel_gains(solver, net.branches)
     shutil.rmtree(out, ignore_errors=True)                          # of a run that was killed
     out.mkdir(parents=True)
     spent = training_evaluations(args, min(args.noises, len(world.train_set[0])))
     torch.manual_seed(seed)                     # of the layer that a JumpUNet adds to the teacher
-    jumps, began = args.learn == "jumps", time.time()
+    jumps, began, reward = args.learn == "jumps", time.time(), Counted(world.reward)
     with open(out / "printed.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
             mock.patch.object(rl_distill, "LOG_EVERY", args.updates), \
             arms.within(arm.method, seed):
         if arm.method in arms.COMPETITORS:
             solver, spent, *other = arms.COMPETITORS[arm.method](
-                net, solver, world.train_set, world.reward, args, spent)
+                net, solver, world.train_set, reward, args, spent)
             net = other[0] if other else net
         else:
             solver, _ = rl_distill.train(net, solver, world.train_set, world.validation_set,
-                                         world.reward, args, out)
+                                         reward, args, out)
         numbers = (rl_distill.action_mask(args.steps, len(solver.gains[0])).sum().item() if jumps
                    else past["numbers"] % parameter_count(net) + parameter_count(net))
     seconds = time.time() - began
     study = dict(trained=past["trained"] + spent, cloned=past["cloned"], numbers=numbers,
+                 calls=past["calls"] + reward.calls,
                  minutes=past["minutes"] + seconds / 60)
     save_network(out / "policy.pt", "policy", net, provenance(
         "study/run.py", args, seconds, world.device, start=start, trained=study["trained"],
@@ -170,7 +182,8 @@ def commit():
 def row_of(arm, seed, world, version):
     """Play an arm and measure it on the held-out noises; its row, all plain values. reward_error:
     standard error over noises; closed: of what the strongest baseline `start` leaves, paired."""
-    (z, target), more = world.held_set, dict(trained=0, cloned=0, numbers=0, minutes=0.0)
+    (z, target), more = world.held_set, dict(trained=0, cloned=0, calls=0, numbers=0,
+                                        minutes=0.0)
     if arm.name == "target":
         images, reward, solver = target.images, torch.zeros(len(z), device=world.device), TARGET
         against = {}

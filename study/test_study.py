@@ -96,8 +96,8 @@ class Competitors(unittest.TestCase):
             args, before = arguments("--steps", "3", updates=updates), score(
                 net, start, *train_set)
             budget = rl_distill.training_evaluations(args, 8)
-            with counted() as rows, mock.patch.multiple(
-                    arms, WEIGHTS_LR=3e-3, REGRESSION_LR=3e-3, POPULATION=8), \
+            args.lr = 3e-3                                             # of weights
+            with counted() as rows, mock.patch.object(arms, "POPULATION", 8), \
                     mock.patch.object(losses, "BATCH", 4), mock.patch.object(
                         losses, "RATES", dict.fromkeys(losses.RATES, 3e-3)):
                 found, spent, *other = method(net, start, train_set, toy_reward, args, budget)
