@@ -284,9 +284,9 @@ def arms():
         out += [Arm("fixed", name, "teacher", K, more, method=name) for name in FIXED]
         out += [Arm("fixed", "regression, weights, half more", "teacher", K, longer,
                     method=FIXED[0]),
-                Arm("fixed", "regression, weights, calls too", "teacher", K, equal,
-                    method=FIXED[0]),
                 Arm("weights", f"{GRADIENT}, weights", "teacher", K, more)]
+        out += [Arm("fixed", "regression, weights, calls too", "teacher", K, equal,
+                    method=FIXED[0])] * (K == 2)            # where the policy gradient is ahead
         out += [Arm("pathwise", name, "teacher", K, more, method=name)
                 for name in NEED_GRADIENT[1:]]
     out += [Arm("weights", f"{GRADIENT}, weights, {words}", init, K, flags, start)

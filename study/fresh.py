@@ -96,8 +96,10 @@ def main(argv=None):
         for seed in args.seeds:
             against = None
             for name in NAMES:
-                arm = next(a for a in arms.arms() if (a.name, a.init, a.steps) == (
-                    name, "teacher", K))
+                arm = next((a for a in arms.arms() if (a.name, a.init, a.steps) == (
+                    name, "teacher", K)), None)
+                if arm is None:
+                    continue
                 net, _, solver = load_model(run.play(arm, seed, world), world.device)
                 found = measured(net, solver, z, target, world)
                 against = against or found
