@@ -25,7 +25,7 @@ from harness.runs import claim_run, log_line, parser_for, pick_device, run_main
 # ==============================================================================================
 # CONVENTIONS, used in every file
 #   images   float in [-1, 1], shape (B, 3, H, W)
-#   t        integer in 0..T. t = 0 is clean data; t = T is where sampling starts (trained!)
+#   t        integer in 0..T. t = 0 is clean data; sampling starts at t = T, which is trained too
 #   ab, ab'  alpha_bar[t] and alpha_bar[t_next], the share of signal in the variance of x_t, x_next
 #   v        what a network predicts: x_t = sqrt(ab) x0 + sqrt(1 - ab) eps, and
 #            v = sqrt(ab) eps - sqrt(1 - ab) x0 (Salimans & Ho 2022, appendix D)
@@ -166,7 +166,7 @@ def make_grid(name, steps):
 def baseline_solver(kind, grid_name, steps):
     """Solver of a kind on a grid. 'DDIM' never leans, 'DPM++' is DPM-Solver++(2M), 'AB2' leans by
     1/2 at every jump after the first, the last one too: the rule of Adams and Bashforth for equal
-    steps, which PNDM (Liu et al. 2022, arXiv 2202.09778) has for eps, here for x0_hat."""
+    steps, as in PNDM (Liu et al. 2022, arXiv 2202.09778) with more terms, and for eps."""
     times = torch.tensor(make_grid(grid_name, steps))
     t, t_next, t_last = times[:-1], times[1:], torch.cat([times[:1], times[:-2]])
     leans = (dpm_lean(t, t_next, t_last, linear_alpha_bar()) if kind == "DPM++" else
@@ -176,7 +176,8 @@ def baseline_solver(kind, grid_name, steps):
 
 def baseline_kinds(net, steps):
     """The baseline solvers that differ: with one evaluation all are DDIM; and where x0_hat is no
-    estimate of the image (net.estimates_image is False) there is no formula for leans."""
+    estimate of the image (net.estimates_image is False) there is no formula for leans, though a
+    policy may learn some."""
     return SOLVERS if net.estimates_image and steps > 1 else SOLVERS[:1]
 
 
@@ -216,8 +217,8 @@ def action_mask(steps, n_gains):
 def seeded_noise(seeds, shape, stream=0, device="cpu"):
     """Standard normal noise, one seed per image: the same seed is the same image in any batch.
     seeds: iterable of int; shape: of one image; stream: 0 for the start noise, k for jump k.
-    Drawn on the CPU, whose generator uses 32 bits of a seed: an odd factor keeps those below 4e9
-    apart. Returns (len(seeds), *shape)."""
+    Drawn on the CPU, whose generator takes a seed modulo 2^32: an odd factor keeps them distinct.
+    Returns (len(seeds), *shape)."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(
         int(seed) * NOISE_STREAMS + stream)) for seed in seeds]).to(device)
 

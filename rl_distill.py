@@ -1,11 +1,12 @@
 """Reinforced distillation: a student learns from a reward alone to make in 3 jumps what took 50.
 
 The reward is likeness to the teacher's image of the same noise, the method is ReDiF's (arXiv
-2512.22802): roll out, compare within a group, make what was better likelier. Two policies:
+2512.22802): roll out, compare within a group, make what was better likelier. Three policies:
+    --paper          ReDiF's MDP: state (x_t, t), action x_next ~ N(mean, sigma^2 I) of every jump,
+                     reward at the end; the weights of the network that computes the mean learn
+    --learn weights  of that the last jump alone, from which many copies land: a contextual bandit
     --learn jumps    ours: action u = (logit rho, lean, a gain for every residual block) of every
-                     jump, Normal(u; mean, std^2); the few numbers of the mean learn, in minutes
-    --learn weights  the paper's: action x_next, N(x_next; mean, sigma^2 I); the weights of the
-                     network that computes the mean learn; --paper: with the settings of its code
+                     jump ~ Normal(mean, std^2), drawn first; the few numbers of the mean learn
 
     python rl_distill.py                    # bundled weights, no data, no internet, minutes
     python rl_distill.py --learn weights
@@ -55,9 +56,8 @@ class JumpPolicy(nn.Module):
     u is drawn for all jumps before the first evaluation and reads no state: exploration in
     parameters (PGPE, Sehnke et al. 2010), an evolution strategy (OpenAI-ES, Salimans et al. 2017,
     arXiv 1703.03864). Few numbers make it work: the cosine of the estimated gradient with the true
-    one grows as sqrt(rollouts / numbers), as long as it is small. Gains are an adapter, as LoRA
-    (arXiv 2106.09685) is in ReDiF's code. DEVIATES: there the times are fixed, and x_next is the
-    only action."""
+    one grows with rollouts / numbers (study/estimators.py). Gains are an adapter, as LoRA (arXiv
+    2106.09685) is in ReDiF's code. DEVIATES: there times are fixed, x_next is the only action."""
 
     def __init__(self, solver, n_gains):
         super().__init__()
@@ -101,14 +101,14 @@ def landing_logp(mean, x_next, sigma):
 def rollout(net, solver, z, group, eta, alpha_bar, generator):
     """Images (M * group, 3, H, W) in [-1, 1] of `group` copies of each noise of z (M, 3, H, W), and
     the landings that explored: (state, x_next (M * group, 3, H, W), sigma, logp (M * group,)).
-    state: what step() was given, of B images; each has M * group / B landings, side by side.
 
-    With eta 0 only the last jump explores: the copies of a noise share every state, evaluation and
-    the last mean, from which they land apart. With eta above 0 every landing explores, and they
-    share the first evaluation alone. DEVIATES: with eta 0 only the last evaluation gets a gradient.
+        eta = 0:  z - x - x < group landings      the copies part at the last jump, which explores
+        eta > 0:  z < x - x - landing, each       they part at the first; every landing explores
 
-    Copies draw independently: with eta above 0 the mean of opposite pairs is a biased baseline for
-    later landings, and with eta 0 such pairs brought nothing (measured at 3 jumps)."""
+    state: what step() was given, one row for all copies until they part, then one for each.
+    DEVIATES: with eta 0 only the last evaluation gets a gradient; the jumps before change with it,
+    since they share its weights. Copies draw independently: opposite pairs have no unbiased mean
+    after the first landing, where their states differ (study/bias.py)."""
     times, leans, gains = per_image(solver, len(z), z.device)
     x, x0_last, landings, K = z, z, [], leans.shape[1]
     for k in range(K):
@@ -133,8 +133,8 @@ def advantages(reward, group):
     """A = (R - mean of its group) / rms of that over the whole batch: (M * group,) -> same.
 
     Members of a group share a noise, side by side; the mean removes how good that noise is anyway.
-    DEVIATES from GRPO (Shao et al. 2024), which divides by each group's own std: a group whose
-    rewards hardly differ stays small here. Equal rewards give exactly 0, never scaled rounding."""
+    DEVIATES from GRPO (Shao et al. 2024), which divides by each group's own std: of a pair that
+    leaves the sign alone. Equal rewards give exactly 0, never scaled rounding."""
     groups = reward.reshape(-1, group)                              # (M, group)
     centred = groups - groups.mean(1, keepdim=True)
     rounding = 1e-6 * groups.abs().max()
@@ -156,7 +156,9 @@ def clipped_surrogate(logp, logp_old, adv, clip_range):
 # (M * G,) and the ratios of all actions before it and, where that costs no evaluation, after it.
 
 def update_jumps(net, policy, z, target, reward, optimizer, args, std, alpha_bar, generator):
-    """Draw u in pairs, make images, move the mean towards the u that beat their noise's others."""
+    """Draw u in pairs, make images, move the mean towards the u that beat their noise's others.
+
+    In pairs and one pass this is (R+ - R-) (u+ - u-), summed: differences along random lines."""
     # SAMPLING
     rows = torch.arange(len(z), device=z.device).repeat_interleave(args.group)
     u = policy.draw(len(rows), std, generator)                      # (M * G, K, 2 + n)
@@ -180,15 +182,16 @@ def update_jumps(net, policy, z, target, reward, optimizer, args, std, alpha_bar
 def update_weights(net, solver, z, target, reward, optimizer, args, alpha_bar, generator):
     """Land in groups, move the weights so that the better landings of a group become likelier.
 
-    The mean of A noise / sigma over the copies of a state estimates the gradient of the expected
-    reward by the mean; one backward pass takes it into the weights. DEVIATES: with eta above 0
-    landings are weighted by sigma, as in ReDiF's code: less variance, but no longer that gradient.
-    And where a jump leans, the estimate before counts as given, though the weights made it."""
+    The score of a landing by its mean is noise / sigma; A noise / sigma, averaged over the copies
+    of a state, estimates d E[R] / d mean: the reward is evaluated, never differentiated. A backward
+    pass multiplies it by d mean / d weights, once for all copies. Not quite the gradient: landings
+    are weighted by sigma, as in ReDiF's code, which matters with eta above 0; and where a jump
+    leans, the estimate before counts as given, though the weights made it."""
     # SAMPLING
     rows = torch.arange(len(z), device=z.device).repeat_interleave(args.group)
     with autocast(z.device):
         images, landings = rollout(net, solver, z, args.group, args.eta, alpha_bar, generator)
-        R = rewards(reward, images, target, rows)           # off by up to 7 % of a group's std
+        R = rewards(reward, images, target, rows)           # bf16: off by 7 % of a group's std
     # ADVANTAGES
     adv = advantages(R, args.group)
     # TRAINING: one backward pass for all copies of a state
@@ -211,8 +214,8 @@ def update_weights(net, solver, z, target, reward, optimizer, args, alpha_bar, g
 
 def exploration(net, args):
     """Of the jumps: n gains of each, std (2 + n,) of u at the first update, and the factor of that
-    std and of the rates. The more jumps, the less each may move (unscaled, six close 39 % and not
-    52); a clone has less to gain than that costs. By tries on noises of their own."""
+    std and of the rates: the more jumps, the less each may move; a clone has little to gain. By
+    tries on noises of their own: there six jumps, unscaled, close 39 % and not 52."""
     n = dict(none=0, block=len(net.branches), channel=sum(net.branches))[args.gains]
     scale = (1 if net.estimates_image else CLONED) * USUAL_STEPS / max(2, args.steps)
     return n, scale * torch.tensor([STD["jump"]] * 2 + [STD.get(args.gains)] * n), scale
@@ -250,8 +253,8 @@ def train(net, start, train_set, validation_set, reward, args, out):
     for update in range(first, args.updates + 1):                   # 0: before the first
         if update > 0:
             left = 1 - (update - 1) / args.updates
-            for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * left
+            for parameters, rate in zip(optimizer.param_groups, rates):
+                parameters["lr"] = rate * left
             pick = torch.randperm(len(z), generator=generator)[:args.noises].to(device)
             some = z[pick], target.rows(pick), reward, optimizer, args
             seen = diagnostics(args.group, *(
@@ -260,13 +263,13 @@ def train(net, start, train_set, validation_set, reward, args, out):
         if update % LOG_EVERY and update < args.updates:
             continue
         solver, seconds = learns.solver() if jumps else start, time.time() - began
-        held = deploy(net, solver, *validation_set, reward, alpha_bar)[1].mean().item()
-        row = dict(update=update, validation=held, **seen, times=solver.times, leans=solver.leans,
+        value = deploy(net, solver, *validation_set, reward, alpha_bar)[1].mean().item()
+        row = dict(update=update, validation=value, **seen, times=solver.times, leans=solver.leans,
                    gains=solver.gains, seconds=seconds)
         rms = torch.tensor(solver.gains or []).square().mean().nan_to_num().sqrt()
-        print(f"{update:6d} {held:8.4f} |", *solver.times, "|",
+        print(f"{update:6d} {value:8.4f} |", *solver.times, "|",
               *(f"{lean:.2f}" for lean in solver.leans), f"| {rms:.3f} |",
-              *(f"{value:.4g}" for value in seen.values()), flush=True)
+              *(f"{x:.4g}" for x in seen.values()), flush=True)
         log_line(out / "log.jsonl", **row)
         save_state(out / "state.pt", parts, update + 1, seconds)
     return solver, seconds
@@ -312,8 +315,8 @@ def parse_args(argv=None):
     a("--encoders", default="checkpoints", help="folder of coach.pt and judge.pt")
     a("--init", nargs="+", help="who learns, one after the other: 'teacher' (a copy of it), or a "
       "file of student.py or of this script, which goes on from its jumps *")
-    group = p.add_argument_group("what is learned")
-    a, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    what = p.add_argument_group("what is learned")
+    a, either = what.add_argument, what.add_mutually_exclusive_group().add_argument
     either("--learn", choices=["jumps", "weights"], default="jumps", help="which action, see above")
     either("--paper", dest="learn", action="store_const", const="paper", help="as ReDiF's code *")
     a("--gains", choices=["none", "block", "channel"], default="block",
@@ -331,7 +334,7 @@ def parse_args(argv=None):
     p.epilog += "".join(f" *  --{'learn ' * (name != 'paper')}{name}: {preset}"
                         for name, preset in PRESETS.items())
     p.set_defaults(noises=None)
-    p.set_defaults(**PRESETS[p.parse_args(argv).learn])             # the first pass finds --learn
+    p.set_defaults(**PRESETS[p.parse_args(argv).learn])     # parsed once to learn which preset
     args = p.parse_args(argv)
     args.updates = 4 if args.smoke else args.updates
     if args.learn == "jumps" and (args.group % 2 or args.eta > 0):
@@ -345,14 +348,13 @@ def parse_args(argv=None):
 
 def distil(learner, teacher, train_set, validation_set, held_set, reward, args, out):
     """Baselines, training and deployment of one learner, into folder `out`. Returns its Rows."""
-    name, net, own, trained = learner
-    (z, target), K, first = held_set, args.steps, slice(BASELINE_NOISES)
-    alpha_bar = linear_alpha_bar(z.device)
+    (name, net, own, trained), (z, target), K = learner, held_set, args.steps
+    alpha_bar, first = linear_alpha_bar(z.device), slice(BASELINE_NOISES)
     starts = {"before": ("", own)} if own else best_baselines(
         net, K, train_set[0][first], train_set[1].rows(first), reward, alpha_bar)
     rows = {kind: Row(f"{name}{kind} {grid}".strip(), K, trained, *deploy(
         net, solver, z, target, reward, alpha_bar)) for kind, (grid, solver) in starts.items()}
-    kind = "DDIM" if args.eta > 0 and not own else next(iter(starts))   # leans magnify noise
+    kind = "DDIM" if args.eta > 0 and not own else next(iter(starts))   # leans magnify eta's noise
     print(f"\nstarts from {rows[kind].name}")
     solver, seconds = train(net, starts[kind][1], train_set, validation_set, reward, args, out)
     trained += training_evaluations(args, min(args.noises, len(train_set[0])))

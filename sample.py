@@ -123,7 +123,7 @@ def main(argv=None):
         raise BadInput("--steps, --solver, --grid, --eta need a teacher or a student: a policy has "
                        "learned its own jumps")
     kind, grid = args.solver or "DDIM", args.grid or "quadratic"
-    if not solver and kind not in baseline_kinds(net, T):
+    if kind != "DDIM" and not net.estimates_image:
         raise BadInput(f"a student's estimates are no images to lean on, as {kind} does; give DDIM")
     how = "its own jumps" if solver else f"{kind} on the {grid} grid"
     solver = solver or baseline_solver(kind, grid, (args.steps or [4])[0])

@@ -7,7 +7,7 @@ cloning a smaller network from random weights is this project's choice. rl_disti
 both: this student, and a copy of the teacher that was not cloned.
 
     python student.py                          # clones the bundled teacher from random weights
-    python student.py --init teacher --lr 3e-4 # the paper's own start: a copy of the teacher
+    python student.py --init teacher --lr 3e-4 # clones it too, but from a copy of its weights
 
 Reads --teacher; writes to --out: student.pt (fp16), state.pt (for --resume), samples.png (rows: the
 teacher, then 1, 2, 4, 8 steps), loss.png, log.jsonl. Next file: reward.py.
@@ -37,9 +37,10 @@ CLONE_SEEDS = 10 ** 6       # seeds of cloning's noise count up from here
 # ==============================================================================================
 # A JUMP IS A ROTATION. With sqrt(ab_t) = cos(phi_t), DDIM's update (Eq. 12, Song et al. 2020, at
 # sigma = 0) turns x_t by d = phi_t - phi_next:   x_next = cos(d) x_t - sin(d) v
-# The teacher's v is the velocity at x_t; the *average velocity* between two points of its path
-# makes one jump of any length exact (shortcut models, arXiv 2410.12557; MeanFlow, 2505.13447; as
-# in progressive distillation, 2202.00512, it is the v of the one DDIM jump that lands there).
+# The teacher's v is the velocity at x_t; the *average velocity* between two points of its path is
+# the v of the one DDIM jump that leads from one to the other (as in progressive distillation,
+# 2202.00512; the name is that of shortcut models, 2410.12557, and MeanFlow, 2505.13447, whose jumps
+# are straight: there it is the mean of v along the way, on an arc it is not).
 # ==============================================================================================
 
 

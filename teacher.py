@@ -29,8 +29,7 @@ EMA_DECAY = 0.9995          # per update; Ho et al. use 0.9999 for 800,000 updat
 WARMUP = 200                # updates until the learning rate is full
 GRAD_CLIP = 1.0             # largest norm of the gradient, as in Ho et al.'s code
 TARGET = baseline_solver("DDIM", "quadratic", 50)   # of the DDIM grids the one with the best images
-HELD_OUT = 10 ** 9          # seeds of noise from here on are never trained on, in any file; below:
-                            # 0.. of the rewards, CLONE_SEEDS.. of student.py
+HELD_OUT = 10 ** 9          # seeds of noise from here on are never trained on, in any file
 LOG_EVERY, SAVE_EVERY = 50, 500                 # updates
 CHUNK = dict(cpu=64, cuda=512)      # images at once where nothing is learned
 

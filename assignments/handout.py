@@ -99,9 +99,9 @@ VEILED = (
     ("ddpm.py", "The loss is\n    theirs: of eps, ab |v - v_hat|^2.", "The loss is\n    theirs, of eps."),
     ("student.py", "turns x_t by d = phi_t - phi_next:   x_next = cos(d) x_t - sin(d) v",
      "is a rotation (exercise 4)"),
-    ("rl_distill.py", "with eta above 0 the mean of opposite pairs is a biased baseline "
-     "for\n    later landings, and with eta 0 such pairs brought nothing (measured at 3 jumps).",
-     "opposite pairs: exercise 8."),
+    ("rl_distill.py", "opposite pairs have no unbiased mean\n    after the first landing, where "
+     "their states differ (study/bias.py).", "opposite pairs: exercise 8."),
+    ("README.md", ", (R+ - R-) noise, and Adam", " (exercise 7)"),
     ("README.md", "(reward - mean of the pair) / rms over the batch", "... (exercise 5)"),
     ("README.md", TWENTY_LINES, "(exercise 7)\n"),
     ("README.md", "python test_all.py          # that the code does what it says, two to five minutes\n",

@@ -86,7 +86,8 @@ def cross_entropy(net, start, train_set, reward, args, budget):
 
 
 # ==== PATHWISE GRADIENT =======================================================================
-# The reward's, backpropagated through sampler and coach; of the same numbers, as LD3 does for the times (Tong et al. 2024, arXiv 2405.15506)
+# of the reward, backpropagated through sampler and coach; of the same numbers, as LD3 does for the
+# times (Tong et al. 2024, arXiv 2405.15506)
 
 class SmoothSchedule:
     """alpha_bar[t] for times that are no integers: linear in log alpha_bar between two integers, so

@@ -63,12 +63,14 @@ def column(name, form, error=None, scale=1):
 
 def costs(rows):
     """Lines of markdown: what each learned sampler cost, its K in one line."""
-    lines = ["| network, sampler | K | training evaluations, thousands | of these cloning "
-             "| minutes | numbers changed | needs the reward's gradient |", "|---|" + "---|" * 6]
+    lines = ["| network, sampler | K | training evaluations, thousands | of these cloning | calls of "
+             "the reward, thousands | minutes | numbers changed | needs the reward's gradient |",
+             "|---|" + "---|" * 7]
     for (init, name), at in lines_of(rows).items():
         cells = [[str(K) for K in at],
                  [f"{same[0]['trained'] / 1000:.1f}" for same in at.values()],
                  dict.fromkeys(f"{same[0]['cloned'] / 1000:.0f}" for same in at.values()),
+                 [f"{same[0]['calls'] / 1000:.1f}" for same in at.values()],
                  [f"{statistics.fmean(r['minutes'] for r in same):.1f}" for same in at.values()],
                  [f"{same[0]['numbers']:,d}" for same in at.values()],
                  ["yes" if any(same[0]["needs_gradient"] for same in at.values()) else "no"]]
@@ -101,9 +103,9 @@ def tables(rows, missing):
 
 # ==== FIGURE ==================================================================================
 
-COLOURS = {"policy gradient": "tab:red", "search": "grey", "reward's own gradient": "tab:green",
+COLOURS = {"policy gradient": "tab:red", "search": "grey", "pathwise gradient": "tab:green",
            "fixed loss": "tab:blue"}
-KINDS = dict(search="search", pathwise="reward's own gradient", fixed="fixed loss",
+KINDS = dict(search="search", pathwise="pathwise gradient", fixed="fixed loss",
              baseline="fixed loss")             # of the groups of arms.py; all others are ours
 PANELS = 2, 3, 4
 

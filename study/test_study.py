@@ -235,7 +235,9 @@ class Books(unittest.TestCase):
             self.assertEqual((folder / "policy.pt").exists(), not name.startswith("baseline"))
             if name.startswith("fixed"):
                 self.assertEqual(row["numbers"] > 1000, "leans" not in name)
-                self.assertFalse(row["needs_gradient"])
+                self.assertFalse(row["needs_gradient"] or row["calls"])
+            elif not name.startswith("baseline"):
+                self.assertGreater(row["calls"], 0)
             if name.startswith("weights"):
                 jumps = run.place(run.arm_before(done[name]), 0, world) / "policy.pt"
                 self.assertIn("--only weights --seeds 0", row["command"])
@@ -250,7 +252,8 @@ class Books(unittest.TestCase):
     def row(self, arm, seed=0):
         return dict(zip(run.KEY, (*arm[:4], seed)), n=8, nfe=arm.steps, reward=-1.0 - 2 * seed,
                     reward_error=0.1, start="a", start_reward=-4.0, closed=0.5 - 0.2 * seed,
-                    closed_error=0.05, mse=0.1, frechet=2.0, trained=2000, cloned=0, numbers=35,
+                    closed_error=0.05, mse=0.1, frechet=2.0, trained=2000, cloned=0, calls=1000,
+                    numbers=35,
                     needs_gradient=False, minutes=1.0, device="cpu", torch="2", commit="c")
 
     def test_a_row_is_not_made_again_and_a_torn_line_is_no_row(self):
@@ -277,7 +280,8 @@ class Books(unittest.TestCase):
         self.assertTrue(text.endswith(f"\n{end}\nbelow é\n") and "old" not in text)
         for line in ("| teacher, policy gradient, times, leans, gains | -2.000 ± 1.414 (0.100) |",
                      "gains | 40 ± 14 (5) |", "The target itself, 50 evalu",
-                     "| teacher, policy gradient, times, leans, gains | 3 | 2.0 | 0 | 1.0 | 35 | no |"):
+                     "| teacher, policy gradient, times, leans, gains | 3 | 2.0 | 0 | 1.0 | 1.0 | 35 "
+                     "| no |"):
             self.assertIn(line, text)
         with self.assertRaises(report.BadInput), contextlib.redirect_stdout(io.StringIO()):
             Path("none.md").write_text("no markers")
