@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import arms                                     # puts the repository on the path   # noqa: E402
 import bias                                                                    # noqa: E402
 import estimators                                                              # noqa: E402
+import fresh                                                                   # noqa: E402
 import losses                                                                  # noqa: E402
 import report                                                                  # noqa: E402
 import run                                                                     # noqa: E402
@@ -28,7 +29,7 @@ from ddpm import (T, MixtureNet, UNet, action_mask, baseline_solver, linear_alph
                   action_of, sample, seeded_noise, solver_of)
 from harness.runs import checksum                                              # noqa: E402
 from reward import Judge, View                                                 # noqa: E402
-from teacher import TARGET, draw                                               # noqa: E402
+from teacher import TARGET, draw, noise_and_targets                            # noqa: E402
 
 ALPHA_BAR, CPU = linear_alpha_bar(), torch.device("cpu")
 TINY = dict(width=8, mults=[1], blocks=1, attention=[], image_size=4)
@@ -248,6 +249,32 @@ class Books(unittest.TestCase):
                 self.assertEqual(content["provenance"]["teacher"], checksum(world.teacher))
                 with mock.patch.object(rl_distill, "train", side_effect=AssertionError):
                     self.assertEqual(run.play(done[name], 0, world), folder / "policy.pt")
+
+    def test_the_headline_on_fresh_noises_is_paired_with_regression(self):
+        world = self.world()
+        names = "regression, weights", "pathwise, weights", "policy gradient, weights"
+        Path("study").mkdir()
+        with mock.patch.multiple(fresh, N=9, RESAMPLED=4, ROOT=Path("."), NAMES=names), \
+                mock.patch.object(run, "World", lambda device: world), mock.patch("builtins.print"):
+            fresh.main(["--steps", "3"])
+        first, *_ = rows = [json.loads(line) for line in Path(
+            "study/fresh.jsonl").read_text().splitlines()]
+        self.assertEqual([row["name"] for row in rows], [*names])
+        for kind in ("reward", "likeness", "frechet"):
+            self.assertEqual((first[f"more_{kind}"], first[f"more_{kind}_error"]), (0, 0))
+        z, target = noise_and_targets(world.teacher, fresh.FIRST, 9, CPU)
+        found = [(draw(net, solver, z, ALPHA_BAR) - target).square().flatten(1).mean(1)
+                 for net, solver in [(world.teacher, world.start("teacher", 3, "best")[1])] + [
+                     run.load_model(run.play(arm, 0, world))[::2] for name in names
+                     for arm in arms.arms() if (arm.name, arm.init, arm.steps) == (
+                         name, "teacher", 3)]]                        # toy_reward is -100 of this
+        for row, error in zip(rows, found[1:]):
+            more = (found[1] - error) / found[0].mean()
+            for key, value in (("mse", error.mean()), ("reward", 1 - error.mean() / found[0].mean()),
+                               ("more_reward", more.mean()),
+                               ("more_reward_error", more.std() / 3)):
+                self.assertAlmostEqual(row[key], value.item(), places=4, msg=key)
+        self.assertEqual(len(Path("study/fresh.md").read_text().splitlines()), 5)
 
     def row(self, arm, seed=0):
         return dict(zip(run.KEY, (*arm[:4], seed)), n=8, nfe=arm.steps, reward=-1.0 - 2 * seed,
