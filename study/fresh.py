@@ -1,8 +1,8 @@
 """The headline once more, on noises that no row, choice or claim was made on.
 
-    python study/fresh.py --steps 3 --seeds 0    # study/fresh.md, study/fresh.jsonl
+    python study/fresh.py --steps 2 3 --seeds 0      # study/fresh.jsonl, study/fresh.md; hours
 
-Plays what is not under runs/study/ yet. Every sampler is measured on the same 1,000 fresh noises:
+Plays what is not under runs/study/ yet; rows that are there are not made again. Every sampler is measured on the same 1,000 fresh noises:
 by the reward, by how like the *judge* finds an image to the target of its noise, and by the Fréchet
 distance. All differences are paired with regression, noise by noise.
 """
@@ -14,7 +14,7 @@ import torch
 import arms                                     # puts the repository on the path
 import run
 # From the repository:
-from harness.runs import ROOT, log_line, number, pick_device, run_main, write_whole
+from harness.runs import ROOT, log_line, number, pick_device, read_log, run_main, write_whole
 from reward import (closed, deploy, encode, frechet_distance, moments, perceptual_reward,
                     standard_error, view_of)
 from student import load_model
@@ -88,7 +88,8 @@ def main(argv=None):
     with mock.patch.object(run, "N", 8):                        # its own held-out noises: unused
         world = run.World(pick_device(args.device))
     z, target = noise_and_targets(world.teacher, FIRST, N, world.device)
-    target, rows = world.reward.view(target), []
+    target, path = world.reward.view(target), ROOT / "study" / "fresh.jsonl"
+    rows = read_log(path) if path.exists() else []
     reference = world.judge[1]["mean"], world.judge[1]["covariance"]
     for K in args.steps:
         _, best = world.start("teacher", K, "best")
@@ -98,14 +99,16 @@ def main(argv=None):
             for name in NAMES:
                 arm = next((a for a in arms.arms() if (a.name, a.init, a.steps) == (
                     name, "teacher", K)), None)
-                if arm is None:
+                done = any((r["name"], r["steps"], r["seed"]) == (name, K, seed) for r in rows)
+                if arm is None or done and against:
                     continue
                 net, _, solver = load_model(run.play(arm, seed, world), world.device)
                 found = measured(net, solver, z, target, world)
-                against = against or found
-                rows.append(row(arm, seed, found, start, against, reference))
-                print(table(rows)[-1], flush=True)
-                log_line(ROOT / "study" / "fresh.jsonl", **rows[-1])
+                against = against or found                          # regression comes first
+                if not done:
+                    rows.append(row(arm, seed, found, start, against, reference))
+                    print(table(rows)[-1], flush=True)
+                    log_line(path, **rows[-1])
     write_whole(ROOT / "study" / "fresh.md", "\n".join(table(rows) + [""]).encode())
 
 

@@ -257,6 +257,7 @@ class Books(unittest.TestCase):
         with mock.patch.multiple(fresh, N=9, RESAMPLED=4, ROOT=Path("."), NAMES=names), \
                 mock.patch.object(run, "World", lambda device: world), mock.patch("builtins.print"):
             fresh.main(["--steps", "3"])
+            fresh.main(["--steps", "3"])                               # nothing is made again
         first, *_ = rows = [json.loads(line) for line in Path(
             "study/fresh.jsonl").read_text().splitlines()]
         self.assertEqual([row["name"] for row in rows], [*names])
