@@ -109,7 +109,8 @@ def main(argv=None):
                     rows.append(row(arm, seed, found, start, against, reference))
                     print(table(rows)[-1], flush=True)
                     log_line(path, **rows[-1])
-    write_whole(ROOT / "study" / "fresh.md", "\n".join(table(rows) + [""]).encode())
+    write_whole(ROOT / "study" / "fresh.md", "\n".join(table(sorted(
+        rows, key=lambda r: (r["steps"], r["seed"]))) + [""]).encode())
 
 
 if __name__ == "__main__":
