@@ -126,7 +126,8 @@ def picture(rows, path):
                       for K in best if K in at}
             if closed:
                 shown[label] = closed, KINDS.get(group, "policy gradient")
-    order = sorted(shown, key=lambda label: statistics.fmean(shown[label][0].get(3, [-30])))
+    order = sorted(shown, key=lambda label: statistics.fmean(
+        shown[label][0].get(3, next(iter(shown[label][0].values())))))
     figure, axes = new_figure(1, len(PANELS), (13, 1.2 + 0.25 * len(order)), sharey=True)
     for axis, K in zip(axes, PANELS):
         for y, label in enumerate(order):
@@ -138,8 +139,8 @@ def picture(rows, path):
         axis.axvline(0, color="black", linewidth=0.8)
         axis.grid(alpha=0.3)
     for kind, colour in COLOURS.items():
-        axes[0].plot([], [], "o", color=colour, label=kind)
-    axes[0].legend(fontsize=8, loc="lower right")
+        axes[-1].plot([], [], "o", color=colour, label=kind)
+    axes[-1].legend(fontsize=8, loc="lower right")
     figure.savefig(path)
 
 
