@@ -146,7 +146,7 @@ PLANTED = [  # (module, what the source says, the mistake, the test that notices
      "Loop.test_training_takes_as_many_evaluations_as_it_says"),
     (rl, "std * (0.2 + 0.8 * left)", "std",
      "Loop.test_rates_fall_to_0_the_std_to_a_fifth_and_what_is_masked_never_moves"),
-    (rl, 'group["lr"] = rate * left', 'group["lr"] *= left',
+    (rl, 'parameters["lr"] = rate * left', 'parameters["lr"] *= left',
      "Loop.test_rates_fall_to_0_the_std_to_a_fifth_and_what_is_masked_never_moves"),
     (rl, "/ max(2, args.steps)", "/ args.steps", "Loop.test_more_jumps_and_a_clone_explore_less"),
     (rl, "range(first, args.updates + 1)", "range(first + 1, args.updates + 1)",
