@@ -163,11 +163,8 @@ def pathwise_last(net, start, train_set, reward, args, budget):
         _, [(state, *_)] = rollout(net, start, z, 1, 0.0, alpha_bar, generator)
         mean, *_ = step(net, *state, alpha_bar)
         return -reward(mean.clamp(-1, 1), target).mean()
-    groups = [dict(params=[*net.requires_grad_(True).parameters()], lr=args.lr)]
-    spent = losses.descend(groups, loss_of, size * (args.steps + 1 + losses.BACKWARD), args, budget,
-                           train_set[0].device)
-    net.requires_grad_(False)
-    return start, spent
+    return start, losses.descend_weights(net, loss_of, size * (args.steps + 1 + losses.BACKWARD),
+                                         args.lr, args, budget)
 
 
 # Regression to the target through all jumps, Luhman & Luhman 2021 (arXiv 2101.02388): the pathwise
@@ -280,16 +277,15 @@ def arms():
     for K in FEW:                       # about as many evaluations as the jumps
         more = (*weights, "--updates", str(240 * K // (K + 4)))
         longer = (*weights, "--updates", str(240 * K // (K + 4) + 60))      # as from regression
-        equal = (*weights, "--updates", str(round(                          # 128 calls included
-            240 * K // (K + 4) * (1 + 128 * COACH / (K + 3)))))
         out += [Arm("fixed", name, "teacher", K, more, method=name) for name in FIXED]
         out += [Arm("fixed", "regression, weights, half more", "teacher", K, longer,
                     method=FIXED[0]),
                 Arm("weights", f"{GRADIENT}, weights", "teacher", K, more)]
-        out += [Arm("fixed", "regression, weights, calls too", "teacher", K, equal,
-                    method=FIXED[0])] * (K == 2)            # where the policy gradient is ahead
         out += [Arm("pathwise", name, "teacher", K, more, method=name)
                 for name in NEED_GRADIENT[1:]]
+    dear = round(80 * (1 + 128 * COACH / 5))    # of 80 updates: 5 evaluations, 128 calls a noise
+    out += [Arm("fixed", "regression, weights, calls too", "teacher", 2,    # where it is behind
+                (*weights, "--updates", str(dear)), method=FIXED[0])]
     out += [Arm("weights", f"{GRADIENT}, weights, {words}", init, K, flags, start)
             for init, words, start, steps, flags in (
                 ("teacher", "from learned jumps", "learned", FEW, (*later, "1e-5")),

@@ -7,7 +7,6 @@ by the reward, by how like the *judge* finds an image to the target of its noise
 distance. All differences are paired with regression, noise by noise.
 """
 import argparse
-from unittest import mock
 
 import torch
 
@@ -15,23 +14,16 @@ import arms                                     # puts the repository on the pat
 import run
 # From the repository:
 from harness.runs import ROOT, log_line, number, pick_device, read_log, run_main, write_whole
-from reward import (closed, deploy, encode, frechet_distance, moments, perceptual_reward,
-                    standard_error, view_of)
+from reward import (Reward, closed, encode, frechet_distance, moments, rewards,
+                    standard_error)
 from student import load_model
-from teacher import HELD_OUT, noise_and_targets
+from teacher import HELD_OUT, draw, noise_and_targets
 
 FIRST, N, RESAMPLED = HELD_OUT + 2 * 10 ** 6, 1000, 200     # first seed; noises; bootstrap samples
 NAMES = ["regression, weights", "regression, weights, calls too", "cloning",
          "policy gradient, weights", "policy gradient, weights, after regression",
          "pathwise, weights", "pathwise, weights, after regression",
          "policy gradient, times, leans, gains"]
-
-
-@torch.no_grad()
-def likeness(judge, images, target, batch=250):
-    """(N,), at most 0: perceptual_reward() in the judge's feature maps."""
-    return torch.cat([perceptual_reward(view_of(judge, a), view_of(judge, b))
-                      for a, b in zip(images.split(batch), target.split(batch))])
 
 
 def bootstrap(features, reference):
@@ -43,21 +35,25 @@ def bootstrap(features, reference):
         for _ in range(RESAMPLED)])
 
 
-def measured(net, solver, z, target, world):
-    """Of one sampler: reward, likeness (N,), squared error (N,), features (N, C)."""
-    images, reward = deploy(net, solver, z, target, world.reward, world.alpha_bar)
-    return dict(reward=reward, likeness=likeness(world.judge[0], images, target.images),
-                mse=(images - target.images).square().mean((1, 2, 3)),
-                features=encode(world.judge[0], images))
+def measured(net, solver, z, views, world):
+    """Of one sampler: reward, likeness and mse (N,), frechet, and its bootstrap (RESAMPLED,).
+    views: {name: (Reward, its View of the targets)}."""
+    images, (judge, file) = draw(net, solver, z, world.alpha_bar), world.judge
+    features, reference = encode(judge, images), (file["mean"], file["covariance"])
+    each = torch.arange(len(z), device=z.device)
+    return dict(mse=(images - views["reward"][1].images).square().mean((1, 2, 3)),
+                frechet=frechet_distance(*moments(features), *reference),
+                bootstrap=bootstrap(features, reference),
+                **{name: rewards(reward, images, target, each)
+                   for name, (reward, target) in views.items()})
 
 
-def row(arm, seed, found, start, against, reference):
+def row(arm, seed, found, start, against):
     """Plain values of a sampler; start, against: measured() of the best baseline, of regression."""
-    mine, theirs = (bootstrap(x["features"], reference) for x in (found, against))
+    more = found["bootstrap"] - against["bootstrap"]
     values = dict(name=arm.name, steps=arm.steps, seed=seed, mse=found["mse"].mean().item(),
-                  frechet=frechet_distance(*moments(found["features"]), *reference),
-                  frechet_error=mine.std().item(), more_frechet=(mine - theirs).mean().item(),
-                  more_frechet_error=(mine - theirs).std().item())
+                  frechet=found["frechet"], frechet_error=found["bootstrap"].std().item(),
+                  more_frechet=more.mean().item(), more_frechet_error=more.std().item())
     for kind in ("reward", "likeness"):
         values[kind], values[f"{kind}_error"] = closed(found[kind], start[kind])
         more = (found[kind] - against[kind]) / -start[kind].mean()
@@ -85,15 +81,16 @@ def main(argv=None):
     p.add_argument("--seeds", type=number(int, 0, 10 ** 6), nargs="+", default=[0])
     p.add_argument("--device", default="auto", help="auto, cuda or cpu")
     args = p.parse_args(argv)
-    with mock.patch.object(run, "N", 8):                        # its own held-out noises: unused
-        world = run.World(pick_device(args.device))
+    world = run.World(pick_device(args.device), 8)              # its held-out noises: unused
     z, target = noise_and_targets(world.teacher, FIRST, N, world.device)
-    target, path = world.reward.view(target), ROOT / "study" / "fresh.jsonl"
+    judge = Reward("perceptual", world.judge[0], dict(perceptual=1.0))
+    views = dict(reward=(world.reward, world.reward.view(target)),
+                 likeness=(judge, judge.view(target)))
+    path = ROOT / "study" / "fresh.jsonl"
     rows = read_log(path) if path.exists() else []
-    reference = world.judge[1]["mean"], world.judge[1]["covariance"]
     for K in args.steps:
         _, best = world.start("teacher", K, "best")
-        start = measured(world.teacher, best, z, target, world)
+        start = measured(world.teacher, best, z, views, world)
         for seed in args.seeds:
             against = None
             for name in NAMES:
@@ -103,10 +100,10 @@ def main(argv=None):
                 if arm is None or done and against:
                     continue
                 net, _, solver = load_model(run.play(arm, seed, world), world.device)
-                found = measured(net, solver, z, target, world)
+                found = measured(net, solver, z, views, world)
                 against = against or found                          # regression comes first
                 if not done:
-                    rows.append(row(arm, seed, found, start, against, reference))
+                    rows.append(row(arm, seed, found, start, against))
                     print(table(rows)[-1], flush=True)
                     log_line(path, **rows[-1])
     write_whole(ROOT / "study" / "fresh.md", "\n".join(table(sorted(

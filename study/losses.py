@@ -43,10 +43,10 @@ def descend(groups, loss_of, cost, args, budget, device):
     return updates * cost
 
 
-def descend_weights(net, loss_of, each, rate, args, budget):
-    """The same of all weights, in batches of BATCH examples that cost `each` evaluations."""
+def descend_weights(net, loss_of, cost, rate, args, budget):
+    """The same of all weights of net, which is frozen again afterwards."""
     groups = [dict(params=[*net.requires_grad_(True).parameters()], lr=rate)]
-    spent = descend(groups, loss_of, BATCH * each, args, budget, next(net.parameters()).device)
+    spent = descend(groups, loss_of, cost, args, budget, next(net.parameters()).device)
     net.requires_grad_(False)
     return spent
 
@@ -74,7 +74,7 @@ def cloning(net, start, train_set, reward, args, budget):
     def loss_of(generator):
         rows, k = draw_rows(generator), torch.randint(args.steps, (BATCH,), generator=generator)
         return clone_loss(net, paths, rows, grid[k], grid[k + 1], alpha_bar)
-    spent = descend_weights(net, loss_of, 1 + BACKWARD, RATES["cloning"], args, budget)
+    spent = descend_weights(net, loss_of, BATCH * (1 + BACKWARD), RATES["cloning"], args, budget)
     return baseline_solver("DDIM", "quadratic", args.steps), spent, net
 
 
@@ -96,8 +96,8 @@ def progressive(net, start, train_set, reward, args, budget):
                     x, _ = jump(x, x0_hat, now, then, alpha_bar)
             return F.mse_loss(net(x_t, t, t_next).float(),
                               average_velocity(x_t, x, t, t_next, alpha_bar))
-        spent += descend_weights(net, loss_of, 2 + 1 + BACKWARD, RATES["progressive"], args,
-                                 budget // ROUNDS)
+        spent += descend_weights(net, loss_of, BATCH * (2 + 1 + BACKWARD), RATES["progressive"],
+                                 args, budget // ROUNDS)
     return baseline_solver("DDIM", "quadratic", args.steps), spent, net
 
 
@@ -117,5 +117,6 @@ def consistency(net, start, train_set, reward, args, budget):
             aim = estimate(ema, x_next, t_next, None, None, alpha_bar)
         aim = torch.where((t_next > 0)[:, None, None, None], aim, x_next)
         return F.mse_loss(estimate(net, paths[rows, k], t, None, None, alpha_bar), aim)
-    spent = descend_weights(net, loss_of, 1 + 1 + BACKWARD, RATES["consistency"], args, budget)
+    spent = descend_weights(net, loss_of, BATCH * (1 + 1 + BACKWARD), RATES["consistency"], args,
+                            budget)
     return baseline_solver("DDIM", "quadratic", args.steps), spent, net

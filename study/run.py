@@ -44,7 +44,8 @@ ONCE = ("baseline",)                            # groups that draw nothing: seed
 class World:
     """Networks, reward, judge and noises; baselines, which are scored once."""
 
-    def __init__(self, device):
+    def __init__(self, device, n=None):
+        """n: of held-out noises, N where it is not given."""
         args, self.device = rl_distill.parse_args(["--init", "teacher"]), device
         self.home = Path("runs", "study", commit())
         self.teacher, _, self.reward, self.judge = load_inputs(args, device)
@@ -55,7 +56,7 @@ class World:
         self.train_set, self.validation_set, self.held_set = (
             (z, self.reward.view(target)) for z, target in (
                 noise_and_targets(self.teacher, *seeds, device) for seeds in (
-                    (0, rl_distill.NOISES), (HELD_OUT + 10 ** 6, VALIDATION), (HELD_OUT, N))))
+                    (0, rl_distill.NOISES), (HELD_OUT + 10 ** 6, VALIDATION), (HELD_OUT, n or N))))
 
     def learner(self, init):
         """(a network that may be changed, evaluations of its cloning)."""

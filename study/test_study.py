@@ -255,7 +255,7 @@ class Books(unittest.TestCase):
         names = "regression, weights", "pathwise, weights", "policy gradient, weights"
         Path("study").mkdir()
         with mock.patch.multiple(fresh, N=9, RESAMPLED=4, ROOT=Path("."), NAMES=names), \
-                mock.patch.object(run, "World", lambda device: world), mock.patch("builtins.print"):
+                mock.patch.object(run, "World", lambda *_: world), mock.patch("builtins.print"):
             fresh.main(["--steps", "3"])
             fresh.main(["--steps", "3"])                               # nothing is made again
         first, *_ = rows = [json.loads(line) for line in Path(
@@ -281,8 +281,8 @@ class Books(unittest.TestCase):
         return dict(zip(run.KEY, (*arm[:4], seed)), n=8, nfe=arm.steps, reward=-1.0 - 2 * seed,
                     reward_error=0.1, start="a", start_reward=-4.0, closed=0.5 - 0.2 * seed,
                     closed_error=0.05, mse=0.1, frechet=2.0, trained=2000, cloned=0, calls=1000,
-                    numbers=35,
-                    needs_gradient=False, minutes=1.0, device="cpu", torch="2", commit="c")
+                    numbers=35, needs_gradient=False, minutes=1.0, device="cpu", torch="2",
+                    commit="c")
 
     def test_a_row_is_not_made_again_and_a_torn_line_is_no_row(self):
         everything, path = run.todo({}, [0, 1]), Path("r.jsonl")
