@@ -20,7 +20,7 @@ from torch import nn
 
 # For the demonstration and main alone:
 from harness.images import plot_panels
-from harness.runs import claim_run, log_line, parser_for, pick_device, run_main
+from harness.runs import claim_run, log_line, parser_for, run_main
 
 # ==============================================================================================
 # CONVENTIONS, used in every file
@@ -130,20 +130,27 @@ class Solver(NamedTuple):
     leans: list                     # K floats; the first has nothing to lean on
     gains: list = None              # K lists, a float per residual block or channel; None: none
 
+    def per_image(self, n, device):
+        """Times, leans and gains as tensors of n rows (gains None: 0 columns). The first lean is 0,
+        whatever it says here: there is nothing to lean on. ValueError: times that do not decrease
+        from T to 0, or lengths that do not fit."""
+        K = len(self.leans[0] if torch.is_tensor(self.leans) else self.leans)
+        times, leans, gains = (
+            (x if torch.is_tensor(x) else torch.tensor(x)[None]).to(device).expand(n, *[-1] * dims)
+            for x, dims in ((self.times, 1), (self.leans, 1),
+                            ([[]] * K if self.gains is None else self.gains, 2)))
+        if ((times[:, 0] != T).any() or (times[:, -1] != 0).any() or (times.diff(dim=1) >= 0).any()
+                or times.shape[1] != K + 1 or gains.shape[1] != K):
+            raise ValueError(f"times must decrease from {T} to 0, with a lean a jump, not {self}")
+        return times, leans * (torch.arange(K, device=device) > 0), gains
 
-def per_image(solver, n, device):
-    """The times, leans and gains of a Solver as tensors of n rows (gains None: 0 columns); the
-    first jump has nothing to lean on, so its lean is 0, whatever the Solver says. ValueError: times
-    that do not decrease from T to 0, or lengths that do not fit."""
-    K = len(solver.leans[0] if torch.is_tensor(solver.leans) else solver.leans)
-    gains = [[]] * K if solver.gains is None else solver.gains
-    times, leans, gains = (
-        (x if torch.is_tensor(x) else torch.tensor(x)[None]).to(device).expand(n, *[-1] * dims)
-        for x, dims in ((solver.times, 1), (solver.leans, 1), (gains, 2)))
-    if ((times[:, 0] != T).any() or (times[:, -1] != 0).any() or (times.diff(dim=1) >= 0).any()
-            or times.shape[1] != K + 1 or gains.shape[1] != K):
-        raise ValueError(f"times must decrease from {T} to 0, with a lean a jump, not {solver}")
-    return times, leans * (torch.arange(K, device=device) > 0), gains
+    def action(self, n_gains):
+        """u (K, 2 + n_gains) of a Solver of lists: the inverse of solver_of(); None: gains of 0."""
+        times = torch.tensor(self.times, dtype=torch.float64)
+        logit_rho = torch.logit(times[1:] / times[:-1], eps=1e-6).float()
+        known = self.gains and len(self.gains[0]) > 0
+        gains = torch.tensor(self.gains if known else [[0.0] * n_gains] * len(logit_rho))
+        return torch.cat([torch.stack([logit_rho, torch.tensor(self.leans)], 1), gains], 1)
 
 
 def make_grid(name, steps):
@@ -182,29 +189,17 @@ def baseline_kinds(net, steps):
 
 
 def solver_of(u):
-    """The Solver, one row per image, of u (B, K, 2 + n): of every jump logit rho, lean, n gains.
-    t_next = round(rho t), but at most t - 1, and high enough for the jumps to come to still fall.
-    The last jump lands at 0, whatever u says."""
+    """The Solver of u: of every jump logit rho, lean, n gains. u (B, K, 2 + n) gives rows, one per
+    image; u (K, 2 + n) gives lists, for every image. t_next = round(rho t), but at most t - 1, and
+    high enough for the jumps to come to still fall. The last jump lands at 0, whatever u says."""
+    if u.dim() == 2:
+        return Solver(*(rows[0].tolist() for rows in solver_of(u[None])))
     K, times = u.shape[1], [torch.full_like(u[:, 0, 0], T).long()]
     for k in range(K - 1):
         t_next = (torch.sigmoid(u[:, k, 0]) * times[-1]).round().long().clamp(min=K - 1 - k)
         times.append(torch.minimum(t_next, times[-1] - 1))
     times.append(torch.zeros_like(times[0]))
     return Solver(torch.stack(times, 1), u[:, :, 1], u[:, :, 2:])
-
-
-def lists_of(u):
-    """The Solver of lists of u (K, 2 + n), the same for every image: what is deployed and saved."""
-    return Solver(*(rows[0].tolist() for rows in solver_of(u[None])))
-
-
-def action_of(solver, n_gains):
-    """u (K, 2 + n_gains) of a Solver of lists, the inverse of solver_of(); no gains are gains 0."""
-    times = torch.tensor(solver.times, dtype=torch.float64)
-    logit_rho = torch.logit(times[1:] / times[:-1], eps=1e-6).float()
-    known = solver.gains and len(solver.gains[0]) > 0
-    gains = torch.tensor(solver.gains if known else [[0.0] * n_gains] * len(logit_rho))
-    return torch.cat([torch.stack([logit_rho, torch.tensor(solver.leans)], 1), gains], 1)
 
 
 def action_mask(steps, n_gains):
@@ -244,7 +239,7 @@ def sample(net, x_T, solver, alpha_bar, eta=0.0, seeds=None, path=False):
     noise on the jump into t = 0: its sigma is 0. ValueError: no seeds, or an impossible solver."""
     if eta > 0 and seeds is None:
         raise ValueError("eta above 0 adds noise: give one seed per image")
-    times, leans, gains = per_image(solver, len(x_T), x_T.device)
+    times, leans, gains = solver.per_image(len(x_T), x_T.device)
     x, x0_last, states = x_T, x_T, [x_T]        # x0_last: anything, for the first lean is 0
     for k in range(leans.shape[1]):
         x, sigma, x0_last = step(net, x, x0_last, times[:, k], times[:, k + 1], leans[:, k],
@@ -420,7 +415,7 @@ class MixtureNet:
 def policy_gradient(net, x_T, target, start, alpha_bar, generator, updates=200, std=0.1, rate=0.3):
     """The main job of rl_distill.py for points in the plane: times and leans from a reward alone,
     from the Solver `start` on. x_T: (N, 2), target: (N, 2), the ends to reach. Returns a Solver."""
-    mean, device = action_of(start, 0).to(x_T.device), x_T.device  # (K, 2): logit rho, lean
+    mean, device = start.action(0).to(x_T.device), x_T.device  # (K, 2): logit rho, lean
     for _ in range(updates):
         pick = torch.randint(len(x_T), (64,), generator=generator).repeat_interleave(2)
         noise = torch.randn(64, *mean.shape, generator=generator) * action_mask(len(mean), 0)
@@ -430,7 +425,7 @@ def policy_gradient(net, x_T, target, start, alpha_bar, generator, updates=200, 
         A = R - R.reshape(-1, 2).mean(1).repeat_interleave(2)       # advantage over its pair
         A = A / A.square().mean().sqrt()
         mean = mean + rate * std * (A[:, None, None] * noise).mean(0)       # std^2 A score
-    return lists_of(mean)
+    return solver_of(mean)
 
 
 def demo(out, seed, device):
@@ -470,8 +465,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device, out = pick_device(args.device), claim_run(args, "ddpm")
-    demo(out, args.seed, device)
+    out = claim_run(args, "ddpm")
+    demo(out, args.seed, args.device)
     print(f"wrote {out}/ddpm.png, log.jsonl")
 
 

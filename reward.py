@@ -23,8 +23,7 @@ from ddpm import GRIDS, baseline_kinds, baseline_solver
 from teacher import draw, load_teacher, noise_and_targets
 from harness.checkpoints import load_checkpoint, rebuild
 from harness.images import plot_panels
-from harness.runs import (BadInput, claim_run, log_line, number, parser_for, pick_device, run_main,
-                          write_whole)
+from harness.runs import BadInput, claim_run, log_line, number, parser_for, run_main, write_whole
 
 BINS = 32                   # of the intensity histogram, per colour channel
 DISTORTIONS = ("noise", "blur", "shift", "wrong")       # see distort
@@ -358,11 +357,10 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = pick_device(args.device)
-    coach, content = load_encoder(f"{args.encoders}/coach.pt", "coach", device)
-    teacher, _ = load_teacher(args.teacher, device)
+    coach, content = load_encoder(f"{args.encoders}/coach.pt", "coach", args.device)
+    teacher, _ = load_teacher(args.teacher, args.device)
     out = claim_run(args, "reward")
-    _, images = noise_and_targets(teacher, args.seed, 32, device)
+    _, images = noise_and_targets(teacher, args.seed, 32, args.device)
     table = show_rewards(images, coach, content["scales"], out / "rewards.png")
     log_line(out / "log.jsonl", **table)
     print(f"wrote {out}/rewards.png, log.jsonl")

@@ -22,15 +22,13 @@ import torch
 from torch import nn
 
 # From earlier files:
-from ddpm import (action_mask, action_of, expand_like, linear_alpha_bar, lists_of, per_image,
-                  sample, solver_of, step)
-from teacher import HELD_OUT, TARGET, load_teacher, noise_and_targets
+from ddpm import action_mask, expand_like, linear_alpha_bar, sample, solver_of, step
+from teacher import HELD_OUT, TARGET, noise_and_targets
 from student import cloning_evaluations, load_model
-from reward import TERMS, Row, best_baselines, deploy, load_reward, print_table, rewards
+from reward import Row, best_baselines, deploy, load_reward, print_table, rewards
 from harness.checkpoints import load_state, provenance, save_network, save_state
 from harness.images import plot_learned, plot_strips
-from harness.runs import (BadInput, autocast, checksum, claim_run, log_line, number, parser_for,
-                          pick_device, run_main)
+from harness.runs import BadInput, autocast, claim_run, log_line, number, parser_for, run_main
 
 NOISES, BASELINE_NOISES = 128, 64       # training noises; those that choose the baseline solver
 HELD, VALIDATION = 256, 64              # held-out noises of the table; others, of the log
@@ -61,7 +59,7 @@ class JumpPolicy(nn.Module):
 
     def __init__(self, solver, n_gains):
         super().__init__()
-        u = action_of(solver, n_gains)
+        u = solver.action(n_gains)
         self.jumps, self.gains = nn.Parameter(u[:, :2]), nn.Parameter(u[:, 2:])
         self.register_buffer("mask", action_mask(len(u), n_gains), persistent=False)
 
@@ -83,7 +81,7 @@ class JumpPolicy(nn.Module):
     @torch.no_grad()
     def solver(self):
         """What is deployed: the mean, as a Solver of lists."""
-        return lists_of(self.mean())
+        return solver_of(self.mean())
 
 
 # ==== LANDINGS, where the weights learn =======================================================
@@ -109,7 +107,7 @@ def rollout(net, solver, z, group, eta, alpha_bar, generator):
     DEVIATES: with eta 0 only the last evaluation gets a gradient; the jumps before change with it,
     since they share its weights. Copies draw independently: opposite pairs have no unbiased mean
     after the first landing, where their states differ (study/bias.py)."""
-    times, leans, gains = per_image(solver, len(z), z.device)
+    times, leans, gains = solver.per_image(len(z), z.device)
     x, x0_last, landings, K = z, z, [], leans.shape[1]
     for k in range(K):
         state = x, x0_last, times[:, k], times[:, k + 1], leans[:, k], gains[:, k]
@@ -290,15 +288,13 @@ def diagnostics(group, R, before, after):
 def load_inputs(args, device):
     """Read the checkpoints. Returns (teacher, learners, reward, (judge, its file)). A learner is
     (name before its rows, net, its own Solver or None, evaluations that it has learned from)."""
-    (teacher, _), learners = load_teacher(args.teacher, device), []
+    (teacher, *_), learners = load_model(args.teacher, device, "teacher"), []
     for path in args.init:
         if path == "teacher":
             learners.append(("", copy.deepcopy(teacher), None, 0))
             continue
-        net, content, solver = load_model(path, device, "student", "policy")
+        net, content, solver = load_model(path, device, "student", "policy", teacher=teacher)
         origin = content["provenance"]
-        if origin.get("teacher") != checksum(teacher):
-            raise BadInput(f"{path} is no student of {args.teacher}; give --init teacher")
         K, n = (len(solver.leans), len((solver.gains or [[]])[0])) if solver else (args.steps, 0)
         if K != args.steps or args.learn == "jumps" and n not in (0, exploration(net, args)[0]):
             raise BadInput(f"{path} has {K} jumps of {n} gains; give --steps and --gains that fit")
@@ -322,7 +318,8 @@ def parse_args(argv=None):
     a("--gains", choices=["none", "block", "channel"], default="block",
       help="what u holds of a residual block: no gain, one, or one of each channel (jumps)")
     a("--steps", type=number(int, 1, 64), default=3, help="K, evaluations per image, 1..16")
-    a("--reward", default="feature+perceptual", help=f"sum of {', '.join(TERMS)}; term:weight")
+    a("--reward", default="feature+perceptual", 
+      help="sum of feature, perceptual, mse, histogram; term:weight")
     a = p.add_argument_group("how (* see the last lines)").add_argument
     a("--updates", type=number(int, 1), help="20..500 *")
     a("--group", type=number(int, 2), help="G, rollouts, or landings, of each noise, 2..512 *")
@@ -359,8 +356,8 @@ def distil(learner, teacher, train_set, validation_set, held_set, reward, args, 
     solver, seconds = train(net, starts[kind][1], train_set, validation_set, reward, args, out)
     trained += training_evaluations(args, min(args.noises, len(train_set[0])))
     save_network(out / "policy.pt", "policy", net, provenance(
-        "rl_distill.py", args, seconds, z.device, start=rows[kind].name, trained=trained,
-        teacher=checksum(teacher)), network=type(net).__name__, solver=list(solver),
+        "rl_distill.py", args, seconds, z.device, teacher, start=rows[kind].name,
+        trained=trained), network=type(net).__name__, solver=list(solver),
         half=all(torch.equal(w.half().float(), w) for w in net.parameters()))   # loses nothing
     net, _, solver = load_model(out / "policy.pt", z.device)       # what is measured is the file
     learned = Row(f"{name}learned", K, trained, *deploy(net, solver, z, target, reward, alpha_bar),
@@ -372,17 +369,16 @@ def distil(learner, teacher, train_set, validation_set, held_set, reward, args, 
 
 def main(argv=None):
     args = parse_args(argv)
-    device = pick_device(args.device)
-    teacher, learners, reward, judge = load_inputs(args, device)
+    teacher, learners, reward, judge = load_inputs(args, args.device)
     out = claim_run(args, "rl_distill")
     noises, watched, held = (8, 8, 8) if args.smoke else (NOISES, VALIDATION, HELD)
     print(f"{args.steps} evaluations per image, {args.updates} updates of "
           f"{min(args.noises, noises)} noises x {args.group}")
     sets = [(z, reward.view(target)) for z, target in (
-        noise_and_targets(teacher, *seeds, device) for seeds in (
+        noise_and_targets(teacher, *seeds, args.device) for seeds in (
             (0, noises), (HELD_OUT + 10 ** 6, watched), (HELD_OUT, held)))]
     rows = [Row("target", len(TARGET.leans), 0, sets[2][1].images,
-                torch.zeros(held, device=device))]
+                torch.zeros(held, device=args.device))]
     for i, learner in enumerate(learners):
         folder = out / f"learner-{i + 1}" if i else out
         folder.mkdir(exist_ok=True)

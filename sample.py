@@ -25,7 +25,7 @@ from teacher import HELD_OUT, TARGET, draw, load_teacher, noise_and_targets
 from student import load_model
 from reward import judged, load_reward, rewards, standard_error
 from harness.images import save_picture, to_uint8
-from harness.runs import BadInput, claim_run, log_line, number, parser_for, pick_device, run_main
+from harness.runs import BadInput, claim_run, log_line, number, parser_for, run_main
 
 # ==== PICTURES ================================================================================
 
@@ -109,7 +109,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device, began = pick_device(args.device), time.time()
+    device, began = args.device, time.time()
     if args.evaluate:
         models = [list(contenders(path, args.steps or [4], device)) for path in args.model]
         reward, judge = load_reward(args.reward, args.encoders, device)

@@ -20,11 +20,11 @@ from torch import nn
 
 # From earlier files:
 from ddpm import (Solver, T, UNet, baseline_solver, expand_like, linear_alpha_bar, parameter_count,
-                  per_image, sample, seeded_noise, time_embedding, zeroed)
+                  sample, seeded_noise, time_embedding, zeroed)
 from teacher import HELD_OUT, TARGET, compiled, draw, fit, load_teacher, noise_and_targets
 from harness.checkpoints import load_checkpoint, provenance, rebuild, save_network
 from harness.images import plot_loss, save_picture
-from harness.runs import (autocast, checksum, claim_run, log_line, number, parser_for, pick_device,
+from harness.runs import (BadInput, autocast, checksum, claim_run, log_line, number, parser_for,
                           rebuilding, run_main)
 
 STUDENT_UNET = dict(width=32, mults=[1, 2, 3], blocks=1, attention=[8], dropout=0.0)   # 1.8 M
@@ -164,8 +164,8 @@ def clone(net, ema, teacher, args, out, device):
 
     def save(updates, seconds):
         save_network(out / "student.pt", "student", ema, provenance(
-            "student.py", args, seconds, device, updates=updates, teacher_paths=pool.made,
-            teacher=checksum(teacher), target=f"{len(TARGET.leans)} quadratic steps"))
+            "student.py", args, seconds, device, teacher, updates=updates, teacher_paths=pool.made,
+            target=f"{len(TARGET.leans)} quadratic steps"))
     return fit(net, ema, loss_of, save, args, out, device, "jumps")
 
 
@@ -176,16 +176,19 @@ def cloning_evaluations(origin):
             + 3 * origin["updates"] * origin["settings"]["batch_size"])
 
 
-def load_model(path, device="cpu", *kinds):
+def load_model(path, device="cpu", *kinds, teacher=None):
     """The frozen network of a checkpoint of one of these kinds, or of any that makes images: (net,
-    content, None or the Solver of a policy, which rl_distill.py learned for this network)."""
+    content, None or the Solver of a policy, which rl_distill.py learned for this network).
+    BadInput where `teacher` is given and it learned from another."""
     content = load_checkpoint(path, *kinds or ("teacher", "student", "policy"))
+    if teacher and content["provenance"].get("teacher") != checksum(teacher):
+        raise BadInput(f"{path} learned from another --teacher; give that one, or --init teacher")
     with rebuilding(path, content["kind"]):
         name = dict(teacher="UNet", student="JumpUNet").get(content["kind"]) or content["network"]
         net, solver = rebuild(dict(UNet=UNet, JumpUNet=JumpUNet)[name], content, path, device), None
         if content["kind"] == "policy":                             # ValueError if impossible
             solver = Solver(*content["solver"])
-            n = per_image(solver, 1, device)[2].shape[2]
+            n = solver.per_image(1, device)[2].shape[2]
             if n not in (0, len(net.branches), sum(net.branches)):
                 raise ValueError("gains that do not fit the network")
         return net, content, solver
@@ -232,21 +235,20 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = pick_device(args.device)
-    teacher, _ = load_teacher(args.teacher, device)
+    teacher, _ = load_teacher(args.teacher, args.device)
     out = claim_run(args, "student")
     torch.manual_seed(args.seed)
     net = (student_from_teacher(teacher) if args.init == "teacher" else
-           JumpUNet(**{**STUDENT_UNET, "image_size": teacher.config["image_size"]})).to(device)
+           JumpUNet(**{**STUDENT_UNET, "image_size": teacher.config["image_size"]})).to(args.device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     print(f"student {parameter_count(net) / 1e6:.2f} M, teacher "
           f"{parameter_count(teacher) / 1e6:.2f} M parameters | "
           f"{args.updates * args.batch_size} jumps")
-    seconds = clone(net, ema, teacher, args, out, device)
+    seconds = clone(net, ema, teacher, args, out, args.device)
     plot_loss(out, "jumps", "cloning loss")
 
-    net, *_ = load_model(out / "student.pt", device)           # what is measured is the file
-    evaluate(net, teacher, 8 if args.smoke else 256, out, device)
+    net, *_ = load_model(out / "student.pt", args.device)           # what is measured is the file
+    evaluate(net, teacher, 8 if args.smoke else 256, out, args.device)
     print(f"cloned in {seconds / 60:.1f} min\n"
           f"wrote {out}/student.pt, samples.png, state.pt, loss.png, log.jsonl")
 

@@ -22,8 +22,7 @@ from ddpm import (PAPER_UNET, SMALL_UNET, T, UNet, baseline_solver, linear_alpha
 from harness.checkpoints import (kept, load_checkpoint, load_state, provenance, rebuild,
                                  save_network, save_state)
 from harness.images import load_images, plot_loss, save_picture
-from harness.runs import (autocast, checksum, claim_run, log_line, number, parser_for, pick_device,
-                          run_main)
+from harness.runs import autocast, checksum, claim_run, log_line, number, parser_for, run_main
 
 EMA_DECAY = 0.9995          # per update; Ho et al. use 0.9999 for 800,000 updates
 WARMUP = 200                # updates until the learning rate is full
@@ -169,16 +168,15 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = pick_device(args.device)
     images, _ = load_images(args.data)
     out = claim_run(args, "teacher")
     torch.manual_seed(args.seed)
     shape = PAPER_UNET if args.paper_shape else SMALL_UNET
-    net = UNet(**shape | (dict(width=16) if args.smoke else {})).to(device)
+    net = UNet(**shape | (dict(width=16) if args.smoke else {})).to(args.device)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     print(f"{parameter_count(net) / 1e6:.2f} M parameters | {len(images)} images, "
           f"{args.updates * args.batch_size / len(images):.1f} epochs")
-    seconds = train(net, ema, images.to(device), args, out, device)
+    seconds = train(net, ema, images.to(args.device), args, out, args.device)
     plot_loss(out, "images", "L_simple")
     print(f"trained {args.updates} updates in {seconds / 60:.1f} min\n"
           f"wrote {out}/teacher.pt, state.pt, samples.png, loss.png, log.jsonl")

@@ -56,15 +56,14 @@ def randn(*shape, seed=0):
 
 def images(n, size=8, seed=0):
     """Smooth random images in [-1, 1]: (n, 3, size, size)."""
-    coarse = torch.randn(n, 3, 4, 4, generator=rng(seed))
-    return F.interpolate(coarse, size=(size, size), mode="bilinear").tanh()
+    return F.interpolate(randn(n, 3, 4, 4, seed=seed), size=(size, size), mode="bilinear").tanh()
 
 
 def randomised(net, seed=0, scale=0.05):
     """Give the zero-initialised layers something to say."""
     with torch.no_grad():
         for p in net.parameters():
-            p.add_(scale * torch.randn(p.shape, generator=rng(seed + p.numel())))
+            p.add_(scale * randn(*p.shape, seed=seed + p.numel()))
     return net.eval()
 
 
@@ -120,8 +119,7 @@ def quiet(function, *args, **kw):
     """Call with the output caught; returns (result, what was printed)."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-        result = function(*args, **kw)
-    return result, text.getvalue()
+        return function(*args, **kw), text.getvalue()
 
 
 class Nets(Case):
@@ -329,7 +327,7 @@ class Sampler(Case):
                 for lean, eta, s in ((0.0, 0.0, None), (0.0, 1.0, [3, 4]), (5.0, 0.0, None))]
         self.close(torch.stack(ends[1:]), torch.stack([ends[0]] * 2), 0)
         solver = ddpm.Solver([1000, 500, 0], [5.0, 2.0])               # in rollouts too
-        self.close(ddpm.per_image(solver, 1, CPU)[1], [[0.0, 2.0]], 0)
+        self.close(solver.per_image(1, CPU)[1], [[0.0, 2.0]], 0)
 
     def test_estimates_of_images_stay_in_range(self):
         x, t, v = 3 * randn(3, 3, 8, 8), torch.tensor([1, 400, 1000]), randn(3, 3, 8, 8, seed=1)
@@ -378,12 +376,12 @@ class Sampler(Case):
 
 
 class Numbers(Case):
-    def test_action_of_is_the_inverse_of_solver_of_for_all_baseline_solvers(self):
+    def test_action_is_the_inverse_of_solver_of_for_all_baseline_solvers(self):
         gains, counts = randn(64, 3).tolist(), (*range(1, 10), 16, 25, 33, 50, 63, 64)
         for kind, grid, K in itertools.product(ddpm.SOLVERS, ddpm.GRIDS, counts):
             solver = baseline_solver(kind, grid, K)
             for n, had in ((0, None), (3, None), (3, gains[:K])):
-                u = ddpm.action_of(solver._replace(gains=had), n)
+                u = solver._replace(gains=had).action(n)
                 self.assertEqual((u.shape, u.dtype), ((K, 2 + n), torch.float32))
                 back = [part[0].tolist() for part in ddpm.solver_of(u[None])]
                 self.assertEqual(back, [*solver[:2], had or [[0.0] * n] * K], (kind, grid, K))
@@ -405,12 +403,12 @@ class Numbers(Case):
 
     def test_the_mask_is_of_what_changes_a_solver(self):
         for K, n in ((1, 0), (1, 2), (3, 0), (3, 2)):
-            u = ddpm.action_of(baseline_solver("DPM++", "uniform", K), n)[None]
+            u = baseline_solver("DPM++", "uniform", K).action(n)[None]
             for where, acts in np.ndenumerate(ddpm.action_mask(K, n).numpy()):
                 moved = u.clone()
                 moved[0][where] += 0.5
                 self.assertEqual(acts, any(not torch.equal(a, b) for a, b in zip(*(
-                    ddpm.per_image(ddpm.solver_of(x), 1, CPU) for x in (u, moved)))), (K, where))
+                    ddpm.solver_of(x).per_image(1, CPU) for x in (u, moved)))), (K, where))
 
     def test_a_policy_gradient_improves_on_its_start_for_points_it_has_not_seen(self):
         x, began = randn(2, 300, 2), time.process_time()
@@ -501,10 +499,6 @@ def train_args(**more):
     return types.SimpleNamespace(**{**vars(student.parse_args(["--smoke"])), "lr": 4e-3, **more})
 
 
-def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 class Training(Case):
     def test_half_of_the_images_are_mirrored(self):
         ramp = torch.arange(16)[None, :] * 2 + torch.arange(7)[:, None] * 30
@@ -551,7 +545,8 @@ class Training(Case):
         with mock.patch.multiple(teacher, LOG_EVERY=8, WARMUP=4,
                                  TARGET=baseline_solver("DDIM", "uniform", 2)):
             quiet(teacher.train, net, ema, (images(1) * 127.5 + 127.5).byte(), args, out, CPU)
-        self.assertLess(losses(out)[-1], 0.7 * losses(out)[0])
+        first, *_, last = read_log(out / "log.jsonl")
+        self.assertLess(last["loss"], 0.7 * first["loss"])
         self.comes_back(teacher.load_teacher(out / "teacher.pt")[0], ema)
 
 
@@ -647,7 +642,8 @@ class Cloning(Case):
         made = student.load_model(out / "student.pt")[1]["provenance"]["teacher_paths"]
         seen = [seed for call in spy.call_args_list for seed in call.args[0]]
         self.assertEqual(seen, [student.CLONE_SEEDS + i for i in range(made)])
-        self.assertLess(losses(out)[-1], 0.8 * losses(out)[0])
+        first, *_, last = read_log(out / "log.jsonl")
+        self.assertLess(last["loss"], 0.8 * first["loss"])
         self.comes_back(student.load_model(out / "student.pt")[0], ema)
 
     def test_the_table_is_of_noise_never_trained_on(self):
@@ -1111,7 +1107,7 @@ class Loop(Nets):
             learns = load_checkpoint(out / "state.pt", "state")["parts"]["learns"]
             if jumps:
                 u = torch.cat([learns["jumps"], learns["gains"]], 1)
-                self.assertEqual((u != ddpm.action_of(start, n)).tolist(),
+                self.assertEqual((u != start.action(n)).tolist(),
                                  ddpm.action_mask(3, n).tolist())
                 self.close(solver.leans, [0.0, *learns["jumps"][1:, 1].tolist()], 0)
             else:

@@ -471,13 +471,13 @@ def exercise_7(ddpm, g):
             x_T, fresh, seed = draw(g, 200, 2), draw(g, 200, 2), whole(g, 0, 10 ** 6)
             target = net.end(x_T).float()
             start = ddpm.baseline_solver("DDIM", "uniform", K)
-            first = ddpm.action_of(start, 0)
+            first = start.action(0)
             solver = ddpm.policy_gradient(net, x_T, target, start, alpha_bars().float(),
                                           torch.Generator().manual_seed(seed), updates, std, rate)
             if not isinstance(solver, ddpm.Solver) or not isinstance(solver.times, list):
                 raise Wrong("wrong shape", "policy_gradient returns a Solver of lists, made by "
-                            "lists_of", yours=solver)
-            theirs, right = ddpm.action_of(solver, 0), learned(
+                            "solver_of", yours=solver)
+            theirs, right = solver.action(0), learned(
                 net, x_T, target, first, torch.Generator().manual_seed(seed), updates, std, rate)
             told = dict(K=K, updates=updates, std=std, rate=rate)
             if updates == 100:

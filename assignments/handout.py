@@ -77,7 +77,7 @@ worse one less, until the ratio has moved by clip_range; from there on the gradi
 clip_range = inf does not clip at all. logp, logp_old, adv: (B,)."""},
     7: {"policy_gradient": """Times and leans that bring points to their targets, by REINFORCE.
 
-The action is u (K, 2) of action_of(start, 0), the logit of rho and the lean of every jump; the
+The action is u (K, 2) of start.action(0), the logit of rho and the lean of every jump; the
 policy is Normal(mean, std^2), independent for each entry, and its mean, which starts at `start`'s
 u, is all that learns. Entries that do not act (action_mask) are not explored and do not move. Of
 `generator` each update takes first 64 indices of x_T (torch.randint), then 64 standard normal
@@ -85,7 +85,7 @@ u, is all that learns. Entries that do not act (action_mask) are not explored an
 The reward is minus the squared distance of where sample() ends to the target; advantages are as
 in exercise 5 (written again here: this file imports none; nothing ties), the two of a point being
 the group. The mean goes by rate std^2 times the average over all 128 of advantage times score, so
-that a step is in units of what was explored. Returned is lists_of(mean). x_T, target: (N, 2)."""}}
+that a step is in units of what was explored. Returned is solver_of(mean). x_T, target: (N, 2)."""}}
 
 
 # (file, what would give an answer away, instead); in README.md where it stands there

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # From the repository:
-from ddpm import estimate, linear_alpha_bar, per_image, sample                  # noqa: E402
+from ddpm import estimate, linear_alpha_bar, sample                             # noqa: E402
 from harness.images import new_figure, tile                                    # noqa: E402
 from harness.runs import run_main                                              # noqa: E402
 from reward import load_reward                                                 # noqa: E402
@@ -35,7 +35,7 @@ def draw(net, solver, teacher, reward, seed, path):
     """The page for the image of one seed. Returns its reward."""
     alpha_bar = linear_alpha_bar()
     z, target = noise_and_targets(teacher, seed, 1, torch.device("cpu"))
-    K, gains = len(solver.leans), per_image(solver, 1, z.device)[2]
+    K, gains = len(solver.leans), solver.per_image(1, z.device)[2]
     *states, image = sample(net, z, solver, alpha_bar, path=True)
     score = reward(image.clamp(-1, 1), reward.view(target))[0].item()
     figure, axes = new_figure(3, K + 1, (2.6 * (K + 1), 7.4), height_ratios=[1, 1, 0.5])

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 # From the repository:
 import rl_distill                                                              # noqa: E402
-from ddpm import linear_alpha_bar, lists_of, sample, solver_of                 # noqa: E402
+from ddpm import linear_alpha_bar, sample, solver_of                            # noqa: E402
 from harness.runs import autocast, pick_device, run_main                       # noqa: E402
 from reward import best_baselines, closed, deploy, rewards                     # noqa: E402
 from rl_distill import JumpPolicy, exploration, load_inputs, load_model          # noqa: E402
@@ -101,7 +101,7 @@ def main(argv=None):
     if given.what == "cosine":
         return cosine(net, policy, std, z, target, reward, generator)
     before = deploy(net, start, fresh, aim, reward, alpha_bar)[1]
-    found = {"cross-entropy": lists_of(cross_entropy(
+    found = {"cross-entropy": solver_of(cross_entropy(
         net, policy, std, z, target, reward, generator, GENERATIONS))}
     with tempfile.TemporaryDirectory() as folder:
         found["policy gradient"], _ = rl_distill.train(

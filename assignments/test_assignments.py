@@ -181,7 +181,7 @@ MISTAKES = {
         (ddpm, MOVED, MOVED.replace("+ rate", "- rate")),
         (ddpm, MOVED, MOVED.replace("std * ", "")),
         (ddpm, MOVED, MOVED.replace(".mean(0)", ".sum(0)")),
-        (ddpm, "return lists_of(mean)", "return start"),
+        (ddpm, "return solver_of(mean)", "return start"),
     ],
     8: [
         (yours, DERIVED, DERIVED.replace("theta * x1", "x1")),
@@ -287,9 +287,9 @@ class Grader(unittest.TestCase):
                 (6, rl_distill, PPO, "limit = torch.where(adv > 0, 1 + clip_range, 1 - clip_range)"
                  "\n    return -torch.minimum(ratio * adv, limit * adv), ratio.detach()"),
                 (7, ddpm, "A = A / A.square().mean().sqrt()", "A = A / A.std()"),
-                (7, ddpm, "return lists_of(mean)", "start.leans[0] = 1\n    return lists_of(mean)"),
-                (7, ddpm, "return lists_of(mean)",
-                 "torch.manual_seed(0)\n    return lists_of(mean)")):
+                (7, ddpm, "return solver_of(mean)", "start.leans[0] = 1\n    return solver_of(mean)"),
+                (7, ddpm, "return solver_of(mean)",
+                 "torch.manual_seed(0)\n    return solver_of(mean)")):
             with self.subTest(exercise=number, wrong=wrong):
                 self.assertEqual(source(MODULES[module.__name__]).count(right), 1, right)
                 broken = variant(module, source(module).replace(right, wrong))

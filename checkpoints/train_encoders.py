@@ -26,7 +26,7 @@ from harness.checkpoints import (load_state, provenance, save_checkpoint,      #
                                  save_state)
 from harness.images import load_images                                         # noqa: E402
 from harness.runs import (BadInput, autocast, claim_run, log_line, number,     # noqa: E402
-                          parser_for, pick_device, run_main)
+                          parser_for, run_main)
 
 SAVE_EVERY = 200            # updates
 
@@ -132,7 +132,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device, most = pick_device(args.device), 600 if args.smoke else None
+    device, most = args.device, 600 if args.smoke else None
     sets = [x[:most] for x in (*load_images(args.data), *load_images(args.data, train=False))]
     if len(sets[0]) < 2 or len(sets[2]) == 0:
         raise BadInput(f"--data {args.data} has {len(sets[0])} training and {len(sets[2])} test "

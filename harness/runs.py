@@ -65,7 +65,7 @@ def parser_for(doc, example, trains=True):
     add("--out", type=os.path.expanduser,                                   # of --out=~/x too
         help="folder of the result, new or empty (default: the next free one in runs/)")
     add("--seed", type=number(int, 0, 2 * 10 ** 9), default=0, help="of chance")
-    add("--device", default="auto", help="cuda or cpu; auto: cuda where there is one")
+    add("--device", type=pick_device, default="auto", help="cuda or cpu; auto: cuda if any")
     if trains:
         add("--resume", action="store_true", help="go on with the run in --out, with its flags")
         add("--smoke", action="store_true", help="tiny, seconds; its numbers mean nothing")
@@ -101,8 +101,7 @@ def claim_run(args, default):
         if args.out:
             raise BadInput(f"{folder} is not empty, or no folder; give another --out, or --resume")
         folder, n = Path(f"runs/{default}-{n + 1}"), n + 1
-    where = dict(out=str(folder), device=device_name(pick_device(args.device)))
-    print(f"config: {vars(args) | where}")
+    print("config:", vars(args) | dict(out=str(folder), device=device_name(args.device)))
     return folder
 
 

@@ -64,7 +64,8 @@ def process(code, *words, python=(sys.executable,), **environment):
 
 
 def flags(out=None, **more):
-    return types.SimpleNamespace(**{"out": out, "seed": 0, "lr": 1e-3, "device": "cpu", **more})
+    return types.SimpleNamespace(**{"out": out, "seed": 0, "lr": 1e-3,
+                                    "device": torch.device("cpu"), **more})
 
 
 class Case(unittest.TestCase):
@@ -117,7 +118,7 @@ class Folders(Case):
     def test_of_two_processes_with_one_out_one_wins_and_one_gets_a_sentence(self):
         code = ("import sys; from types import SimpleNamespace as Flags; from harness.runs import *"
                 "\nprint(flush=True); sys.stdin.read(1)\n"
-                "run_main(lambda: claim_run(Flags(out='same', device='cpu'), 'run'))")
+                "run_main(lambda: claim_run(Flags(out='same', device=pick_device()), 'run'))")
         both = [process(code), process(code)]
         for one in both:
             one.stdout.readline()                                  # both are ready: now
@@ -194,7 +195,7 @@ class CommandLine(Case):
             p = runs.parser_for("First line.\nMore.", "python s.py", trains)
             args = p.parse_args([])
             more = dict(resume=False, smoke=False) if trains else {}
-            self.assertEqual(vars(args), dict(out=None, seed=0, device="auto", **more))
+            self.assertEqual(vars(args), dict(out=None, seed=0, device=runs.pick_device(), **more))
             for text in ("First line.", "the run", "(default: auto)", "python s.py"):
                 self.assertIn(text, p.format_help())
             self.assertNotIn("None", p.format_help())
@@ -780,10 +781,11 @@ class Commands(Working):
             with self.assertRaises(SystemExit) as caught, contextlib.redirect_stdout(text):
                 module.parse_args(["--help"])
             self.assertEqual(caught.exception.code, 0)
-            self.assertIn("example: python", text.getvalue())
+            for word in ["example: python", *reward.TERMS] if module is rl else ["example: python"]:
+                self.assertIn(word, text.getvalue())
             for flag, value in itertools.product(
                     [a.option_strings[0] for a in p._actions
-                     if a.type not in (None, os.path.expanduser)],
+                     if a.type not in (None, os.path.expanduser, runs.pick_device)],
                     ["nan", "inf", "-inf", "-1", "1e400", "x", "", "1e-400j", "-0.5"]):
                 with self.subTest(flag=flag, value=value), self.assertRaises(SystemExit) as caught:
                     quiet(p.parse_args, [f"{flag}={value}"])
@@ -1030,8 +1032,8 @@ class Commands(Working):
                 ("no checkpoint", rl, *init, "none.pt"),
                 ("cannot be read", rl, *init, "cut.pt"),
                 ("a student or policy is needed", rl, *init, coach),
-                ("is no student of", rl, *self.job, "--teacher", "another.pt"),
-                ("is no student of", rl, *init, "policy.pt"),
+                ("learned from another", rl, *self.job, "--teacher", "another.pt"),
+                ("learned from another", rl, *init, "policy.pt"),
                 ("two.pt has 2 jumps", rl, *init, "two.pt"),
                 ("plain.pt has 2 jumps", rl, *init, "plain.pt", "--learn", "weights"),
                 ("no checkpoint empty", rl, *self.job, "--encoders", "empty"),
@@ -1041,6 +1043,7 @@ class Commands(Working):
                 ("nothing to learn", rl, *self.job, "--steps", "1", "--gains", "none"),
                 ("is not empty", rl, *self.job, "--out", "."),
                 ("--resume needs", rl, *self.job, "--resume"),
+                ("no usable hardware here", rl, *self.job, "--device", "warp"),
                 ("no checkpoint", sample, "--model", "none.pt"),
                 ("student or policy is needed", sample, "--model", coach),
                 *(("learned its own jumps", sample, "--model", "policy.pt", *f.split()) for f in (

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # From the repository:
 import rl_distill                                                              # noqa: E402
-from ddpm import (SOLVERS, T, action_mask, action_of, estimate, expand_like,   # noqa: E402
-                  jump, linear_alpha_bar, lists_of, solver_of, step)
+from ddpm import (SOLVERS, T, action_mask, estimate, expand_like, jump,        # noqa: E402
+                  linear_alpha_bar, solver_of, step)
 from harness.runs import autocast                                              # noqa: E402
 import losses                                                                  # noqa: E402
 from reward import View, mse_reward                                            # noqa: E402
@@ -65,7 +65,7 @@ def random_search(net, start, train_set, reward, args, budget):
         value = mean_reward(net, u, *noises, reward)
         if value > highest:
             best, highest = u, value
-    return lists_of(best), tries * cost
+    return solver_of(best), tries * cost
 
 
 def cross_entropy(net, start, train_set, reward, args, budget):
@@ -82,7 +82,7 @@ def cross_entropy(net, start, train_set, reward, args, budget):
         values = torch.tensor([mean_reward(net, u, *noises, reward) for u in us])
         elites = us[values.topk(ELITES).indices]
         mean, std = elites.mean(0), torch.maximum(elites.std(0), CEM_STD[1] * unit)
-    return lists_of(mean), generations * cost
+    return solver_of(mean), generations * cost
 
 
 # ==== PATHWISE GRADIENT =======================================================================
@@ -147,7 +147,7 @@ def pathwise(net, start, train_set, reward, args, budget):
 def pathwise_weights(net, start, train_set, reward, args, budget):
     """The same of the network's weights, at the jumps of `start`."""
     n_gains = len(start.gains[0]) if start.gains else 0
-    u = action_of(start, n_gains).to(train_set[0].device)
+    u = start.action(n_gains).to(train_set[0].device)
     groups = [dict(params=[*net.requires_grad_(True).parameters()], lr=args.lr)]
     spent = ascend(groups, lambda: u, net, train_set, reward, args, budget)
     net.requires_grad_(False)

@@ -13,7 +13,7 @@ import torch
 import arms                                     # puts the repository on the path
 # From the repository:
 import rl_distill
-from ddpm import (action_mask, action_of, linear_alpha_bar, parameter_count, sample, solver_of,
+from ddpm import (action_mask, linear_alpha_bar, parameter_count, sample, solver_of,
                   step)
 from harness.images import plot_panels
 from harness.runs import ROOT, autocast, log_line, pick_device, run_main
@@ -108,7 +108,7 @@ def measure(device):
     generator = torch.Generator().manual_seed(SEED)
     for args.gains in ("block", "channel"):
         n, std, _ = exploration(net, args)
-        u, std = action_of(start, n).to(device), std.to(device)
+        u, std = start.action(n).to(device), std.to(device)
         numbers = action_mask(STEPS, n).sum().item()
         exact = pathwise_jumps(net, u, z, target, reward) * std     # in units of the exploration
         for count in ROLLOUTS:

@@ -164,8 +164,8 @@ def play(arm, seed, world):
                  calls=past["calls"] + reward.calls,
                  minutes=past["minutes"] + seconds / 60)
     save_network(out / "policy.pt", "policy", net, provenance(
-        "study/run.py", args, seconds, world.device, start=start, trained=study["trained"],
-        teacher=checksum(world.teacher)), half=jumps, network=type(net).__name__,
+        "study/run.py", args, seconds, world.device, world.teacher, start=start,
+        trained=study["trained"]), half=jumps, network=type(net).__name__,
         solver=list(solver), study=study)
     (out / "state.pt").unlink(missing_ok=True)
     return out / "policy.pt"

@@ -26,7 +26,7 @@ import run                                                                     #
 # From the repository:
 import rl_distill                                                              # noqa: E402
 from ddpm import (T, MixtureNet, UNet, action_mask, baseline_solver, linear_alpha_bar,  # noqa: E402
-                  action_of, sample, seeded_noise, solver_of)
+                  sample, seeded_noise, solver_of)
 from harness.runs import checksum                                              # noqa: E402
 from reward import Judge, View                                                 # noqa: E402
 from teacher import TARGET, draw, noise_and_targets                            # noqa: E402
@@ -77,7 +77,7 @@ class Competitors(unittest.TestCase):
         """A network, a start, and targets that other numbers u reach."""
         net, z, start = tiny(), seeded_noise(range(16), (3, 4, 4)), baseline_solver(
             "AB2", "quadratic", 3)
-        u = action_of(start, len(net.branches))
+        u = start.action(len(net.branches))
         best = u + action_mask(*u[:, 2:].shape) * torch.tensor(
             [0.5, -0.3] + [0.4] * len(net.branches))
         images = sample(net, z, solver_of(best[None]), ALPHA_BAR).clamp(-1, 1)
@@ -129,7 +129,7 @@ class Pathwise(unittest.TestCase):
 
     def test_its_rollout_is_that_of_sample_and_reaches_every_number_that_acts(self):
         net, z = tiny(), seeded_noise(range(3), (3, 4, 4))
-        u = action_of(baseline_solver("DPM++", "quadratic", 4), len(net.branches))
+        u = baseline_solver("DPM++", "quadratic", 4).action(len(net.branches))
         u = (u + 0.1 * torch.randn(u.shape)).requires_grad_()
         images = arms.smooth_rollout(net, u, z, arms.SmoothSchedule(ALPHA_BAR))
         played = sample(net, z, solver_of(u.detach()[None]), ALPHA_BAR).clamp(-1, 1)
@@ -141,7 +141,7 @@ class Pathwise(unittest.TestCase):
         net = MixtureNet(torch.tensor([[0.5, -0.3], [-0.4, 0.1]]), 0.2,
                          arms.SmoothSchedule(ALPHA_BAR))
         z, h = seeded_noise(range(64), (2,)), 0.1   # of logit rho: many t, so rounding is small
-        u = action_of(baseline_solver("DPM++", "quadratic", 3), 0).requires_grad_()
+        u = baseline_solver("DPM++", "quadratic", 3).action(0).requires_grad_()
         arms.smooth_rollout(net, u, z, net.alpha_bar).square().mean().backward()
         for k, i in action_mask(3, 0).nonzero().tolist():
             step = torch.zeros(3, 2)
@@ -332,7 +332,7 @@ class Estimators(unittest.TestCase):
         net, z = tiny(), seeded_noise(range(4), (3, 4, 4))
         goal = view(sample(net, z, baseline_solver("DDIM", "uniform", 20), ALPHA_BAR).clamp(-1, 1))
         start = baseline_solver("AB2", "quadratic", 3)
-        u = action_of(start, len(net.branches))
+        u = start.action(len(net.branches))
         std, generator = torch.full((u.shape[1],), 0.05), torch.Generator().manual_seed(0)
         std[0] = 1e-3                               # of rho: times this near round to the same
         exact = estimators.pathwise_jumps(net, u, z, goal, toy_reward)
