@@ -236,6 +236,7 @@ class Arm(NamedTuple):
     flags: tuple = ()                   # of rl_distill.py, besides --init, --steps and --seed
     start: str = "best"                 # kind of baseline solver; "best"; or a key of LEARNED
     method: str = "train"               # "placebo", "preferences"; a key of COMPETITORS, PARTS
+    once: bool = False                  # seed 0 alone: it draws nothing, or costs too much
 
 
 INIT = {"teacher": "teacher", "student": "checkpoints/student.pt",      # --init of rl_distill.py
@@ -249,61 +250,70 @@ COMPETITORS = {"random search": random_search, "cross-entropy": cross_entropy,
 NEED_GRADIENT = [name for name in COMPETITORS if "pathwise" in name]     # of the reward
 COACH = 0.107                           # a call of the reward, in evaluations (0.081, 0.756 GFLOP)
 FIXED = [*COMPETITORS][-4:]                     # losses of the weights: they ask no reward
-GRADIENT, ALL = "policy gradient", "times, leans, gains"
+GRADIENT, ALL, WEIGHTS = "policy gradient", "times, leans, gains", "pathwise, weights"
 GAINS = {"times and leans": ("--gains", "none"), ALL: (), "channel gains": ("--gains", "channel")}
 PARTS = {"times": [0], "leans": [1], "gains": [2], "times, gains": [0, 2], "leans, gains": [1, 2]}
 LEARNED = {"learned": f"{GRADIENT}, {ALL}", "regression": "regression, weights"}    # arm.start
 BASELINE_STEPS = {"teacher": (1, 2, 3, 4, 6, 8), "student": (1, 2, 3, 4, 8),
                   "copy": (1, 2, 3, 4, 8)}
 FEW = 1, 2, 3, 4
+LONG = 8                                        # how many times as long the long arms learn
 
 
 def arms():
     """Every arm, the most important groups first."""
     weights, later = ("--learn", "weights"), ("--learn", "weights", "--updates", "60", "--lr")
-    out = [Arm("baseline", "target", "teacher", len(TARGET.leans))]
-    out += [Arm("baseline", kind, init, K) for init, steps in BASELINE_STEPS.items() for K in steps
+    out = [Arm("baseline", "target", "teacher", len(TARGET.leans), once=True)]
+    out += [Arm("baseline", kind, init, K, once=True) for init, steps in BASELINE_STEPS.items() for K in steps
             for kind in (SOLVERS if init == "teacher" and K > 1 else SOLVERS[:1])]
     out += [Arm("jumps", f"{GRADIENT}, {ALL}", init, K) for init, steps in (
         ("teacher", (2, 3, 4, 6, 8, 1)), ("student", FEW), ("copy", FEW)) for K in steps]
-    out += [Arm("none", f"{GRADIENT}, times and leans", "teacher", K, GAINS["times and leans"])
-            for K in (2, 3, 4, 6, 8)]
+    out += [Arm("none", f"{GRADIENT}, times and leans", "teacher", K, GAINS["times and leans"],
+                once=K > 4) for K in (2, 3, 4, 6, 8)]
     out += [Arm("search", f"{name}, {what}", "teacher", K, flags, method=name)
             for name in ("random search", "cross-entropy") for what, flags in GAINS.items()
             for K in ((2, 3, 4) if what == ALL else (3,))]
-    out += [Arm(group, f"{name}, {ALL}", "teacher", K, method=name)
-            for group, name in (("pathwise", "pathwise"), ("fixed", "regression"))
+    out += [Arm("pathwise", f"pathwise, {ALL}", "teacher", K, method="pathwise")
             for K in (2, 3, 4)]
+    out += [Arm("fixed", f"regression, {ALL}", "teacher", 3, method="regression")]
     for K in FEW:                       # about as many evaluations as the jumps
         more = (*weights, "--updates", str(240 * K // (K + 4)))
-        longer = (*weights, "--updates", str(240 * K // (K + 4) + 60))      # as from regression
-        out += [Arm("fixed", name, "teacher", K, more, method=name) for name in FIXED]
-        out += [Arm("fixed", "regression, weights, half more", "teacher", K, longer,
-                    method=FIXED[0]),
-                Arm("weights", f"{GRADIENT}, weights", "teacher", K, more)]
-        out += [Arm("pathwise", name, "teacher", K, more, method=name)
-                for name in NEED_GRADIENT[1:]]
+        out += [Arm("fixed", name, "teacher", K, more, method=name)
+                for name in (FIXED if K < 4 else FIXED[:1])]
+        out += [Arm("weights", f"{GRADIENT}, weights", "teacher", K, more),
+                Arm("pathwise", WEIGHTS, "teacher", K, more, method=WEIGHTS)]
+    # Three evaluations, 102 updates: the last jump; 60 more, as after regression; all LONG times
+    longer, long = ((*weights, "--updates", str(n)) for n in (102 + 60, 102 * LONG))
     dear = round(80 * (1 + 128 * COACH / 5))    # of 80 updates: 5 evaluations, 128 calls a noise
-    out += [Arm("fixed", "regression, weights, calls too", "teacher", 2,    # where it is behind
-                (*weights, "--updates", str(dear)), method=FIXED[0])]
+    out += [Arm("pathwise", f"{WEIGHTS}, last jump", "teacher", 3, method=f"{WEIGHTS}, last jump",
+                flags=(*weights, "--updates", "102")),
+            Arm("fixed", "regression, weights, half more", "teacher", 3, longer, method=FIXED[0]),
+            Arm("fixed", "regression, weights, calls too", "teacher", 2,    # where it is behind
+                (*weights, "--updates", str(dear)), method=FIXED[0]),
+            *(Arm("long", f"{name}, long", "teacher", 3, long, method=name, once=True)
+              for name in (WEIGHTS, *FIXED[:2])),
+            Arm("long", f"{GRADIENT}, {ALL}, long", "teacher", 3, ("--updates", str(240 * LONG)),
+                once=True),
+            Arm("long", f"{GRADIENT}, weights, long", "teacher", 3, long, once=True)]
     out += [Arm("weights", f"{GRADIENT}, weights, {words}", init, K, flags, start)
             for init, words, start, steps, flags in (
                 ("teacher", "from learned jumps", "learned", FEW, (*later, "1e-5")),
-                ("teacher", "after regression", "regression", (2, 3, 4), (*later, "1e-5")),
+                ("teacher", "after regression", "regression", (2, 3), (*later, "1e-5")),
                 ("teacher", "from DDIM", "DDIM", (2, 3, 4), weights),
                 ("student", "from DDIM", "DDIM", FEW, (*later, "3e-6")),
                 ("copy", "from DDIM", "DDIM", FEW, (*later, "3e-6"))) for K in steps]
     channel = f"{GRADIENT}, channel gains"
     return out + [
-        *(Arm("pathwise", "pathwise, weights, after regression", "teacher", K, (*later, "1e-5"),
-              "regression", "pathwise, weights") for K in (2, 3, 4)),
+        Arm("pathwise", f"{WEIGHTS}, after regression", "teacher", 3, (*later, "1e-5"),
+            "regression", WEIGHTS),
         Arm("channel", channel, "teacher", 3, GAINS["channel gains"]),
         Arm("channel", f"{channel}, from block gains", "teacher", 3, GAINS["channel gains"],
             "learned"),
         Arm("paper", f"{GRADIENT}, --paper", "teacher", 3, ("--paper",), "DDIM"),
-        *(Arm("part", f"{GRADIENT}, {what}", "teacher", 3, method=what) for what in PARTS),
-        *(Arm("preferences", f"{GRADIENT}, {ALL}, of preferences", "teacher", K,
-              method="preferences") for K in (2, 3, 4)),
+        *(Arm("part", f"{GRADIENT}, {what}", "teacher", 3, method=what, once=True)
+          for what in PARTS),
+        Arm("preferences", f"{GRADIENT}, {ALL}, of preferences", "teacher", 3,
+            method="preferences"),
         Arm("placebo", "placebo: shuffled advantages", "teacher", 3, method="placebo")]
 
 

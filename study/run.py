@@ -36,7 +36,6 @@ from teacher import HELD_OUT, TARGET, noise_and_targets
 N, VALIDATION = rl_distill.HELD, 4              # held-out noises of a row; of the logs, in no table
 RESULTS, README = ROOT / "study" / "results.jsonl", ROOT / "study" / "README.md"
 KEY = "group", "name", "init", "steps", "seed"  # what a row is of
-ONCE = ("baseline",)                            # groups that draw nothing: seed 0 alone
 
 # ==== WHAT ALL ARMS SHARE =====================================================================
 
@@ -230,8 +229,8 @@ def read_rows(path):
 def todo(rows, seeds, groups=None):
     """[(arm, seed)] of all that has no row yet, the most important first."""
     return [(arm, seed) for group in arms.GROUPS if group in (groups or arms.GROUPS)
-            for seed in ([0] if group in ONCE else seeds) for arm in arms.arms()
-            if arm.group == group and (*arm[:4], seed) not in rows]
+            for seed in seeds for arm in arms.arms() if arm.group == group
+            and not (arm.once and seed) and (*arm[:4], seed) not in rows]
 
 
 def parse_args(argv=None):
