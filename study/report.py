@@ -162,6 +162,36 @@ def sizes(rows, path):
     figure.savefig(path)
 
 
+LONGER = r", (half more|calls too|long)$"       # the same method, given more
+
+
+def budgets(rows, path):
+    """Per cent closed and Fréchet distance at 3 evaluations against all that was spent, a line per
+    method of which there are several budgets; of cloning the bundled copy is the last."""
+    rows, lines = [row for row in rows if row["steps"] == 3], {}
+    best = max((row["reward"] for row in rows if row["init"] == "teacher"
+                and row["group"] == "baseline"), default=-1.0)
+    for (init, name), at in lines_of(rows).items():
+        if init == "teacher" or (init, name) == ("copy", "DDIM"):
+            same, method = at[3], "cloning" if init == "copy" else re.sub(LONGER, "", name)
+            lines.setdefault(method, []).append((
+                statistics.fmean(r["trained"] + arms.COACH * r["calls"] for r in same) / 1000,
+                100 * (1 - statistics.fmean(r["reward"] for r in same) / best),
+                statistics.fmean(r["frechet"] for r in same)))
+    figure, axes = new_figure(1, 2, (11, 3.8))
+    for method, points in lines.items():
+        if len(points) > 1:
+            x, *both = zip(*sorted(points))
+            for axis, y in zip(axes, both):
+                axis.plot(x, y, "o-", label=method)
+    for axis, label in zip(axes, ("% closed", "Fréchet distance")):
+        axis.set(xscale="log", ylabel=label,
+                 xlabel="thousand evaluations, calls of the reward too")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path)
+
+
 # ==== INTO THE README =========================================================================
 
 def write(rows, missing, path, figure=FIGURE):
@@ -176,4 +206,5 @@ def write(rows, missing, path, figure=FIGURE):
     write_whole(path, between.sub(lambda _: f"\n{text}\n", old, count=1).encode())
     picture(rows, figure)
     sizes(rows, figure.with_name("study_sizes.png"))
+    budgets(rows, figure.with_name("study_budgets.png"))
     print(f"wrote {path}")
