@@ -287,7 +287,8 @@ class Grader(unittest.TestCase):
                 (6, rl_distill, PPO, "limit = torch.where(adv > 0, 1 + clip_range, 1 - clip_range)"
                  "\n    return -torch.minimum(ratio * adv, limit * adv), ratio.detach()"),
                 (7, ddpm, "A = A / A.square().mean().sqrt()", "A = A / A.std()"),
-                (7, ddpm, "return solver_of(mean)", "start.leans[0] = 1\n    return solver_of(mean)"),
+                (7, ddpm, "return solver_of(mean)",
+                 "start.leans[0] = 1\n    return solver_of(mean)"),
                 (7, ddpm, "return solver_of(mean)",
                  "torch.manual_seed(0)\n    return solver_of(mean)")):
             with self.subTest(exercise=number, wrong=wrong):

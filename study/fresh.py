@@ -3,9 +3,9 @@
     python study/fresh.py --steps 2 3 --seeds 0      # study/fresh.jsonl, study/fresh.md; hours
 
 Plays what is not under runs/study/ yet; rows that are there are not made again. Every sampler is
-measured on the same 1,000 fresh noises: by the reward, by how like the *judge* finds an image to the
-target of its noise, and by the Fréchet distance. All differences are paired with regression, noise
-by noise.
+measured on the same 1,000 fresh noises: by the reward, by how like the *judge* finds an image to
+the target of its noise, and by the Fréchet distance. All differences are paired with regression,
+noise by noise.
 """
 import argparse
 
