@@ -265,7 +265,8 @@ def arms():
     weights, later = ("--learn", "weights"), ("--learn", "weights", "--updates", "60", "--lr")
     out = [Arm("baseline", "target", "teacher", len(TARGET.leans), once=True)]
     out += [Arm("baseline", kind, init, K, once=True)
-            for init, steps in BASELINE_STEPS.items() for K in steps for kind in (SOLVERS if init == "teacher" and K > 1 else SOLVERS[:1])]
+            for init, steps in BASELINE_STEPS.items() for K in steps
+            for kind in (SOLVERS if init == "teacher" and K > 1 else SOLVERS[:1])]
     out += [Arm("jumps", f"{GRADIENT}, {ALL}", init, K) for init, steps in (
         ("teacher", (2, 3, 4, 6, 8, 1)), ("student", FEW), ("copy", FEW)) for K in steps]
     out += [Arm("none", f"{GRADIENT}, times and leans", "teacher", K, GAINS["times and leans"],
