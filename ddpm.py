@@ -141,7 +141,8 @@ class Solver(NamedTuple):
                             ([[]] * K if self.gains is None else self.gains, 2)))
         if ((times[:, 0] != T).any() or (times[:, -1] != 0).any() or (times.diff(dim=1) >= 0).any()
                 or times.shape[1] != K + 1 or gains.shape[1] != K):
-            raise ValueError(f"times must decrease from {T} to 0, with a lean a jump, not {self}")
+            raise ValueError(f"no times that decrease from {T} to 0, with a lean, and gains where "
+                             f"there are any, of every jump: {self}")
         return times, leans * (torch.arange(K, device=device) > 0), gains
 
     def action(self, n_gains):
@@ -173,7 +174,10 @@ def make_grid(name, steps):
 def baseline_solver(kind, grid_name, steps):
     """Solver of a kind on a grid. 'DDIM' never leans, 'DPM++' is DPM-Solver++(2M), 'AB2' leans by
     1/2 at every jump after the first, the last one too: the rule of Adams and Bashforth for equal
-    steps, as in PNDM (Liu et al. 2022, arXiv 2202.09778) with more terms, and for eps."""
+    steps, as in PNDM (Liu et al. 2022, arXiv 2202.09778) with more terms, and for eps. ValueError
+    for any other."""
+    if kind not in SOLVERS:
+        raise ValueError(f"no solver '{kind}'; take one of {SOLVERS}")
     times = torch.tensor(make_grid(grid_name, steps))
     t, t_next, t_last = times[:-1], times[1:], torch.cat([times[:1], times[:-2]])
     leans = (dpm_lean(t, t_next, t_last, linear_alpha_bar()) if kind == "DPM++" else
@@ -182,9 +186,9 @@ def baseline_solver(kind, grid_name, steps):
 
 
 def baseline_kinds(net, steps):
-    """The baseline solvers that differ: with one evaluation all are DDIM; and where x0_hat is no
-    estimate of the image (net.estimates_image is False) there is no formula for leans, though a
-    policy may learn some."""
+    """The baseline solvers that differ: with one evaluation all are DDIM; and a student that is
+    told where to land (net.estimates_image is False) has no formula for leans, though a policy may
+    learn some."""
     return SOLVERS if net.estimates_image and steps > 1 else SOLVERS[:1]
 
 
@@ -396,7 +400,7 @@ class MixtureNet:
     """A perfect network for data from an equal mixture of N(mean_i, std^2 I); one mean: Gaussian.
     x_t given i is N(sqrt(ab) mean_i, ab std^2 + 1 - ab), so that
     E[x0 | x_t] = sum_i p(i | x_t) (mean_i + ab^(1/2) std^2 (x_t - sqrt(ab) mean_i) / variance)."""
-    estimates_image = False
+    estimates_image = False         # points of a plane, of no range to be kept in
 
     def __init__(self, means, std, alpha_bar):
         self.means, self.std, self.alpha_bar = means, std, alpha_bar           # means: (M, D)
@@ -446,9 +450,9 @@ def demo(out, seed, device):
                                          generator)
     print("three jumps, rms distance to where 1000 jumps end, times | leans")
     for name, solver in solvers.items():
-        print(f"{name:12s}{rms(solver, 1):.4f}  ", *solver.times, "|",
+        print(f"{name:12s}{(error := rms(solver, 1)):.4f}  ", *solver.times, "|",
               *(f"{lean:.2f}" for lean in solver.leans))
-        log_line(out / "log.jsonl", name=name, rms=rms(solver, 1), **solver._asdict())
+        log_line(out / "log.jsonl", name=name, rms=error, **solver._asdict())
     points = [(f"3 jumps, {name}", sample(net, x_T[1], solvers[name], alpha_bar))
               for name in ("DDIM", "AB2", "learned")] + [("1000 jumps", ends[1])]
     plot_panels([*((label, "", [("", *x.T.cpu(), ".")]) for label, x in points),

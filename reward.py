@@ -20,10 +20,12 @@ from torch import nn
 
 # From earlier files:
 from ddpm import GRIDS, baseline_kinds, baseline_solver
-from teacher import draw, load_teacher, noise_and_targets
+from teacher import draw, noise_and_targets
+from student import load_model
 from harness.checkpoints import load_checkpoint, rebuild
 from harness.images import plot_panels
-from harness.runs import BadInput, claim_run, log_line, number, parser_for, run_main, write_whole
+from harness.runs import (BadInput, claim_run, log_line, number, parser_for, rebuilding, run_main,
+                          write_whole)
 
 BINS = 32                   # of the intensity histogram, per colour channel
 DISTORTIONS = ("noise", "blur", "shift", "wrong")       # see distort
@@ -180,10 +182,12 @@ class Reward:
 
 
 def load_reward(spec, folder, device):
-    """(Reward, (judge, its checkpoint)) from coach.pt and judge.pt in a folder."""
-    coach, content = load_encoder(f"{folder}/coach.pt", "coach", device)
-    return (Reward(spec, coach, content["scales"]),
-            load_encoder(f"{folder}/judge.pt", "judge", device))
+    """(Reward, (judge, (mean, covariance) of its features of all training images)) from coach.pt
+    and judge.pt in a folder."""
+    (coach, file), (judge, other) = (
+        load_encoder(f"{folder}/{role}.pt", role, device) for role in ENCODERS)
+    with rebuilding(folder, "scales and moments"):
+        return Reward(spec, coach, file["scales"]), (judge, (other["mean"], other["covariance"]))
 
 
 @torch.no_grad()
@@ -231,10 +235,10 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
 
 def judged(images, judge):
-    """Frechet distance of images (N, 3, H, W) in [-1, 1] to all training images; judge: (encoder,
-    its checkpoint). Compare at equal N, more than there are features (160)."""
-    encoder, file = judge
-    return frechet_distance(*moments(encode(encoder, images)), file["mean"], file["covariance"])
+    """Frechet distance of images (N, 3, H, W) in [-1, 1] to all training images; judge: that of
+    load_reward(). Compare at equal N, more than there are features (160)."""
+    encoder, reference = judge
+    return frechet_distance(*moments(encode(encoder, images)), *reference)
 
 
 def standard_error(x):
@@ -357,11 +361,11 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    coach, content = load_encoder(f"{args.encoders}/coach.pt", "coach", args.device)
-    teacher, _ = load_teacher(args.teacher, args.device)
+    made, _ = load_reward("feature+perceptual", args.encoders, args.device)
+    teacher, *_ = load_model(args.teacher, args.device, "teacher")
     out = claim_run(args, "reward")
     _, images = noise_and_targets(teacher, args.seed, 32, args.device)
-    table = show_rewards(images, coach, content["scales"], out / "rewards.png")
+    table = show_rewards(images, made.coach, made.scales, out / "rewards.png")
     log_line(out / "log.jsonl", **table)
     print(f"wrote {out}/rewards.png, log.jsonl")
 

@@ -12,7 +12,7 @@ The reward is likeness to the teacher's image of the same noise, the method is R
     python rl_distill.py --learn weights
 
 Reads --teacher, --encoders, --init; writes to --out: policy.pt, state.pt (for --resume), log.jsonl,
-images.png, learned.png, result.json. Next file: sample.py.
+learned.png (of a second learner to learner-2/), images.png, result.json. Next file: sample.py.
 """
 import copy
 import time
@@ -24,17 +24,18 @@ from torch import nn
 # From earlier files:
 from ddpm import action_mask, expand_like, linear_alpha_bar, sample, solver_of, step
 from teacher import HELD_OUT, TARGET, noise_and_targets
-from student import cloning_evaluations, load_model
+from student import load_model
 from reward import Row, best_baselines, deploy, load_reward, print_table, rewards
 from harness.checkpoints import load_state, provenance, save_network, save_state
 from harness.images import plot_learned, plot_strips
-from harness.runs import BadInput, autocast, claim_run, log_line, number, parser_for, run_main
+from harness.runs import (BadInput, autocast, checksum, claim_run, log_line, number, parser_for,
+                          run_main)
 
 NOISES, BASELINE_NOISES = 128, 64       # training noises; those that choose the baseline solver
-HELD, VALIDATION = 256, 64              # held-out noises of the table; others, of the log
+HELD_NOISES, VALIDATION_NOISES = 256, 64      # held-out, of the table; others, of the log
 STD = dict(jump=0.05, block=0.08, channel=0.15)     # of u at first, 0.02..0.2; falls to a fifth
 JUMPS_FASTER = 3                        # how much faster than the gains logit rho and lean learn
-USUAL_STEPS, CLONED = 3, 0.4            # std and rates go as 3 / K, times 0.4 for clones
+USUAL_STEPS, CLONED = 3, 0.4            # std and rates go as 3 / max(2, K); times 0.4 for clones
 CLIP_JUMPS, CLIP_LANDING = 0.2, 1e-4    # PPO's clip range of u; of x_next, see landing_logp
 SIGMA_FLOOR = 0.02                      # of the last landing in training, where DDIM's sigma is 0
 LOG_EVERY = 8                           # updates from one printed line to the next
@@ -90,8 +91,9 @@ def landing_logp(mean, x_next, sigma):
     """log N(x_next; mean, sigma^2 I), what depends on the mean: (B, C, H, W) twice, (B,) -> (B,).
 
     A *mean* over the 3072 dimensions where the density has their sum, as in the code of ReDiF and
-    DDPO (Black et al. 2023, arXiv 2305.13301); hence a clip range of 1e-4, as 0.2 / 3072. One step
-    of Adam takes nearly every ratio beyond it: a single pass over a batch, where the ratio is 1."""
+    DDPO (Black et al. 2023, arXiv 2305.13301); hence a clip range near 0.2 / 3072. One step of Adam
+    takes nearly every ratio beyond it: so a single pass over a batch, where every ratio is 1 and
+    nothing is clipped."""
     return -((x_next - mean) / expand_like(sigma, mean)).square().mean((1, 2, 3)) / 2
 
 
@@ -100,8 +102,8 @@ def rollout(net, solver, z, group, eta, alpha_bar, generator):
     """Images (M * group, 3, H, W) in [-1, 1] of `group` copies of each noise of z (M, 3, H, W), and
     the landings that explored: (state, x_next (M * group, 3, H, W), sigma, logp (M * group,)).
 
-        eta = 0:  z - x - x < group landings      the copies part at the last jump, which explores
-        eta > 0:  z < x - x - landing, each       they part at the first; every landing explores
+        eta = 0:  z, x, x shared; then `group` landings, which explore: the copies part at the last
+        eta > 0:  z shared; then `group` times x, x, x, all of which explore
 
     state: what step() was given, one row for all copies until they part, then one for each.
     DEVIATES: with eta 0 only the last evaluation gets a gradient; the jumps before change with it,
@@ -131,8 +133,8 @@ def advantages(reward, group):
     """A = (R - mean of its group) / rms of that over the whole batch: (M * group,) -> same.
 
     Members of a group share a noise, side by side; the mean removes how good that noise is anyway.
-    DEVIATES from GRPO (Shao et al. 2024), which divides by each group's own std: of a pair that
-    leaves the sign alone. Equal rewards give exactly 0, never scaled rounding."""
+    DEVIATES from GRPO (Shao et al. 2024), which divides by each group's own std: of a pair
+    only the sign is left. Equal rewards give exactly 0, never scaled rounding."""
     groups = reward.reshape(-1, group)                              # (M, group)
     centred = groups - groups.mean(1, keepdim=True)
     rounding = 1e-6 * groups.abs().max()
@@ -180,8 +182,8 @@ def update_jumps(net, policy, z, target, reward, optimizer, args, std, alpha_bar
 def update_weights(net, solver, z, target, reward, optimizer, args, alpha_bar, generator):
     """Land in groups, move the weights so that the better landings of a group become likelier.
 
-    The score of a landing by its mean is noise / sigma; A noise / sigma, averaged over the copies
-    of a state, estimates d E[R] / d mean: the reward is evaluated, never differentiated. A backward
+    The score of a landing by its mean is noise / sigma (landing_logp has it over 3072); A noise /
+    sigma, averaged over the copies of a state, estimates d E[R] / d mean: the reward is evaluated, never differentiated. A backward
     pass multiplies it by d mean / d weights, once for all copies. Not quite the gradient: landings
     are weighted by sigma, as in ReDiF's code, which matters with eta above 0; and where a jump
     leans, the estimate before counts as given, though the weights made it."""
@@ -213,7 +215,7 @@ def update_weights(net, solver, z, target, reward, optimizer, args, alpha_bar, g
 def exploration(net, args):
     """Of the jumps: n gains of each, std (2 + n,) of u at the first update, and the factor of that
     std and of the rates: the more jumps, the less each may move; a clone has little to gain. By
-    tries on noises of their own: there six jumps, unscaled, close 39 % and not 52."""
+    tries on noises of their own: there six jumps close 52 %, unscaled 39."""
     n = dict(none=0, block=len(net.branches), channel=sum(net.branches))[args.gains]
     scale = (1 if net.estimates_image else CLONED) * USUAL_STEPS / max(2, args.steps)
     return n, scale * torch.tensor([STD["jump"]] * 2 + [STD.get(args.gains)] * n), scale
@@ -286,7 +288,7 @@ def diagnostics(group, R, before, after):
 # ==== INPUTS AND COMMAND LINE =================================================================
 
 def load_inputs(args, device):
-    """Read the checkpoints. Returns (teacher, learners, reward, (judge, its file)). A learner is
+    """Read the checkpoints. Returns (teacher, learners, reward, judge). A learner is
     (name before its rows, net, its own Solver or None, evaluations that it has learned from)."""
     (teacher, *_), learners = load_model(args.teacher, device, "teacher"), []
     for path in args.init:
@@ -294,12 +296,10 @@ def load_inputs(args, device):
             learners.append(("", copy.deepcopy(teacher), None, 0))
             continue
         net, content, solver = load_model(path, device, "student", "policy", teacher=teacher)
-        origin = content["provenance"]
         K, n = (len(solver.leans), len((solver.gains or [[]])[0])) if solver else (args.steps, 0)
         if K != args.steps or args.learn == "jumps" and n not in (0, exploration(net, args)[0]):
             raise BadInput(f"{path} has {K} jumps of {n} gains; give --steps and --gains that fit")
-        trained = origin.get("trained", 0) if solver else cloning_evaluations(origin)
-        learners.append((f"{Path(path).stem}: ", net, solver, trained))
+        learners.append((f"{Path(path).stem}: ", net, solver, content["trained"]))
     return teacher, learners, *load_reward(args.reward, args.encoders, device)
 
 
@@ -318,7 +318,7 @@ def parse_args(argv=None):
     a("--gains", choices=["none", "block", "channel"], default="block",
       help="what u holds of a residual block: no gain, one, or one of each channel (jumps)")
     a("--steps", type=number(int, 1, 64), default=3, help="K, evaluations per image, 1..16")
-    a("--reward", default="feature+perceptual", 
+    a("--reward", default="feature+perceptual",
       help="sum of feature, perceptual, mse, histogram; term:weight")
     a = p.add_argument_group("how (* see the last lines)").add_argument
     a("--updates", type=number(int, 1), help="20..500 *")
@@ -356,8 +356,8 @@ def distil(learner, teacher, train_set, validation_set, held_set, reward, args, 
     solver, seconds = train(net, starts[kind][1], train_set, validation_set, reward, args, out)
     trained += training_evaluations(args, min(args.noises, len(train_set[0])))
     save_network(out / "policy.pt", "policy", net, provenance(
-        "rl_distill.py", args, seconds, z.device, teacher, start=rows[kind].name,
-        trained=trained), network=type(net).__name__, solver=list(solver),
+        "rl_distill.py", args, seconds, z.device, start=rows[kind].name, trained=trained,
+        teacher=checksum(teacher)), network=type(net).__name__, solver=list(solver),
         half=all(torch.equal(w.half().float(), w) for w in net.parameters()))   # loses nothing
     net, _, solver = load_model(out / "policy.pt", z.device)       # what is measured is the file
     learned = Row(f"{name}learned", K, trained, *deploy(net, solver, z, target, reward, alpha_bar),
@@ -371,7 +371,7 @@ def main(argv=None):
     args = parse_args(argv)
     teacher, learners, reward, judge = load_inputs(args, args.device)
     out = claim_run(args, "rl_distill")
-    noises, watched, held = (8, 8, 8) if args.smoke else (NOISES, VALIDATION, HELD)
+    noises, watched, held = (8, 8, 8) if args.smoke else (NOISES, VALIDATION_NOISES, HELD_NOISES)
     print(f"{args.steps} evaluations per image, {args.updates} updates of "
           f"{min(args.noises, noises)} noises x {args.group}")
     sets = [(z, reward.view(target)) for z, target in (

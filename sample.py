@@ -8,7 +8,7 @@
 Each image has its own seed (--seed, --seed + 1, ...): same seed, same start noise for every model,
 in any batch, on any device. --evaluate compares on the same noises: reward (likeness to the
 teacher's target), Frechet distance to training images in the judge's features, time. Writes
-samples.png, path.png and log.jsonl to --out.
+log.jsonl to --out; without --evaluate samples.png and path.png too.
 """
 import math
 import os
@@ -21,7 +21,7 @@ import torch
 # From earlier files:
 from ddpm import (GRIDS, SOLVERS, T, baseline_kinds, baseline_solver, linear_alpha_bar,
                   parameter_count, sample, seeded_noise)
-from teacher import HELD_OUT, TARGET, draw, load_teacher, noise_and_targets
+from teacher import HELD_OUT, TARGET, draw, noise_and_targets
 from student import load_model
 from reward import judged, load_reward, rewards, standard_error
 from harness.images import save_picture, to_uint8
@@ -113,7 +113,7 @@ def main(argv=None):
     if args.evaluate:
         models = [list(contenders(path, args.steps or [4], device)) for path in args.model]
         reward, judge = load_reward(args.reward, args.encoders, device)
-        teacher, _ = load_teacher(args.teacher, device)
+        teacher, *_ = load_model(args.teacher, device, "teacher")
         out = claim_run(args, "sample")
         evaluate(args, models, reward, judge, teacher, out, device)
         print(f"{(time.time() - began) / 60:.1f} min\nwrote {out}/log.jsonl")

@@ -21,7 +21,7 @@ from torch import nn
 # From earlier files:
 from ddpm import (Solver, T, UNet, baseline_solver, expand_like, linear_alpha_bar, parameter_count,
                   sample, seeded_noise, time_embedding, zeroed)
-from teacher import HELD_OUT, TARGET, compiled, draw, fit, load_teacher, noise_and_targets
+from teacher import HELD_OUT, TARGET, compiled, draw, fit, noise_and_targets
 from harness.checkpoints import load_checkpoint, provenance, rebuild, save_network
 from harness.images import plot_loss, save_picture
 from harness.runs import (BadInput, autocast, checksum, claim_run, log_line, number, parser_for,
@@ -164,8 +164,8 @@ def clone(net, ema, teacher, args, out, device):
 
     def save(updates, seconds):
         save_network(out / "student.pt", "student", ema, provenance(
-            "student.py", args, seconds, device, teacher, updates=updates, teacher_paths=pool.made,
-            target=f"{len(TARGET.leans)} quadratic steps"))
+            "student.py", args, seconds, device, updates=updates, teacher_paths=pool.made,
+            teacher=checksum(teacher), target=f"{len(TARGET.leans)} quadratic steps"))
     return fit(net, ema, loss_of, save, args, out, device, "jumps")
 
 
@@ -178,12 +178,16 @@ def cloning_evaluations(origin):
 
 def load_model(path, device="cpu", *kinds, teacher=None):
     """The frozen network of a checkpoint of one of these kinds, or of any that makes images: (net,
-    content, None or the Solver of a policy, which rl_distill.py learned for this network).
-    BadInput where `teacher` is given and it learned from another."""
+    content, None or the Solver of a policy, which rl_distill.py learned for this network); to the
+    content `trained` is added, the evaluations it learned from. BadInput, as for any file that is
+    of no use, where `teacher` is given and it learned from another."""
     content = load_checkpoint(path, *kinds or ("teacher", "student", "policy"))
-    if teacher and content["provenance"].get("teacher") != checksum(teacher):
-        raise BadInput(f"{path} learned from another --teacher; give that one, or --init teacher")
     with rebuilding(path, content["kind"]):
+        origin = content["provenance"]
+        if teacher and origin.get("teacher") != checksum(teacher):
+            raise BadInput(f"{path} learned from another --teacher; give that, or --init teacher")
+        content["trained"] = (cloning_evaluations(origin) if content["kind"] == "student" else
+                              origin.get("trained", 0))
         name = dict(teacher="UNet", student="JumpUNet").get(content["kind"]) or content["network"]
         net, solver = rebuild(dict(UNet=UNet, JumpUNet=JumpUNet)[name], content, path, device), None
         if content["kind"] == "policy":                             # ValueError if impossible
@@ -235,7 +239,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    teacher, _ = load_teacher(args.teacher, args.device)
+    teacher, *_ = load_model(args.teacher, args.device, "teacher")
     out = claim_run(args, "student")
     torch.manual_seed(args.seed)
     net = (student_from_teacher(teacher) if args.init == "teacher" else

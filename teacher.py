@@ -19,8 +19,7 @@ from tqdm import tqdm
 # From earlier files:
 from ddpm import (PAPER_UNET, SMALL_UNET, T, UNet, baseline_solver, linear_alpha_bar,
                   parameter_count, sample, seeded_noise, simple_loss)
-from harness.checkpoints import (kept, load_checkpoint, load_state, provenance, rebuild,
-                                 save_network, save_state)
+from harness.checkpoints import kept, load_state, provenance, save_network, save_state
 from harness.images import load_images, plot_loss, save_picture
 from harness.runs import autocast, checksum, claim_run, log_line, number, parser_for, run_main
 
@@ -62,7 +61,7 @@ def compiled(net, wanted):
 
 
 def learning_rate(update, updates, peak):
-    """Linear warm-up, then a cosine down to zero at the last update."""
+    """Linear warm-up, times a cosine that falls from 1 to 0 over all updates."""
     return peak * min(1, (update + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * update / updates))
 
 
@@ -139,12 +138,6 @@ def train(net, ema, images, args, out, device):
             images=updates * args.batch_size, ema=EMA_DECAY))
         save_picture(out / "samples.png", draw(ema, TARGET, z, alpha_bar))
     return fit(net, ema, loss_of, save, args, out, device, "images")
-
-
-def load_teacher(path, device="cpu"):
-    """The teacher of a checkpoint, frozen, in eval mode. Returns (net, checkpoint)."""
-    content = load_checkpoint(path, "teacher")
-    return rebuild(UNet, content, path, device), content
 
 
 # ==== COMMAND LINE ============================================================================

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 JOB = ["--init", "teacher", "--steps", "3", "--updates", "12", "--group", "8"]
 MORE = {"d": ["--learn", "weights", "--group", "32"]}                # of the paper's action
 # Constants of rl_distill.py:
-SHORTER = dict(NOISES=64, HELD=64, VALIDATION=32, BASELINE_NOISES=32, LOG_EVERY=1)
+SHORTER = dict(NOISES=64, HELD_NOISES=64, VALIDATION_NOISES=32, BASELINE_NOISES=32, LOG_EVERY=1)
 MASK = "action_mask(len(u), n_gains)"
 # (file, what stands in it, what the variant puts there)
 VARIANTS = {

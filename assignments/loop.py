@@ -21,7 +21,6 @@ from harness.runs import run_main                                              #
 from reward import load_reward                                                 # noqa: E402
 from student import load_model                                              # noqa: E402
 from teacher import HELD_OUT, noise_and_targets                                # noqa: E402
-from teacher import load_teacher                                               # noqa: E402
 
 
 def show(axis, image, title):
@@ -70,7 +69,7 @@ def main(argv=None):
     p.add_argument("--out", default=str(ROOT / "figures" / "loop.png"), help="the picture")
     args = p.parse_args(argv)
     net, _, solver = load_model(args.policy, "cpu", "policy")
-    teacher, _ = load_teacher("checkpoints/teacher.pt")
+    teacher, *_ = load_model("checkpoints/teacher.pt", "cpu", "teacher")
     reward, _ = load_reward("feature+perceptual", "checkpoints", "cpu")
     draw(net, solver, teacher, reward, args.seed, args.out)
     print(f"wrote {args.out}")

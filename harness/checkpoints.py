@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from harness.runs import ROOT, BadInput, checksum, device_name, rebuilding, settings, write_whole
+from harness.runs import ROOT, BadInput, device_name, rebuilding, settings, write_whole
 
 FORMAT = "redif-3"
 
@@ -96,9 +96,8 @@ def kept(folder, key, make, device):
     return value
 
 
-def provenance(script, args, seconds, device, teacher=None, **more):
-    """Where a checkpoint comes from, as plain values, the checksum of its teacher among them."""
+def provenance(script, args, seconds, device, **more):
+    """Where a checkpoint comes from: flags, minutes, hardware, torch version; plain values."""
     plain = tree_map(lambda x: Path(x).name if isinstance(x, str) else x, settings(args))
-    more |= dict(teacher=checksum(teacher)) if teacher else {}
     return dict(script=script, settings=plain, minutes=round(seconds / 60, 1), **more,
                 device=device_name(device), torch=str(torch.__version__))   # no folder of yours

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps                      # comes with torchvision
 from tqdm import tqdm
 
 from harness.runs import BadInput, read_log, rebuilding
@@ -32,13 +33,11 @@ def shapes_images(n=2000, size=32, seed=0):
 
 def read_square(path):
     """The central square of an image of 8 bits, upright, transparency on white: (32, 32, 3)."""
-    from PIL import Image, ImageOps
     with rebuilding(path, "image of 8 bits", "convert it or take it out"):
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode[0] in "IF":
             raise ValueError("deep greyscale of unknown range")
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return np.asarray(ImageOps.fit(image.convert("RGB"), (32, 32), Image.BILINEAR))
 
 
@@ -86,7 +85,6 @@ def tile(images, columns=8, gap=1):
 
 def save_picture(path, images, columns=8, scale=3, gap=1):
     """Write images as one PNG, each pixel scale x scale."""
-    from PIL import Image                            # comes with torchvision
     Image.fromarray(tile(images, columns, gap).repeat(scale, 0).repeat(scale, 1)).save(path)
 
 
@@ -124,7 +122,7 @@ def plot_learned(folder, start, learned):
     """learned.png: reward over training, from log.jsonl; of its first and last row the times, leans
     and gains, where they moved. start, learned: Rows of the table."""
     log = read_log(Path(folder, "log.jsonl"))
-    (first, *_, last), updates = log, [row["update"] for row in log]
+    first, last, updates = log[0], log[-1], [row["update"] for row in log]
     panels = [("update", "reward", [
         ("validation", updates, [row["validation"] for row in log], "o-"),
         ("batch, exploring", updates, [row.get("batch") for row in log], "-")])]

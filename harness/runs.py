@@ -52,6 +52,9 @@ class Parser(argparse.ArgumentParser):
             args = super().parse_args(argv)
         return args
 
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
+
 
 def parser_for(doc, example, trains=True):
     """The argument parser of every script: the flags all have, --resume and --smoke where it

@@ -39,8 +39,8 @@ def bootstrap(features, reference):
 def measured(net, solver, z, views, world):
     """Of one sampler: reward, likeness and mse (N,), frechet, and its bootstrap (RESAMPLED,).
     views: {name: (Reward, its View of the targets)}."""
-    images, (judge, file) = draw(net, solver, z, world.alpha_bar), world.judge
-    features, reference = encode(judge, images), (file["mean"], file["covariance"])
+    images, (judge, reference) = draw(net, solver, z, world.alpha_bar), world.judge
+    features = encode(judge, images)
     each = torch.arange(len(z), device=z.device)
     return dict(mse=(images - views["reward"][1].images).square().mean((1, 2, 3)),
                 frechet=frechet_distance(*moments(features), *reference),

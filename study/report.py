@@ -188,7 +188,8 @@ def budgets(rows, path):
         axis.set(xscale="log", ylabel=label,
                  xlabel="thousand evaluations, calls of the reward too")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    if axes[0].lines:
+        axes[0].legend(fontsize=8)
     figure.savefig(path)
 
 

@@ -33,7 +33,7 @@ from reward import best_baselines, closed, deploy, judged, standard_error
 from rl_distill import load_inputs, load_model, training_evaluations
 from teacher import HELD_OUT, TARGET, noise_and_targets
 
-N, VALIDATION = rl_distill.HELD, 4              # held-out noises of a row; of the logs, in no table
+N, VALIDATION = rl_distill.HELD_NOISES, 4              # held-out noises of a row; of the logs, in no table
 RESULTS, README = ROOT / "study" / "results.jsonl", ROOT / "study" / "README.md"
 KEY = "group", "name", "init", "steps", "seed"  # what a row is of
 
@@ -163,8 +163,8 @@ def play(arm, seed, world):
                  calls=past["calls"] + reward.calls,
                  minutes=past["minutes"] + seconds / 60)
     save_network(out / "policy.pt", "policy", net, provenance(
-        "study/run.py", args, seconds, world.device, world.teacher, start=start,
-        trained=study["trained"]), half=jumps, network=type(net).__name__,
+        "study/run.py", args, seconds, world.device, start=start, trained=study["trained"],
+        teacher=checksum(world.teacher)), half=jumps, network=type(net).__name__,
         solver=list(solver), study=study)
     (out / "state.pt").unlink(missing_ok=True)
     return out / "policy.pt"

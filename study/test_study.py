@@ -215,7 +215,7 @@ class Books(unittest.TestCase):
             patch = mock.patch.object(module, name, value)
             patch.start()
             self.addCleanup(patch.stop)
-        judge = Judge().eval(), dict(mean=torch.zeros(160), covariance=torch.eye(160))
+        judge = Judge().eval(), (torch.zeros(160), torch.eye(160))
         toy_reward.view = view
         with mock.patch.object(run, "load_inputs", return_value=(tiny(), [], toy_reward, judge)):
             return run.World(CPU)
