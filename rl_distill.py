@@ -183,10 +183,11 @@ def update_weights(net, solver, z, target, reward, optimizer, args, alpha_bar, g
     """Land in groups, move the weights so that the better landings of a group become likelier.
 
     The score of a landing by its mean is noise / sigma (landing_logp has it over 3072); A noise /
-    sigma, averaged over the copies of a state, estimates d E[R] / d mean: the reward is evaluated, never differentiated. A backward
-    pass multiplies it by d mean / d weights, once for all copies. Not quite the gradient: landings
-    are weighted by sigma, as in ReDiF's code, which matters with eta above 0; and where a jump
-    leans, the estimate before counts as given, though the weights made it."""
+    sigma, averaged over the copies of a state, estimates d E[R] / d mean: the reward is evaluated,
+    never differentiated. A backward pass multiplies it by d mean / d weights, once for all copies.
+    Not quite the gradient: landings are weighted by sigma, as in ReDiF's code, which matters with
+    eta above 0; and where a jump leans, the estimate before counts as given, though the weights
+    made it."""
     # SAMPLING
     rows = torch.arange(len(z), device=z.device).repeat_interleave(args.group)
     with autocast(z.device):

@@ -33,7 +33,7 @@ from reward import best_baselines, closed, deploy, judged, standard_error
 from rl_distill import load_inputs, load_model, training_evaluations
 from teacher import HELD_OUT, TARGET, noise_and_targets
 
-N, VALIDATION = rl_distill.HELD_NOISES, 4              # held-out noises of a row; of the logs, in no table
+N, VALIDATION = rl_distill.HELD_NOISES, 4       # noises of a row; of the logs, in no table
 RESULTS, README = ROOT / "study" / "results.jsonl", ROOT / "study" / "README.md"
 KEY = "group", "name", "init", "steps", "seed"  # what a row is of
 
