@@ -1,5 +1,5 @@
 """Tables of the study, from the rows of results.jsonl, into study/README.md between two markers,
-and figures/study.png.
+and the pictures figures/study*.png.
 
 Called by study/run.py. A line is a sampler, a column a number of evaluations K.
 """
