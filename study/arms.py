@@ -257,7 +257,6 @@ LEARNED = {"learned": f"{GRADIENT}, {ALL}", "regression": "regression, weights"}
 BASELINE_STEPS = {"teacher": (1, 2, 3, 4, 6, 8), "student": (1, 2, 3, 4, 8),
                   "copy": (1, 2, 3, 4, 8)}
 FEW = 1, 2, 3, 4
-LONG = 8                                        # how many times as long the long arms learn
 
 
 def arms():
@@ -283,19 +282,20 @@ def arms():
                 for name in (FIXED if K < 4 else FIXED[:1])]
         out += [Arm("weights", f"{GRADIENT}, weights", "teacher", K, more),
                 Arm("pathwise", WEIGHTS, "teacher", K, more, method=WEIGHTS)]
-    # Three evaluations, 102 updates: the last jump; 60 more, as after regression; all LONG times
-    longer, long = ((*weights, "--updates", str(n)) for n in (102 + 60, 102 * LONG))
-    dear = round(80 * (1 + 128 * COACH / 5))    # of 80 updates: 5 evaluations, 128 calls a noise
-    out += [Arm("pathwise", f"{WEIGHTS}, last jump", "teacher", 3, method=f"{WEIGHTS}, last jump",
-                flags=(*weights, "--updates", "102")),
-            Arm("fixed", "regression, weights, half more", "teacher", 3, longer, method=FIXED[0]),
-            Arm("fixed", "regression, weights, calls too", "teacher", 2,    # where it is behind
-                (*weights, "--updates", str(dear)), method=FIXED[0]),
-            *(Arm("long", f"{name}, long", "teacher", 3, long, method=name, once=True)
-              for name in (WEIGHTS, *FIXED[:2])),
-            Arm("long", f"{GRADIENT}, {ALL}, long", "teacher", 3, ("--updates", str(240 * LONG)),
-                once=True),
-            Arm("long", f"{GRADIENT}, weights, long", "teacher", 3, long, once=True)]
+    # More at three evaluations: 102 updates as above, 60 more as after regression; and, at two too,
+    # as many as cost what the policy gradient does with its 128 calls of the reward a noise
+    usual, longer, dear2, dear = ((*weights, "--updates", str(n)) for n in (
+        102, 102 + 60, round(80 + 80 * 128 * COACH / 5), round(102 + 102 * 128 * COACH / 6)))
+    out += [Arm("pathwise", f"{WEIGHTS}, last jump", "teacher", 3, usual,
+                method=f"{WEIGHTS}, last jump"),
+            Arm("fixed", f"{FIXED[0]}, from DDIM", "teacher", 3, usual, "DDIM", FIXED[0]),
+            Arm("fixed", f"{FIXED[0]}, half more", "teacher", 3, longer, method=FIXED[0]),
+            *(Arm("fixed", f"{FIXED[0]}, calls too", "teacher", K, flags, method=FIXED[0])
+              for K, flags in ((2, dear2), (3, dear))),
+            Arm("fixed", "cloning, calls too", "teacher", 3, dear, method="cloning", once=True),
+            Arm("pathwise", f"{WEIGHTS}, calls too", "teacher", 3, dear, method=WEIGHTS, once=True),
+            Arm("jumps", f"{GRADIENT}, {ALL}, calls too", "teacher", 3, ("--updates", "640"),
+                once=True)]
     out += [Arm("weights", f"{GRADIENT}, weights, {words}", init, K, flags, start)
             for init, words, start, steps, flags in (
                 ("teacher", "from learned jumps", "learned", FEW, (*later, "1e-5")),

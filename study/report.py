@@ -105,8 +105,9 @@ def tables(rows, missing):
 
 COLOURS = {"policy gradient": "tab:red", "search": "grey", "pathwise gradient": "tab:green",
            "fixed loss": "tab:blue"}
-KINDS = dict(search="search", pathwise="pathwise gradient", fixed="fixed loss",
-             baseline="fixed loss")             # of the groups of arms.py; all others are ours
+KINDS = {"random": "search", "cross-entropy": "search", "pathwise": "pathwise gradient",
+         "regression": "fixed loss", "cloning": "fixed loss", "progressive": "fixed loss",
+         "consistency": "fixed loss", "DDIM": "fixed loss"}     # by first word; all others are ours
 PANELS = 2, 3, 4
 
 
@@ -125,7 +126,7 @@ def picture(rows, path):
             closed = {K: [100 * (1 - row["reward"] / best[K]) for row in at[K]]
                       for K in best if K in at}
             if closed:
-                shown[label] = closed, KINDS.get(group, "policy gradient")
+                shown[label] = closed, KINDS.get(re.split("[ ,]", name)[0], "policy gradient")
     order = sorted(shown, key=lambda label: statistics.fmean(
         shown[label][0].get(3, next(iter(shown[label][0].values())))))
     figure, axes = new_figure(1, len(PANELS), (13, 1.2 + 0.25 * len(order)), sharey=True)
@@ -162,7 +163,7 @@ def sizes(rows, path):
     figure.savefig(path)
 
 
-LONGER = r", (half more|calls too|long)$"       # the same method, given more
+LONGER = r", (half more|calls too)$"       # the same method, given more
 
 
 def budgets(rows, path):
