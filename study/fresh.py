@@ -23,7 +23,7 @@ from teacher import HELD_OUT, draw, noise_and_targets
 FIRST, N, RESAMPLED = HELD_OUT + 2 * 10 ** 6, 1000, 200     # first seed; noises; bootstrap samples
 NAMES = ["regression, weights", "regression, weights, calls too", "cloning",
          "policy gradient, weights", "policy gradient, weights, after regression",
-         "pathwise, weights", "pathwise, weights, after regression",
+         "pathwise, weights", "pathwise, weights, last jump", "pathwise, weights, after regression",
          "policy gradient, times, leans, gains"]
 
 
