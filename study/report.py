@@ -111,6 +111,11 @@ KINDS = {"random": "search", "cross-entropy": "search", "pathwise": "pathwise gr
 PANELS = 2, 3, 4
 
 
+def kind_of(name):
+    """Which of COLOURS an arm is."""
+    return KINDS.get(re.split("[ ,]", name)[0], "policy gradient")
+
+
 def picture(rows, path):
     """Per cent closed of what the teacher's best baseline leaves, a line per method, a panel per K;
     a dot per seed; above, what is best at 3. Clones are shown too, whatever they cost."""
@@ -126,7 +131,7 @@ def picture(rows, path):
             closed = {K: [100 * (1 - row["reward"] / best[K]) for row in at[K]]
                       for K in best if K in at}
             if closed:
-                shown[label] = closed, KINDS.get(re.split("[ ,]", name)[0], "policy gradient")
+                shown[label] = closed, kind_of(name)
     order = sorted(shown, key=lambda label: statistics.fmean(
         shown[label][0].get(3, next(iter(shown[label][0].values())))))
     figure, axes = new_figure(1, len(PANELS), (13, 1.2 + 0.25 * len(order)), sharey=True)
@@ -163,34 +168,39 @@ def sizes(rows, path):
     figure.savefig(path)
 
 
-LONGER = r", (half more|calls too)$"       # the same method, given more
+LONGER = r", (half more|calls too)$"            # the same method, given more
+LEFT_OUT = "learned jumps|from DDIM|^pathwise, times|^regression, times"        # of this picture
+SYMBOLS = "osD^v*"
 
 
 def budgets(rows, path):
-    """Per cent closed and Fréchet distance at 3 evaluations against all that was spent, a line per
-    method of which there are several budgets; of cloning the bundled copy is the last."""
+    """Per cent closed and Fréchet distance at 3 evaluations against all that was spent, of the main
+    arms; a line where a method had several budgets; of cloning the bundled copy is the last."""
     rows, lines = [row for row in rows if row["steps"] == 3], {}
     best = max((row["reward"] for row in rows if row["init"] == "teacher"
                 and row["group"] == "baseline"), default=-1.0)
     for (init, name), at in lines_of(rows).items():
-        if init == "teacher" or (init, name) == ("copy", "DDIM"):
-            same, method = at[3], "cloning" if init == "copy" else re.sub(LONGER, "", name)
+        if (init, name) == ("copy", "DDIM") or (
+                init == "teacher" and at[3][0]["group"] in ("jumps", "fixed", "pathwise", "weights")
+                and not re.search(LEFT_OUT, name)):
+            method = "cloning" if init == "copy" else re.sub(LONGER, "", name)
             lines.setdefault(method, []).append((
-                statistics.fmean(r["trained"] + arms.COACH * r["calls"] for r in same) / 1000,
-                100 * (1 - statistics.fmean(r["reward"] for r in same) / best),
-                statistics.fmean(r["frechet"] for r in same)))
-    figure, axes = new_figure(1, 2, (11, 3.8))
+                statistics.fmean(r["trained"] + arms.COACH * r["calls"] for r in at[3]) / 1000,
+                100 * (1 - statistics.fmean(r["reward"] for r in at[3]) / best),
+                statistics.fmean(r["frechet"] for r in at[3])))
+    figure, (*axes, key) = new_figure(1, 3, (13, 4), width_ratios=[4, 4, 2.6])
+    drawn = dict.fromkeys(COLOURS, 0)
     for method, points in lines.items():
-        if len(points) > 1:
-            x, *both = zip(*sorted(points))
-            for axis, y in zip(axes, both):
-                axis.plot(x, y, "o-", label=method)
+        kind = kind_of(method)
+        x, *both = zip(*sorted(points))
+        for axis, y in zip(axes, both):
+            axis.plot(x, y, SYMBOLS[drawn[kind]] + "-", color=COLOURS[kind], label=method)
+        drawn[kind] += 1
     for axis, label in zip(axes, ("% closed", "Fréchet distance")):
-        axis.set(xscale="log", ylabel=label,
-                 xlabel="thousand evaluations, calls of the reward too")
+        axis.set(xscale="log", ylabel=label, xlabel="cost, thousand evaluations")
         axis.grid(alpha=0.3)
-    if axes[0].lines:
-        axes[0].legend(fontsize=8)
+    key.axis("off")
+    key.legend(*axes[0].get_legend_handles_labels(), loc="center", fontsize=8)
     figure.savefig(path)
 
 
