@@ -251,7 +251,7 @@ def main(argv=None):
     seconds = clone(net, ema, teacher, args, out, args.device)
     plot_loss(out, "jumps", "cloning loss")
 
-    net, *_ = load_model(out / "student.pt", args.device)           # what is measured is the file
+    net, *_ = load_model(out / "student.pt", args.device)      # what is measured is the file
     evaluate(net, teacher, 8 if args.smoke else 256, out, args.device)
     print(f"cloned in {seconds / 60:.1f} min\n"
           f"wrote {out}/student.pt, samples.png, state.pt, loss.png, log.jsonl")

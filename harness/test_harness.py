@@ -956,7 +956,7 @@ class Commands(Working):
             made = teacher.draw(self.net, rl.TARGET, z, AB)            # each noise's own target
             self.close(target.images, made)
             self.close(target.features, coach(made)[1], 1e-4)
-        self.assertLess(rl.HELD_NOISES, max(map(min, drawn)) - teacher.HELD_OUT)      # at full size too
+        self.assertLess(rl.HELD_NOISES, max(map(min, drawn)) - teacher.HELD_OUT)  # at full size
         trained, update = {row.name: row.trained for row in rows}, rl.training_evaluations(
             rl.parse_args(self.job), 8)
         self.assertEqual([trained[name] for name in ("target", "learned", "student: learned")],

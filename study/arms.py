@@ -120,18 +120,17 @@ def smooth_rollout(net, u, z, schedule):
         t, x0_last = t_next, x0_hat
 
 
-def ascend(groups, numbers, net, train_set, reward, args, budget):
-    """Adam on parameter groups through the whole rollout of numbers() -> u (K, 2 + n). Needs a
-    reward that autograd sees through, and the memory of M x K evaluations. One noise costs 3 K:
-    forward, and backward twice that. Returns the network evaluations that were spent."""
-    device, size = train_set[0].device, min(args.noises, len(train_set[0]))
-    schedule = SmoothSchedule(linear_alpha_bar(device))
+def rollout_loss(numbers, net, train_set, reward, args):
+    """(loss_of(generator) through the whole rollout of numbers() -> u (K, 2 + n), evaluations that
+    it costs). Needs a reward that autograd sees through, and the memory of M x K evaluations. One
+    noise costs 3 K: forward, and backward twice that."""
+    size, schedule = min(args.noises, len(train_set[0])), SmoothSchedule(
+        linear_alpha_bar(train_set[0].device))
 
     def loss_of(generator):
         z, target = pick(size, generator, *train_set)
         return -reward(smooth_rollout(net, numbers(), z, schedule), target).mean()
-    return losses.descend(groups, loss_of, size * (1 + losses.BACKWARD) * args.steps, args, budget,
-                          device)
+    return loss_of, size * (1 + losses.BACKWARD) * args.steps
 
 
 def pathwise(net, start, train_set, reward, args, budget):
@@ -140,18 +139,16 @@ def pathwise(net, start, train_set, reward, args, budget):
     policy, rate = JumpPolicy(start, n).to(train_set[0].device), PATHWISE_LR * scale
     groups = [dict(params=[policy.jumps], lr=rate),
               dict(params=[policy.gains], lr=rate / JUMPS_FASTER)]
-    spent = ascend(groups, policy.mean, net, train_set, reward, args, budget)
+    spent = losses.descend(groups, *rollout_loss(policy.mean, net, train_set, reward, args), args,
+                           budget, train_set[0].device)
     return policy.solver(), spent
 
 
 def pathwise_weights(net, start, train_set, reward, args, budget):
     """The same of the network's weights, at the jumps of `start`."""
-    n_gains = len(start.gains[0]) if start.gains else 0
-    u = start.action(n_gains).to(train_set[0].device)
-    groups = [dict(params=[*net.requires_grad_(True).parameters()], lr=args.lr)]
-    spent = ascend(groups, lambda: u, net, train_set, reward, args, budget)
-    net.requires_grad_(False)
-    return start, spent
+    u = start.action(0).to(train_set[0].device)                     # with its gains, if it has any
+    return start, losses.descend_weights(net, *rollout_loss(lambda: u, net, train_set, reward,
+                                                            args), args.lr, args, budget)
 
 
 def pathwise_last(net, start, train_set, reward, args, budget):

@@ -116,13 +116,19 @@ def kind_of(name):
     return KINDS.get(re.split("[ ,]", name)[0], "policy gradient")
 
 
+def best_baselines(rows):
+    """{K: reward of the teacher's best baseline}."""
+    best = {}
+    for row in rows:
+        if (row["group"], row["init"]) == ("baseline", "teacher"):
+            best[row["steps"]] = max(row["reward"], best.get(row["steps"], row["reward"]))
+    return best
+
+
 def picture(rows, path):
     """Per cent closed of what the teacher's best baseline leaves, a line per method, a panel per K;
     a dot per seed; above, what is best at 3. Clones are shown too, whatever they cost."""
-    best, shown = {}, {}
-    for row in rows:
-        if (row["group"], row["init"]) == ("baseline", "teacher") and row["steps"] in PANELS:
-            best[row["steps"]] = max(row["reward"], best.get(row["steps"], row["reward"]))
+    best, shown = {K: R for K, R in best_baselines(rows).items() if K in PANELS}, {}
     for (init, name), at in lines_of(rows).items():
         group = next(iter(at.values()))[0]["group"]
         if (init == "teacher") != (group == "baseline"):
@@ -177,8 +183,7 @@ def budgets(rows, path):
     """Per cent closed and Fréchet distance at 3 evaluations against all that was spent, of the main
     arms; a line where a method had several budgets; of cloning the bundled copy is the last."""
     rows, lines = [row for row in rows if row["steps"] == 3], {}
-    best = max((row["reward"] for row in rows if row["init"] == "teacher"
-                and row["group"] == "baseline"), default=-1.0)
+    best = best_baselines(rows).get(3)
     for (init, name), at in lines_of(rows).items():
         if (init, name) == ("copy", "DDIM") or (
                 init == "teacher" and at[3][0]["group"] in ("jumps", "fixed", "pathwise", "weights")
