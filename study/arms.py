@@ -287,11 +287,12 @@ def arms():
                 method=f"{WEIGHTS}, last jump"),
             Arm("fixed", f"{FIXED[0]}, from DDIM", "teacher", 3, usual, "DDIM", FIXED[0]),
             Arm("fixed", f"{FIXED[0]}, half more", "teacher", 3, longer, method=FIXED[0]),
-            *(Arm("fixed", f"{FIXED[0]}, calls too", "teacher", K, flags, method=FIXED[0])
+            *(Arm("fixed", f"{FIXED[0]}, equal cost", "teacher", K, flags, method=FIXED[0])
               for K, flags in ((2, dear2), (3, dear))),
-            Arm("fixed", "cloning, calls too", "teacher", 3, dear, method="cloning", once=True),
-            Arm("pathwise", f"{WEIGHTS}, calls too", "teacher", 3, dear, method=WEIGHTS, once=True),
-            Arm("jumps", f"{GRADIENT}, {ALL}, calls too", "teacher", 3, ("--updates", "640"),
+            Arm("fixed", "cloning, equal cost", "teacher", 3, dear, method="cloning", once=True),
+            Arm("pathwise", f"{WEIGHTS}, equal cost", "teacher", 3, dear, method=WEIGHTS,
+                once=True),
+            Arm("jumps", f"{GRADIENT}, {ALL}, equal cost", "teacher", 3, ("--updates", "640"),
                 once=True)]
     out += [Arm("weights", f"{GRADIENT}, weights, {words}", init, K, flags, start)
             for init, words, start, steps, flags in (

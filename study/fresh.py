@@ -1,27 +1,28 @@
 """The headline once more, on noises that no row, choice or claim was made on.
 
-    python study/fresh.py --steps 2 3 --seeds 0      # study/fresh.jsonl, study/fresh.md; hours
+    python study/fresh.py --steps 2 3 --seeds 0      # fresh.jsonl, which run.py --report reads
 
-Plays what is not under runs/study/ yet; rows that are there are not made again. Every sampler is
-measured on the same 1,000 fresh noises: by the reward, by how like the *judge* finds an image to
-the target of its noise, and by the Fréchet distance. All differences are paired with regression,
-noise by noise.
+Hours: plays what is not under runs/study/ yet; rows that are there are not made again. Every
+sampler is measured on the same 1,000 fresh noises: by the reward, by how like the *judge* finds an
+image to the target of its noise, and by the Fréchet distance. All differences are paired with
+regression, noise by noise.
 """
 import argparse
 
 import torch
 
 import arms                                     # puts the repository on the path
+import report
 import run
 # From the repository:
-from harness.runs import ROOT, log_line, number, pick_device, read_log, run_main, write_whole
+from harness.runs import log_line, number, pick_device, read_log, run_main
 from reward import (Reward, closed, encode, frechet_distance, moments, rewards,
                     standard_error)
 from student import load_model
 from teacher import HELD_OUT, draw, noise_and_targets
 
 FIRST, N, RESAMPLED = HELD_OUT + 2 * 10 ** 6, 1000, 200     # first seed; noises; bootstrap samples
-NAMES = ["regression, weights", "regression, weights, calls too", "cloning",
+NAMES = ["regression, weights", "regression, weights, equal cost", "cloning",
          "policy gradient, weights", "policy gradient, weights, after regression",
          "pathwise, weights", "pathwise, weights, last jump", "pathwise, weights, after regression",
          "policy gradient, times, leans, gains"]
@@ -63,19 +64,6 @@ def row(arm, seed, found, start, against):
     return values
 
 
-def table(rows):
-    """Lines of markdown."""
-    def cell(values, kind, scale=100, form=".0f"):
-        return f"{scale * values[kind]:{form}} ± {scale * values[kind + '_error']:{form}}"
-    return ["| K | seed | sampler | closed, % | by the judge's likeness, % | Fréchet | squared "
-            "error | more than regression: closed | likeness | Fréchet |", "|---|" + "---|" * 9,
-            *("| {steps} | {seed} | {name} | ".format(**r) + " | ".join((
-                cell(r, "reward"), cell(r, "likeness"), cell(r, "frechet", 1, ".2f"),
-                f"{r['mse']:.4f}", cell(r, "more_reward", form=".1f"),
-                cell(r, "more_likeness", form=".1f"), cell(r, "more_frechet", 1, ".2f"))) + " |"
-              for r in rows)]
-
-
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--steps", type=number(int, 1, 8), nargs="+", default=[2, 3])
@@ -87,8 +75,7 @@ def main(argv=None):
     judge = Reward("perceptual", world.judge[0], dict(perceptual=1.0))
     views = dict(reward=(world.reward, world.reward.view(target)),
                  likeness=(judge, judge.view(target)))
-    path = ROOT / "study" / "fresh.jsonl"
-    rows = read_log(path) if path.exists() else []
+    rows = read_log(report.FRESH) if report.FRESH.exists() else []
     for K in args.steps:
         _, best = world.start("teacher", K, "best")
         start = measured(world.teacher, best, z, views, world)
@@ -105,10 +92,8 @@ def main(argv=None):
                 against = against or found                          # regression comes first
                 if not done:
                     rows.append(row(arm, seed, found, start, against))
-                    print(table(rows)[-1], flush=True)
-                    log_line(path, **rows[-1])
-    write_whole(ROOT / "study" / "fresh.md", "\n".join(table(sorted(
-        rows, key=lambda r: (r["steps"], r["seed"]))) + [""]).encode())
+                    print(report.fresh_table(rows)[-1], flush=True)
+                    log_line(report.FRESH, **rows[-1])
 
 
 if __name__ == "__main__":

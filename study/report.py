@@ -1,5 +1,5 @@
-"""Tables of the study, from the rows of results.jsonl, into study/README.md between two markers,
-and the pictures figures/study*.png.
+"""Tables of the study, from the rows of results.jsonl and fresh.jsonl, into study/README.md, each
+between two markers, and the pictures figures/study*.png.
 
 Called by study/run.py. A line is a sampler, a column a number of evaluations K.
 """
@@ -9,10 +9,11 @@ import statistics
 import arms                                     # puts the repository on the path
 # From the repository:
 from harness.images import new_figure
-from harness.runs import ROOT, BadInput, write_whole
+from harness.runs import ROOT, BadInput, read_log, write_whole
 
-FIGURE = ROOT / "figures" / "study.png"
-MARKERS = "<!-- tables: begin -->", "<!-- tables: end -->"
+FIGURE, FRESH = ROOT / "figures" / "study.png", ROOT / "study" / "fresh.jsonl"
+SUMMED, ASIDE = ("jumps", "search", "fixed", "pathwise", "weights", "paper"), \
+    "times and leans|channel|learned jumps"         # arms of the first table: groups, and not these
 
 # ==== TABLES ==================================================================================
 
@@ -59,6 +60,41 @@ def column(name, form, error=None, scale=1):
         errors = [scale * row[error] for row in same] if error else []
         return text + (f" ({statistics.fmean(errors):{form}})" if errors else "")
     return cell
+
+
+def cost(row):
+    """All that a sampler learned from, in thousands of evaluations."""
+    return (row["trained"] + arms.COACH * row["calls"]) / 1000
+
+
+def summary(rows, fresh):
+    """Lines of markdown: the main arms at three evaluations, what closes most first."""
+    likeness = {row["name"]: f"{100 * row['likeness']:.0f}" for row in fresh if row["steps"] == 3}
+    found = {name: at[3] for (init, name), at in lines_of(rows).items() if init == "teacher" and
+             3 in at and at[3][0]["group"] in SUMMED and not re.search(ASIDE, name)}
+    return ["| sampler, three evaluations | cost, thousands | of this evaluations | closed, % | "
+            "likeness, % | Fréchet | squared error |", "|---|" + "---|" * 6,
+            *(f"| {name} | {cost(same[0]):.0f} | {same[0]['trained'] / 1000:.0f} | "
+              f"{column('closed', '.0f', scale=100)(same)} | {likeness.get(name, '')} | "
+              f"{column('frechet', '.2f')(same)} | {column('mse', '.4f')(same)[:6]} |"
+              for name, same in sorted(found.items(), key=lambda item: -statistics.fmean(
+                  row["closed"] for row in item[1])))]
+
+
+def fresh_table(rows):
+    """Lines of markdown: every sampler on fresh noises, and its differences to regression."""
+    def more(row, kind, form, scale=100):
+        value, error = row["more_" + kind], row[f"more_{kind}_error"]
+        return f"{scale * value:+{form}} ± {scale * error:{form}}"
+    return ["| K | seed | sampler | closed, % | likeness, % | Fréchet | squared error | more "
+            "closed | more likeness | more Fréchet |", "|---|" + "---|" * 9,
+            *("| {steps} | {seed} | {name} | ".format(**row) + " | ".join((
+                f"{100 * row['reward']:.0f}", f"{100 * row['likeness']:.0f}",
+                f"{row['frechet']:.2f}", f"{row['mse']:.4f}", *(
+                    [""] * 3 if row["name"] == arms.FIXED[0] else (
+                        more(row, "reward", ".1f"), more(row, "likeness", ".1f"),
+                        more(row, "frechet", ".2f", 1))))) + " |"
+              for row in sorted(rows, key=lambda row: (row["steps"], row["seed"], row["reward"])))]
 
 
 def costs(rows):
@@ -174,7 +210,7 @@ def sizes(rows, path):
     figure.savefig(path)
 
 
-LONGER = r", (half more|calls too)$"            # the same method, given more
+LONGER = r", (half more|equal cost)$"            # the same method, given more
 LEFT_OUT = "learned jumps|from DDIM|^pathwise, times|^regression, times"        # of this picture
 SYMBOLS = "osD^v*"
 
@@ -190,7 +226,7 @@ def budgets(rows, path):
                 and not re.search(LEFT_OUT, name)):
             method = "cloning" if init == "copy" else re.sub(LONGER, "", name)
             lines.setdefault(method, []).append((
-                statistics.fmean(r["trained"] + arms.COACH * r["calls"] for r in at[3]) / 1000,
+                cost(at[3][0]),
                 100 * (1 - statistics.fmean(r["reward"] for r in at[3]) / best),
                 statistics.fmean(r["frechet"] for r in at[3])))
     figure, (*axes, key) = new_figure(1, 3, (13, 4), width_ratios=[4, 4, 2.6])
@@ -201,8 +237,10 @@ def budgets(rows, path):
         for axis, y in zip(axes, both):
             axis.plot(x, y, SYMBOLS[drawn[kind]] + "-", color=COLOURS[kind], label=method)
         drawn[kind] += 1
-    for axis, label in zip(axes, ("% closed", "Fréchet distance")):
-        axis.set(xscale="log", ylabel=label, xlabel="cost, thousand evaluations")
+    for axis, label, title in zip(axes, ("% closed: more is nearer", "distance: less is nearer"),
+                                  ("to the target, by the reward", "to photographs, Fréchet")):
+        axis.set(xscale="log", ylabel=label, title=f"Nearer {title}",
+                 xlabel="cost, thousand evaluations")
         axis.grid(alpha=0.3)
     key.axis("off")
     key.legend(*axes[0].get_legend_handles_labels(), loc="center", fontsize=8)
@@ -212,15 +250,18 @@ def budgets(rows, path):
 # ==== INTO THE README =========================================================================
 
 def write(rows, missing, path, figure=FIGURE):
-    """Print the tables, and put them between the markers of `path`, if any, and the picture into
-    `figure`; BadInput where there are no markers."""
-    text = "\n".join(tables(rows, missing))
-    print(text)
-    old = path.read_text(encoding="utf-8")
-    between = re.compile(f"(?<={MARKERS[0]}).*?(?={MARKERS[1]})", re.DOTALL)
-    if not between.search(old):
-        raise BadInput(f"{path} has no markers {' and '.join(MARKERS)}; put them back")
-    write_whole(path, between.sub(lambda _: f"\n{text}\n", old, count=1).encode())
+    """Print the tables, put each between its markers in `path`, and the pictures beside `figure`;
+    BadInput where markers are missing."""
+    fresh, text = read_log(FRESH), path.read_text(encoding="utf-8")
+    for name, lines in (("summary", summary(rows, fresh)), ("fresh", fresh_table(fresh)),
+                        ("tables", tables(rows, missing))):
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        print("\n".join(lines))
+        text, found = re.subn(f"(?<={begin}).*?(?={end})", lambda _: "\n".join(["", *lines, ""]),
+                              text, count=1, flags=re.DOTALL)
+        if not found:
+            raise BadInput(f"{path} has no markers {begin} and {end}; put them back")
+    write_whole(path, text.encode())
     picture(rows, figure)
     sizes(rows, figure.with_name("study_sizes.png"))
     budgets(rows, figure.with_name("study_budgets.png"))

@@ -27,7 +27,7 @@ import run                                                                     #
 import rl_distill                                                              # noqa: E402
 from ddpm import (T, MixtureNet, UNet, action_mask, baseline_solver, linear_alpha_bar,  # noqa: E402
                   sample, seeded_noise, solver_of)
-from harness.runs import checksum                                              # noqa: E402
+from harness.runs import checksum, read_log                                    # noqa: E402
 from reward import Judge, View                                                 # noqa: E402
 from teacher import TARGET, draw, noise_and_targets                            # noqa: E402
 
@@ -253,13 +253,12 @@ class Books(unittest.TestCase):
     def test_the_headline_on_fresh_noises_is_paired_with_regression(self):
         world = self.world()
         names = "regression, weights", "pathwise, weights", "policy gradient, weights"
-        Path("study").mkdir()
-        with mock.patch.multiple(fresh, N=9, RESAMPLED=4, ROOT=Path("."), NAMES=names), \
-                mock.patch.object(run, "World", lambda *_: world), mock.patch("builtins.print"):
+        with mock.patch.multiple(fresh, N=9, RESAMPLED=4, NAMES=names), mock.patch.object(
+                report, "FRESH", Path("fresh.jsonl")), mock.patch.object(
+                run, "World", lambda *_: world), mock.patch("builtins.print"):
             fresh.main(["--steps", "3"])
             fresh.main(["--steps", "3"])                               # nothing is made again
-        first, *_ = rows = [json.loads(line) for line in Path(
-            "study/fresh.jsonl").read_text().splitlines()]
+        first, *_ = rows = read_log("fresh.jsonl")
         self.assertEqual([row["name"] for row in rows], [*names])
         for kind in ("reward", "likeness", "frechet"):
             self.assertEqual((first[f"more_{kind}"], first[f"more_{kind}_error"]), (0, 0))
@@ -275,7 +274,6 @@ class Books(unittest.TestCase):
                                ("more_reward", more.mean()),
                                ("more_reward_error", more.std() / 3)):
                 self.assertAlmostEqual(row[key], value.item(), places=4, msg=key)
-        self.assertEqual(len(Path("study/fresh.md").read_text().splitlines()), 5)
 
     def row(self, arm, seed=0):
         return dict(zip(run.KEY, (*arm[:4], seed)), n=8, nfe=arm.steps, reward=-1.0 - 2 * seed,
@@ -295,25 +293,39 @@ class Books(unittest.TestCase):
             self.assertEqual(run.todo(run.read_rows(path), [0, 1]), everything[left:])
 
     def test_tables_stand_between_the_markers_and_nothing_else_changes(self):
-        path, (begin, end) = Path("README.md"), report.MARKERS
+        path, marks = Path("README.md"), [f"<!-- {name}: {word} -->" for name in (
+            "summary", "fresh", "tables") for word in ("begin", "end")]
         jumps, target = (next(a for a in arms.arms() if a.name == name and a.steps in (3, 50))
                          for name in (f"{arms.GRADIENT}, {arms.ALL}", "target"))
         base = next(arm for arm in arms.arms() if arm.name == "AB2" and arm.steps == 3)
-        path.write_text(f"above\n{begin}\nold\n{end}\nbelow é\n", encoding="utf-8")
-        with contextlib.redirect_stdout(io.StringIO()):
+        path.write_text("above é\n{}\nold\n{}\na{}old{}b\n{}{}\nbelow\n".format(*marks),
+                        encoding="utf-8")
+        new = dict(name=jumps.name, steps=3, seed=0, mse=0.1, frechet=2.0, reward=0.5,
+                   likeness=0.4, **{f"more_{kind}{error}": -0.25 for kind in (
+                       "reward", "likeness", "frechet") for error in ("", "_error")})
+        run.log_line("fresh.jsonl", **new)
+        with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(
+                report, "FRESH", Path("fresh.jsonl")):
             report.write([self.row(jumps), self.row(jumps, 1), self.row(base), self.row(target)], 2,
                          path, Path("a.png"))
-        text = path.read_text(encoding="utf-8")
-        self.assertTrue(Path("a.png").exists() and text.startswith(f"above\n{begin}\n**Not comp"))
-        self.assertTrue(text.endswith(f"\n{end}\nbelow é\n") and "old" not in text)
-        for line in ("| teacher, policy gradient, times, leans, gains | -2.000 ± 1.414 (0.100) |",
+            text = path.read_text(encoding="utf-8")
+            self.assertTrue(Path("a.png").exists() and "old" not in text)
+            start, *_, last = text.splitlines()
+            self.assertEqual((start, last), ("above é", "below"))
+            self.assertEqual([text.count(mark) for mark in marks], [1] * 6)
+            Path("none.md").write_text(text.replace(marks[-1], ""))
+            with self.assertRaises(report.BadInput):
+                report.write([self.row(base)], 0, Path("none.md"))
+        self.assertEqual(Path("none.md").read_text(), text.replace(marks[-1], ""))
+        for line in ("| policy gradient, times, leans, gains | 2 | 2 | 40 ± 14 | 40 | 2.00 ± 0.00 | "
+                     "0.1000 |",
+                     "| 3 | 0 | policy gradient, times, leans, gains | 50 | 40 | 2.00 | 0.1000 | "
+                     "-25.0 ± -25.0 | -25.0 ± -25.0 | -0.25 ± -0.25 |",
+                     "| teacher, policy gradient, times, leans, gains | -2.000 ± 1.414 (0.100) |",
                      "gains | 40 ± 14 (5) |", "The target itself, 50 evalu",
                      "| teacher, policy gradient, times, leans, gains | 3 | 2.0 | 0 | 1.0 | 1.0 | 35 "
                      "| no |"):
             self.assertIn(line, text)
-        with self.assertRaises(report.BadInput), contextlib.redirect_stdout(io.StringIO()):
-            Path("none.md").write_text("no markers")
-            report.write([], 0, Path("none.md"))
 
 
 class Estimators(unittest.TestCase):
