@@ -1,6 +1,6 @@
 """How well does the policy gradient point where the reward rises? One picture for all of the study.
 
-    python study/estimators.py           # figures/estimators.png, study/estimators.jsonl; minutes
+    python study/estimators.py           # figures/estimators.png; minutes
 
 For the jumps' numbers (logit rho, lean and gains, one a block or one a channel) and for all
 weights: the cosine of the policy gradient with the pathwise one, by the number of rollouts, or of
@@ -13,10 +13,9 @@ import torch
 import arms                                     # puts the repository on the path
 # From the repository:
 import rl_distill
-from ddpm import (action_mask, linear_alpha_bar, parameter_count, sample, solver_of,
-                  step)
+from ddpm import action_mask, linear_alpha_bar, parameter_count, sample, solver_of, step
 from harness.images import plot_panels
-from harness.runs import ROOT, autocast, log_line, pick_device, run_main
+from harness.runs import ROOT, autocast, pick_device, run_main
 from reward import best_baselines, rewards
 from rl_distill import exploration, landing_logp, load_inputs, rollout
 from teacher import noise_and_targets
@@ -91,14 +90,8 @@ def weights_gradients(net, solver, z, target, reward, group, generator):
 
 # ==== THE PICTURE =============================================================================
 
-def row(what, numbers, samples, found):
-    """What is logged of the cosines of estimates from as many rollouts, or landings."""
-    return dict(what=what, numbers=numbers, samples=samples, cosine=sum(found) / len(found),
-                least=min(found), most=max(found))
-
-
 def measure(device):
-    """Yields the row() of every estimator and number of samples, over REPEATS."""
+    """Yields (name, rollouts or landings, REPEATS cosines) of every estimator and their number."""
     args = rl_distill.parse_args(["--init", "teacher"])
     net, _, reward, _ = load_inputs(args, device)
     z, target = noise_and_targets(net, 0, rl_distill.NOISES, device)
@@ -114,29 +107,26 @@ def measure(device):
         for count in ROLLOUTS:
             found = [cosine(pair_estimates(net, u, std, z, target, reward, count // 2, generator)
                             .mean(0) * std, exact) for _ in range(REPEATS)]
-            yield row(f"jumps, {numbers:,} numbers", numbers, count, found)
+            yield f"jumps, {numbers:,} numbers", count, found
     numbers = parameter_count(net.requires_grad_(True))
     for count in LANDINGS:
         found = [cosine(*weights_gradients(net, start, z[i * 8:i * 8 + 8], target.rows(
             slice(i * 8, i * 8 + 8)), reward, count, generator)) for i in range(REPEATS)]
-        yield row(f"weights, {numbers:,}, 8 noises", numbers, count, found)
+        yield f"weights, {numbers:,}, 8 noises", count, found
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--device", default="auto", help="auto, cuda or cpu")
-    p.add_argument("--out", default=str(ROOT / "figures" / "estimators.png"), help="the picture")
-    args = p.parse_args(argv)
-    path, lines = ROOT / "study" / "estimators.jsonl", {}
-    path.unlink(missing_ok=True)
-    for found in measure(pick_device(args.device)):
-        log_line(path, **found)
-        print("{what:32s} {samples:6d}  cosine {cosine:6.3f}  ({least:.3f} .. {most:.3f})".format(
-            **found), flush=True)
-        lines.setdefault(found["what"], []).append(found)
+    lines = {}
+    for what, count, found in measure(pick_device(p.parse_args(argv).device)):
+        mean = sum(found) / REPEATS
+        print(f"{what:32s} {count:6d}  cosine {mean:6.3f}  ({min(found):.3f} .. {max(found):.3f})",
+              flush=True)
+        lines.setdefault(what, []).append((count, mean))
     plot_panels([("rollouts, or landings of an evaluation", "cosine with the pathwise gradient", [
-        (what, [r["samples"] for r in rows], [r["cosine"] for r in rows], "o-")
-        for what, rows in lines.items()])], args.out, xscale="log", yscale="log")
+        (what, *zip(*points), "o-") for what, points in lines.items()])],
+        ROOT / "figures" / "estimators.png", xscale="log", yscale="log")
 
 
 if __name__ == "__main__":

@@ -3,64 +3,87 @@
     python study/fresh.py --steps 2 3 --seeds 0      # fresh.jsonl, which run.py --report reads
 
 Hours: plays what is not under runs/study/ yet; rows that are there are not made again. Every
-sampler is measured on the same 1,000 fresh noises: by the reward, by how like the *judge* finds an
-image to the target of its noise, and by the Fréchet distance. All differences are paired with
-regression, noise by noise.
+sampler is measured on the same 1,000 fresh noises: by the reward; by the *likeness*, which is the
+same reward with the judge in the coach's place; by Fréchet distance in the judge's features; and by
+that of patches of pixels, which no encoder sees, to patches of other noises' targets. All
+differences are paired with the first of NAMES, noise by noise.
 """
 import argparse
 
 import torch
+import torch.nn.functional as F
 
 import arms                                     # puts the repository on the path
 import report
 import run
 # From the repository:
+from harness.images import plot_strips
 from harness.runs import log_line, number, pick_device, read_log, run_main
-from reward import (Reward, closed, encode, frechet_distance, moments, rewards,
-                    standard_error)
+from reward import Reward, closed, encode, frechet_distance, moments, rewards, standard_error
 from student import load_model
 from teacher import HELD_OUT, draw, noise_and_targets
 
 FIRST, N, RESAMPLED = HELD_OUT + 2 * 10 ** 6, 1000, 200     # first seed; noises; bootstrap samples
-NAMES = ["regression, weights", "regression, weights, equal cost", "cloning",
+NAMES = ["regression, weights, equal cost", "regression, weights", "cloning",
          "policy gradient, weights", "policy gradient, weights, after regression",
-         "pathwise, weights", "pathwise, weights, last jump", "pathwise, weights, after regression",
-         "policy gradient, times, leans, gains"]
+         "pathwise, weights", "pathwise, weights, equal cost", "pathwise, weights, last jump",
+         "pathwise, weights, after regression", "policy gradient, times, leans, gains",
+         "best baseline", "target"]
+SHOWN = "target", NAMES[0], "policy gradient, weights", "policy gradient, weights, after regression"
 
 
-def bootstrap(features, reference):
-    """Fréchet distance of some of the rows (N, C), drawn with replacement, RESAMPLED times; the
-    same rows for every sampler. A tensor (RESAMPLED,)."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.tensor([frechet_distance(*moments(features[torch.randint(
-        len(features), (len(features),), generator=generator)]), *reference)
-        for _ in range(RESAMPLED)])
+def made(name, K, seed, z, target, world):
+    """(images (N, 3, H, W) of a sampler, its cost in thousand evaluations); None: no such arm."""
+    if name == "target":
+        return target, 0
+    if name == "best baseline":
+        return draw(world.teacher, world.start("teacher", K, "best")[1], z, world.alpha_bar), 0
+    for arm in arms.arms():
+        if (arm.name, arm.init, arm.steps) == (name, "teacher", K):
+            net, content, solver = load_model(run.play(arm, seed, world), world.device)
+            return draw(net, solver, z, world.alpha_bar), report.cost(content["study"])
 
 
-def measured(net, solver, z, views, world):
-    """Of one sampler: reward, likeness and mse (N,), frechet, and its bootstrap (RESAMPLED,).
-    views: {name: (Reward, its View of the targets)}."""
-    images, (judge, reference) = draw(net, solver, z, world.alpha_bar), world.judge
-    features = encode(judge, images)
-    each = torch.arange(len(z), device=z.device)
-    return dict(mse=(images - views["reward"][1].images).square().mean((1, 2, 3)),
-                frechet=frechet_distance(*moments(features), *reference),
-                bootstrap=bootstrap(features, reference),
-                **{name: rewards(reward, images, target, each)
-                   for name, (reward, target) in views.items()})
+def patches(images):
+    """8 x 8 pixels, all that start at multiples of 4: (N, 3, 32, 32) -> (N, 49, 192)."""
+    return F.unfold(images.cpu(), 8, stride=4).transpose(1, 2)
 
 
-def row(arm, seed, found, start, against):
-    """Plain values of a sampler; start, against: measured() of the best baseline, of regression."""
-    more = found["bootstrap"] - against["bootstrap"]
-    values = dict(name=arm.name, steps=arm.steps, seed=seed, mse=found["mse"].mean().item(),
-                  frechet=found["frechet"], frechet_error=found["bootstrap"].std().item(),
-                  more_frechet=more.mean().item(), more_frechet_error=more.std().item())
+def distances(features, reference):
+    """Fréchet distance of features (N, P, C) to moments, followed by those of RESAMPLED bootstrap
+    samples of the N, the same ones for every sampler: (1 + RESAMPLED,)."""
+    generator, n = torch.Generator().manual_seed(0), len(features)
+    drawn = [torch.randint(n, (n,), generator=generator) for _ in range(RESAMPLED)]
+    return torch.tensor([frechet_distance(*moments(features[index].flatten(0, 1)), *reference)
+                         for index in [torch.arange(n), *drawn]])
+
+
+def measured(images, views, world):
+    """Of one sampler: reward, likeness and mse (N,), both distances() ('patches': of the first half
+    to the targets of the other). views: {name: (Reward, its View of the targets)}."""
+    (judge, reference), target = world.judge, views["reward"][1].images
+    half, each = len(images) // 2, torch.arange(len(images), device=images.device)
+    return dict(mse=(images - target).square().mean((1, 2, 3)),
+                frechet=distances(encode(judge, images)[:, None], reference),
+                patches=distances(patches(images[:half]),
+                                  moments(patches(target[half:]).flatten(0, 1))),
+                **{name: rewards(reward, images, seen, each)
+                   for name, (reward, seen) in views.items()})
+
+
+def row(key, cost, found, start, against):
+    """Plain values of a sampler; key: name, K, seed; start, against: measured() of the best
+    baseline, and of what it is compared with."""
+    values = dict(zip(("name", "steps", "seed"), key), cost=cost, mse=found["mse"].mean().item())
+    for kind in ("frechet", "patches"):
+        values[kind], values[f"{kind}_error"] = found[kind][0].item(), found[kind][1:].std().item()
+        more = (found[kind] - against[kind])[1:]
+        values[f"more_{kind}"], values[f"more_{kind}_error"] = more.mean().item(), more.std().item()
     for kind in ("reward", "likeness"):
         values[kind], values[f"{kind}_error"] = closed(found[kind], start[kind])
         more = (found[kind] - against[kind]) / -start[kind].mean()
-        values[f"more_{kind}"] = more.mean().item()
-        values[f"more_{kind}_error"] = standard_error(more)
+        values["more_" + kind], values[f"more_{kind}_error"] = more.mean().item(), standard_error(
+            more)
     return values
 
 
@@ -72,28 +95,29 @@ def main(argv=None):
     args = p.parse_args(argv)
     world = run.World(pick_device(args.device), 8)              # its held-out noises: unused
     z, target = noise_and_targets(world.teacher, FIRST, N, world.device)
-    judge = Reward("perceptual", world.judge[0], dict(perceptual=1.0))
-    views = dict(reward=(world.reward, world.reward.view(target)),
-                 likeness=(judge, judge.view(target)))
-    rows = read_log(report.FRESH) if report.FRESH.exists() else []
+    judge = Reward("feature+perceptual", world.judge[0], world.reward.scales)
+    views = {name: (reward, reward.view(target)) for name, reward in (
+        ("reward", world.reward), ("likeness", judge))}
+    rows, images = read_log(report.FRESH) if report.FRESH.exists() else [], {}
+    done = {(row["name"], row["steps"], row["seed"]) for row in rows}
     for K in args.steps:
-        _, best = world.start("teacher", K, "best")
-        start = measured(world.teacher, best, z, views, world)
+        start = measured(made("best baseline", K, 0, z, target, world)[0], views, world)
         for seed in args.seeds:
             against = None
             for name in NAMES:
-                arm = next((a for a in arms.arms() if (a.name, a.init, a.steps) == (
-                    name, "teacher", K)), None)
-                done = any((r["name"], r["steps"], r["seed"]) == (name, K, seed) for r in rows)
-                if arm is None or done and against:
+                if against and (name, K, seed) in done:
                     continue
-                net, _, solver = load_model(run.play(arm, seed, world), world.device)
-                found = measured(net, solver, z, views, world)
-                against = against or found                          # regression comes first
-                if not done:
-                    rows.append(row(arm, seed, found, start, against))
-                    print(report.fresh_table(rows)[-1], flush=True)
-                    log_line(report.FRESH, **rows[-1])
+                if found := made(name, K, seed, z, target, world):
+                    images[name], cost = found
+                    found = measured(images[name], views, world)
+                    against = against or found                  # the first of NAMES that is there
+                    if (name, K, seed) not in done:
+                        rows.append(row((name, K, seed), cost, found, start, against))
+                        print(report.fresh_table(rows[-1:])[-1], flush=True)
+                        log_line(report.FRESH, **rows[-1])
+    if not set(SHOWN) - set(images):
+        plot_strips([(name, images[name]) for name in SHOWN], 12,
+                    report.FIGURE.with_name("study_images.png"))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from student import (average_velocity, clone_loss, state_at,                   #
 from teacher import TARGET                                                     # noqa: E402
 
 BATCH, BACKWARD = 32, 2                         # of an update; evaluations of a backward pass
-RATES = dict(cloning=1e-4, progressive=1e-4, consistency=1e-4)      # Adam's first, falls to 0
+RATES = dict(cloning=1e-4, progressive=3e-5, consistency=1e-4)      # Adam's first, falls to 0
 ROUNDS = 4                                      # of progressive distillation: 16 K -> 8 K .. -> K
 EMA = 0.95                                      # of the consistency target, per update
 

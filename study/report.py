@@ -82,18 +82,16 @@ def summary(rows, fresh):
 
 
 def fresh_table(rows):
-    """Lines of markdown: every sampler on fresh noises, and its differences to regression."""
-    def more(row, kind, form, scale=100):
-        value, error = row["more_" + kind], row[f"more_{kind}_error"]
-        return f"{scale * value:+{form}} ± {scale * error:{form}}"
-    return ["| K | seed | sampler | closed, % | likeness, % | Fréchet | squared error | more "
-            "closed | more likeness | more Fréchet |", "|---|" + "---|" * 9,
-            *("| {steps} | {seed} | {name} | ".format(**row) + " | ".join((
-                f"{100 * row['reward']:.0f}", f"{100 * row['likeness']:.0f}",
-                f"{row['frechet']:.2f}", f"{row['mse']:.4f}", *(
-                    [""] * 3 if row["name"] == arms.FIXED[0] else (
-                        more(row, "reward", ".1f"), more(row, "likeness", ".1f"),
-                        more(row, "frechet", ".2f", 1))))) + " |"
+    """Lines of markdown: every sampler on fresh noises; in brackets differences to another."""
+    def cell(row, kind, scale, form):
+        more = (f" ({scale * row['more_' + kind]:+{form}} ± "
+                f"{scale * row[f'more_{kind}_error']:{form}})" if row["more_frechet_error"] else "")
+        return f"{scale * row[kind]:{form}}{more}"
+    return ["| K | seed | sampler | cost, thousands | closed, % | likeness, % | Fréchet | "
+            "Fréchet of patches |", "|---|" + "---|" * 7,
+            *("| {steps} | {seed} | {name} | {cost:.0f} | ".format(**row) + " | ".join(
+                cell(row, *kind) for kind in (("reward", 100, ".1f"), ("likeness", 100, ".1f"),
+                                              ("frechet", 1, ".2f"), ("patches", 1, ".2f"))) + " |"
               for row in sorted(rows, key=lambda row: (row["steps"], row["seed"], row["reward"])))]
 
 
@@ -210,24 +208,21 @@ def sizes(rows, path):
     figure.savefig(path)
 
 
-LONGER = r", (half more|equal cost)$"            # the same method, given more
 LEFT_OUT = "learned jumps|from DDIM|^pathwise, times|^regression, times"        # of this picture
-SYMBOLS = "osD^v*"
 
 
 def budgets(rows, path):
     """Per cent closed and Fréchet distance at 3 evaluations against all that was spent, of the main
-    arms; a line where a method had several budgets; of cloning the bundled copy is the last."""
+    arms, a line where a method had several budgets; and of the bundled copy."""
     rows, lines = [row for row in rows if row["steps"] == 3], {}
     best = best_baselines(rows).get(3)
     for (init, name), at in lines_of(rows).items():
         if (init, name) == ("copy", "DDIM") or (
                 init == "teacher" and at[3][0]["group"] in ("jumps", "fixed", "pathwise", "weights")
                 and not re.search(LEFT_OUT, name)):
-            method = "cloning" if init == "copy" else re.sub(LONGER, "", name)
+            method = "cloning of any jumps" if init == "copy" else re.sub(", (half|equal).*", "", name)
             lines.setdefault(method, []).append((
-                cost(at[3][0]),
-                100 * (1 - statistics.fmean(r["reward"] for r in at[3]) / best),
+                cost(at[3][0]), 100 * (1 - statistics.fmean(r["reward"] for r in at[3]) / best),
                 statistics.fmean(r["frechet"] for r in at[3])))
     figure, (*axes, key) = new_figure(1, 3, (13, 4), width_ratios=[4, 4, 2.6])
     drawn = dict.fromkeys(COLOURS, 0)
@@ -235,7 +230,7 @@ def budgets(rows, path):
         kind = kind_of(method)
         x, *both = zip(*sorted(points))
         for axis, y in zip(axes, both):
-            axis.plot(x, y, SYMBOLS[drawn[kind]] + "-", color=COLOURS[kind], label=method)
+            axis.plot(x, y, "osD^v*"[drawn[kind]] + "-", color=COLOURS[kind], label=method)
         drawn[kind] += 1
     for axis, label, title in zip(axes, ("% closed: more is nearer", "distance: less is nearer"),
                                   ("to the target, by the reward", "to photographs, Fréchet")):

@@ -160,8 +160,7 @@ def play(arm, seed, world):
                    else past["numbers"] % parameter_count(net) + parameter_count(net))
     seconds = time.time() - began
     study = dict(trained=past["trained"] + spent, cloned=past["cloned"], numbers=numbers,
-                 calls=past["calls"] + reward.calls,
-                 minutes=past["minutes"] + seconds / 60)
+                 calls=past["calls"] + reward.calls, minutes=past["minutes"] + seconds / 60)
     save_network(out / "policy.pt", "policy", net, provenance(
         "study/run.py", args, seconds, world.device, start=start, trained=study["trained"],
         teacher=checksum(world.teacher)), half=jumps, network=type(net).__name__,
@@ -182,8 +181,8 @@ def commit():
 def row_of(arm, seed, world, version):
     """Play an arm and measure it on the held-out noises; its row, all plain values. reward_error:
     standard error over noises; closed: of what the strongest baseline `start` leaves, paired."""
-    (z, target), more = world.held_set, dict(trained=0, cloned=0, calls=0, numbers=0,
-                                        minutes=0.0)
+    (z, target), more = world.held_set, dict.fromkeys(
+        ("trained", "cloned", "calls", "numbers", "minutes"), 0)
     if arm.name == "target":
         images, reward, solver = target.images, torch.zeros(len(z), device=world.device), TARGET
         against = {}

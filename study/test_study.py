@@ -28,7 +28,7 @@ import rl_distill                                                              #
 from ddpm import (T, MixtureNet, UNet, action_mask, baseline_solver, linear_alpha_bar,  # noqa: E402
                   sample, seeded_noise, solver_of)
 from harness.runs import checksum, read_log                                    # noqa: E402
-from reward import Judge, View                                                 # noqa: E402
+from reward import Judge, View, frechet_distance, moments                      # noqa: E402
 from teacher import TARGET, draw, noise_and_targets                            # noqa: E402
 
 ALPHA_BAR, CPU = linear_alpha_bar(), torch.device("cpu")
@@ -216,7 +216,7 @@ class Books(unittest.TestCase):
             patch.start()
             self.addCleanup(patch.stop)
         judge = Judge().eval(), (torch.zeros(160), torch.eye(160))
-        toy_reward.view = view
+        toy_reward.view, toy_reward.scales = view, dict(feature=1.0, perceptual=1.0)
         with mock.patch.object(run, "load_inputs", return_value=(tiny(), [], toy_reward, judge)):
             return run.World(CPU)
 
@@ -252,20 +252,31 @@ class Books(unittest.TestCase):
 
     def test_the_headline_on_fresh_noises_is_paired_with_regression(self):
         world = self.world()
-        names = "regression, weights", "pathwise, weights", "policy gradient, weights"
-        with mock.patch.multiple(fresh, N=9, RESAMPLED=4, NAMES=names), mock.patch.object(
-                report, "FRESH", Path("fresh.jsonl")), mock.patch.object(
-                run, "World", lambda *_: world), mock.patch("builtins.print"):
+        names = "regression, weights, unknown", "regression, weights", "pathwise, weights", "target"
+
+        def whole(images):                                      # tiny: an image is one patch
+            return images.flatten(1)[:, None]
+        with mock.patch.multiple(fresh, N=9, RESAMPLED=4, NAMES=names, SHOWN=names[1:],
+                                 patches=whole), mock.patch("builtins.print"), \
+                mock.patch.multiple(report, FRESH=Path("fresh.jsonl"), FIGURE=Path("a/a.png")), \
+                mock.patch.object(run, "World", lambda *_: world):
+            Path("a").mkdir()
             fresh.main(["--steps", "3"])
             fresh.main(["--steps", "3"])                               # nothing is made again
         first, *_ = rows = read_log("fresh.jsonl")
-        self.assertEqual([row["name"] for row in rows], [*names])
-        for kind in ("reward", "likeness", "frechet"):
+        self.assertEqual([row["name"] for row in rows], [*names[1:]])
+        self.assertTrue(Path("a/study_images.png").exists())
+        self.assertEqual([row["cost"] > 0 for row in rows], [True, True, False])
+        self.assertAlmostEqual(rows[-1]["reward"] + rows[-1]["likeness"], 2, places=4)
+        for kind in ("reward", "likeness", "frechet", "patches"):
             self.assertEqual((first[f"more_{kind}"], first[f"more_{kind}_error"]), (0, 0))
+            self.assertNotEqual(rows[1][f"more_{kind}_error"], 0)
         z, target = noise_and_targets(world.teacher, fresh.FIRST, 9, CPU)
+        self.assertAlmostEqual(rows[-1]["patches"], frechet_distance(
+            *moments(target[:4].flatten(1)), *moments(target[4:].flatten(1))), places=4)
         found = [(draw(net, solver, z, ALPHA_BAR) - target).square().flatten(1).mean(1)
                  for net, solver in [(world.teacher, world.start("teacher", 3, "best")[1])] + [
-                     run.load_model(run.play(arm, 0, world))[::2] for name in names
+                     run.load_model(run.play(arm, 0, world))[::2] for name in names[1:3]
                      for arm in arms.arms() if (arm.name, arm.init, arm.steps) == (
                          name, "teacher", 3)]]                        # toy_reward is -100 of this
         for row, error in zip(rows, found[1:]):
@@ -274,6 +285,11 @@ class Books(unittest.TestCase):
                                ("more_reward", more.mean()),
                                ("more_reward_error", more.std() / 3)):
                 self.assertAlmostEqual(row[key], value.item(), places=4, msg=key)
+
+    def test_patches_are_all_crops_whose_corner_is_a_multiple_of_four(self):
+        images = torch.randn(2, 3, 32, 32)
+        found = fresh.patches(images).reshape(2, 7, 7, 3, 8, 8)
+        self.assertTrue(torch.equal(found[1, 2, 6], images[1, :, 8:16, 24:32]))
 
     def row(self, arm, seed=0):
         return dict(zip(run.KEY, (*arm[:4], seed)), n=8, nfe=arm.steps, reward=-1.0 - 2 * seed,
@@ -300,9 +316,9 @@ class Books(unittest.TestCase):
         base = next(arm for arm in arms.arms() if arm.name == "AB2" and arm.steps == 3)
         path.write_text("above é\n{}\nold\n{}\na{}old{}b\n{}{}\nbelow\n".format(*marks),
                         encoding="utf-8")
-        new = dict(name=jumps.name, steps=3, seed=0, mse=0.1, frechet=2.0, reward=0.5,
-                   likeness=0.4, **{f"more_{kind}{error}": -0.25 for kind in (
-                       "reward", "likeness", "frechet") for error in ("", "_error")})
+        new = dict(name=jumps.name, steps=3, seed=0, cost=7, mse=0.1, frechet=2.0, patches=3.0,
+                   reward=0.5, likeness=0.4, **{f"more_{kind}{error}": -0.25 for kind in (
+                       "reward", "likeness", "frechet", "patches") for error in ("", "_error")})
         run.log_line("fresh.jsonl", **new)
         with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(
                 report, "FRESH", Path("fresh.jsonl")):
@@ -319,8 +335,8 @@ class Books(unittest.TestCase):
         self.assertEqual(Path("none.md").read_text(), text.replace(marks[-1], ""))
         for line in ("| policy gradient, times, leans, gains | 2 | 2 | 40 ± 14 | 40 | 2.00 ± 0.00 | "
                      "0.1000 |",
-                     "| 3 | 0 | policy gradient, times, leans, gains | 50 | 40 | 2.00 | 0.1000 | "
-                     "-25.0 ± -25.0 | -25.0 ± -25.0 | -0.25 ± -0.25 |",
+                     "| 3 | 0 | policy gradient, times, leans, gains | 7 | 50.0 (-25.0 ± -25.0) | "
+                     "40.0 (-25.0 ± -25.0) | 2.00 (-0.25 ± -0.25) | 3.00 (-0.25 ± -0.25) |",
                      "| teacher, policy gradient, times, leans, gains | -2.000 ± 1.414 (0.100) |",
                      "gains | 40 ± 14 (5) |", "The target itself, 50 evalu",
                      "| teacher, policy gradient, times, leans, gains | 3 | 2.0 | 0 | 1.0 | 1.0 | 35 "
