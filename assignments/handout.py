@@ -108,7 +108,7 @@ VEILED = (
     ("README.md", "python test_all.py          # that the code does what it says, two to five minutes\n",
      ""),
     ("README.md", "min(ratio A, clip(ratio, 0.8, 1.2) A)", "... (exercise 6)"),
-    ("study/README.md", STUDY[STUDY.index("**Which baseline?**"):STUDY.index("Not complete:")], ""),
+    ("study/README.md", STUDY[STUDY.index("**Which baseline?**"):STUDY.index("```bash\n")], ""),
     ("assignments/README.md", "python assignments/handout.py ../my_redif         # by the lecturer:"
      " the repository with the exercises blank\ncd ../my_redif && ", ""))
 
