@@ -21,8 +21,8 @@ harness/runs.py checkpoints/README.md checkpoints/coach.pt checkpoints/judge.pt
 checkpoints/policy.pt checkpoints/student.pt checkpoints/student_copy.pt checkpoints/teacher.pt
 checkpoints/teacher_earlier.pt checkpoints/train_encoders.py figures/ddpm.png figures/estimators.png
 figures/images.png figures/learned.png figures/loop.png figures/paper.png figures/student.png
-figures/study.png figures/study_budgets.png figures/study_sizes.png figures/teacher.png
-figures/teacher_loss.png
+figures/study.png figures/study_budgets.png figures/study_images.png figures/study_sizes.png
+figures/teacher.png figures/teacher_loss.png
 study/README.md assignments/README.md assignments/reading.md assignments/grade.py
 assignments/bugs.py assignments/measure.py assignments/yours.py""".split()
 JUMP = """Mean (B, ...) and sigma (B,) of the jump t -> t_next.
