@@ -93,6 +93,7 @@ that a step is in units of what was explored. Returned is solver_of(mean). x_T, 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 STUDY = (ROOT / "study" / "README.md").read_text(encoding="utf-8")
 TWENTY_LINES = README.split("```python\n")[1].split("```")[0]
+BASELINES = "**Which baseline?**" + STUDY.split("**Which baseline?**")[1].split("```bash")[0]
 VEILED = (
     ("ddpm.py", "x_t = sqrt(ab) x0 + sqrt(1 - ab) eps, and\n"
      "#            v = sqrt(ab) eps - sqrt(1 - ab) x0 (Salimans & Ho 2022, appendix D)",
@@ -108,7 +109,7 @@ VEILED = (
     ("README.md", "python test_all.py          # that the code does what it says, two to five minutes\n",
      ""),
     ("README.md", "min(ratio A, clip(ratio, 0.8, 1.2) A)", "... (exercise 6)"),
-    ("study/README.md", STUDY[STUDY.index("**Which baseline?**"):STUDY.index("```bash\n")], ""),
+    ("study/README.md", BASELINES, ""),
     ("assignments/README.md", "python assignments/handout.py ../my_redif         # by the lecturer:"
      " the repository with the exercises blank\ncd ../my_redif && ", ""))
 

@@ -1,4 +1,4 @@
-"""The headline once more, on noises that no row, choice or claim was made on.
+"""The headline once more, on noises on which nothing was trained, tuned or chosen.
 
     python study/fresh.py --steps 2 3 --seeds 0      # fresh.jsonl, which run.py --report reads
 
@@ -18,7 +18,7 @@ import report
 import run
 # From the repository:
 from harness.images import plot_strips
-from harness.runs import log_line, number, pick_device, read_log, run_main
+from harness.runs import log_line, number, pick_device, run_main
 from reward import Reward, closed, encode, frechet_distance, moments, rewards, standard_error
 from student import load_model
 from teacher import HELD_OUT, draw, noise_and_targets
@@ -82,8 +82,8 @@ def row(key, cost, found, start, against):
     for kind in ("reward", "likeness"):
         values[kind], values[f"{kind}_error"] = closed(found[kind], start[kind])
         more = (found[kind] - against[kind]) / -start[kind].mean()
-        values["more_" + kind], values[f"more_{kind}_error"] = more.mean().item(), standard_error(
-            more)
+        values[f"more_{kind}"] = more.mean().item()
+        values[f"more_{kind}_error"] = standard_error(more)
     return values
 
 
@@ -98,12 +98,12 @@ def main(argv=None):
     judge = Reward("feature+perceptual", world.judge[0], world.reward.scales)
     views = {name: (reward, reward.view(target)) for name, reward in (
         ("reward", world.reward), ("likeness", judge))}
-    rows, images = read_log(report.FRESH) if report.FRESH.exists() else [], {}
+    rows = report.fresh_rows()
     done = {(row["name"], row["steps"], row["seed"]) for row in rows}
     for K in args.steps:
         start = measured(made("best baseline", K, 0, z, target, world)[0], views, world)
         for seed in args.seeds:
-            against = None
+            against, images = None, {}
             for name in NAMES:
                 if against and (name, K, seed) in done:
                     continue
@@ -115,9 +115,9 @@ def main(argv=None):
                         rows.append(row((name, K, seed), cost, found, start, against))
                         print(report.fresh_table(rows[-1:])[-1], flush=True)
                         log_line(report.FRESH, **rows[-1])
-    if not set(SHOWN) - set(images):
-        plot_strips([(name, images[name]) for name in SHOWN], 12,
-                    report.FIGURE.with_name("study_images.png"))
+            if K == 3 and set(SHOWN) <= set(images):            # all of one K and seed
+                plot_strips([(name, images[name]) for name in SHOWN], 12,
+                            report.FIGURE.with_name("study_images.png"))
 
 
 if __name__ == "__main__":

@@ -81,6 +81,11 @@ def summary(rows, fresh):
                   row["closed"] for row in item[1])))]
 
 
+def fresh_rows():
+    """What fresh.py has measured so far."""
+    return read_log(FRESH) if FRESH.exists() else []
+
+
 def fresh_table(rows):
     """Lines of markdown: every sampler on fresh noises; in brackets differences to another."""
     def cell(row, kind, scale, form):
@@ -247,7 +252,7 @@ def budgets(rows, path):
 def write(rows, missing, path, figure=FIGURE):
     """Print the tables, put each between its markers in `path`, and the pictures beside `figure`;
     BadInput where markers are missing."""
-    fresh, text = read_log(FRESH), path.read_text(encoding="utf-8")
+    fresh, text = fresh_rows(), path.read_text(encoding="utf-8")
     for name, lines in (("summary", summary(rows, fresh)), ("fresh", fresh_table(fresh)),
                         ("tables", tables(rows, missing))):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"

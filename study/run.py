@@ -181,8 +181,8 @@ def commit():
 def row_of(arm, seed, world, version):
     """Play an arm and measure it on the held-out noises; its row, all plain values. reward_error:
     standard error over noises; closed: of what the strongest baseline `start` leaves, paired."""
-    (z, target), more = world.held_set, dict.fromkeys(
-        ("trained", "cloned", "calls", "numbers", "minutes"), 0)
+    (z, target), more = world.held_set, dict(trained=0, cloned=0, calls=0, numbers=0,
+                                             minutes=0.0)
     if arm.name == "target":
         images, reward, solver = target.images, torch.zeros(len(z), device=world.device), TARGET
         against = {}
